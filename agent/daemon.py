@@ -24,6 +24,7 @@ import psutil
 
 from agent.blocks import BlockCache, CacheError, remove_leftovers
 from agent.config import AgentConfig, claim, device_identity
+from agent.credentials import Credentials
 from agent.files import FileExchange
 from agent.gauges import Gauges
 from agent.grammars import open_grammars, with_vocabulary
@@ -62,6 +63,7 @@ from wire.messages import (
     ConnectTeam,
     CoordinatorWelcome,
     DeviceMeasured,
+    DevicesKnown,
     Done,
     Endpoint,
     FileRef,
@@ -176,7 +178,10 @@ class Agent:
             fast_prompts=config.fast_prompts,
         )
         self._cache = BlockCache(config.cache_dir, profile.storage_bytes)
-        self._listener = Listener(config.bind_host, config.data_port, token=config.token)
+        self._credentials = Credentials(config, self._device)
+        self._listener = Listener(
+            config.bind_host, config.data_port, token=self._credentials.of_others()
+        )
         self._peers = PeerServer(self._device, self._listener)
 
     def run(self) -> None:
@@ -250,13 +255,14 @@ class Agent:
             # Only an older version closes at once and in silence.
             if self._stop.is_set() or time.monotonic() - started_s > limits.HEARTBEAT_S:
                 raise
-            protocol = protocol_of_silent(endpoint, self._config.token)
+            protocol = protocol_of_silent(endpoint, self._credentials.to_coordinator("control"))
             if protocol is None or protocol == PROTOCOL_VERSION:
                 raise
             raise ConnectFailed(Stranger(endpoint.host, protocol).story()) from error
 
     def _welcomed_at(self, endpoint: Endpoint) -> Connection:
-        connection = Connection.connect(endpoint, token=self._config.token)
+        token = self._credentials.to_coordinator("control")
+        connection = Connection.connect(endpoint, token=token)
         self._control = connection
         if self._stop.is_set():
             connection.close()
@@ -280,12 +286,20 @@ class Agent:
                 f"joined cluster {answer.cluster!r} at {connection.peer} as {answer.name}"
             )
             self._tell(self._joined)
+            self._remember()
             self._service.status(f"{self._joined}, no stage")
             return connection
         connection.close()
         if isinstance(answer, JoinRefused):
             raise ConnectFailed(f"the coordinator refused: {answer.reason}")
         raise ProtocolError(f"{connection.peer} is not a coordinator")
+
+    def _remember(self) -> None:
+        """Remember the coordinator's key, if the agent has joined by an invite."""
+        try:
+            self._credentials.joined()
+        except OSError as error:
+            log.warning("the next start needs the token again: %s", error.strerror)
 
     def _tell(self, state: str) -> None:
         """Show the user the progress of joining, if it has changed."""
@@ -371,6 +385,9 @@ class Agent:
                     relay = self._relay_of(message.epoch)
                     if relay is not None:
                         relay.release(message.sequence)
+                elif isinstance(message, DevicesKnown):
+                    self._credentials.learn(message)
+                    self._peers.drop(self._credentials.knows)
                 elif not isinstance(message, Heartbeat):
                     raise ProtocolError(f"unexpected {type(message).__name__} from coordinator")
         except WireError:
@@ -517,7 +534,8 @@ class Agent:
         self, request: int, connection: Connection, coordinator: Endpoint
     ) -> FileExchange:
         progress = self._progress(connection, request, "files", "bytes")
-        return FileExchange(self._device, self._cache, coordinator, self._config.token, progress)
+        token = self._credentials.to_coordinator("blocks")
+        return FileExchange(self._device, self._cache, coordinator, token, progress)
 
     def _supplied(self, request: int, connection: Connection, coordinator: Endpoint) -> Backend:
         """Return the backend for ``request``; the shoal makes the files that it lacks."""
@@ -530,7 +548,7 @@ class Agent:
             self._device,
             request.device,
             request.endpoints,
-            token=self._config.token,
+            token=self._credentials.to_device(request.device),
             hop_key=request.hop_key if isinstance(request, ConnectStage) else b"",
             team_key=request.team_key if isinstance(request, ConnectTeam) else b"",
         )
@@ -580,7 +598,7 @@ class Agent:
             self._cache,
             coordinator,
             self._device,
-            self._config.token,
+            self._credentials.to_coordinator("blocks"),
             request.prepared,
         )
         measure_quality(
@@ -619,7 +637,7 @@ class Agent:
                 coordinator,
                 self._device,
                 progress,
-                token=self._config.token,
+                token=self._credentials.to_coordinator("blocks"),
                 hashed=came,
             )
             contents.trust(came)

@@ -42,6 +42,7 @@ from coordinator.loading.recovery import LoadedFile
 from coordinator.loading.state import Serving, describe
 from coordinator.loading.turns import Turns
 from coordinator.quality.store import QualityStore
+from coordinator.roster.book import DeviceBook
 from coordinator.roster.members import Roster
 from coordinator.roster.names import NameBook
 from coordinator.serving.admission import Admission
@@ -50,11 +51,15 @@ from coordinator.serving.requests import Requests
 from coordinator.story import Story
 from model.errors import ModelError
 from wire import admission, limits
+from wire.auth import Token
 from wire.chunks import file_chunks
+from wire.claim import Claim
 from wire.connection import ACCEPT_AT_ONCE, AsyncConnection, serve
 from wire.discovery import Advertisement, DiscoveryUnavailable
 from wire.errors import AuthFailed, ProtocolError, VersionMismatch, WireError
 from wire.hygiene import clean
+from wire.identity import IdentityError, own_identity
+from wire.introduction import COORDINATOR, Answerer, Purpose
 from wire.lobby import Lobby
 from wire.messages import (
     AgentHello,
@@ -65,6 +70,7 @@ from wire.messages import (
     FilesMade,
     Heartbeat,
     MakeFiles,
+    Message,
     RequestFailed,
 )
 from wire.rare_log import RareLog
@@ -123,7 +129,8 @@ class Coordinator:
         self._service = service or ServiceManager()
         self._store = ArtifactStore(config.state_dir, config.storage_bytes)
         self._story = Story()
-        self.roster = Roster(config.cluster, NameBook(config.state_dir), self._story)
+        self._book = DeviceBook(config.state_dir) if config.tls else None
+        self.roster = Roster(config.cluster, NameBook(config.state_dir), self._story, self._book)
         self._models, turns = Models(self._story), Turns()
         self._models.progress = lambda: turns.progress
         self._operations = Operations(
@@ -168,7 +175,7 @@ class Coordinator:
         tune(http_socket, CLIENT_STALL_S)
         with http_socket:
             control, control_port = await serve(
-                config.control_host, config.control_port, self._handle, token=config.token
+                config.control_host, config.control_port, self._handle, token=self._answerer()
             )
             self._feed.control_port = control_port
             ready = Ready(control_port, config.http_host, http_socket.getsockname()[1])
@@ -202,9 +209,21 @@ class Coordinator:
                     self._service.stopping()
                     on_stop()
 
+    def _answerer(self) -> Token | Answerer | None:
+        """Return what agents must show. Raises ConfigError."""
+        if self._book is None:
+            return self._config.token
+        try:
+            identity = own_identity(self._config.identity_path)
+        except IdentityError as error:
+            raise ConfigError(str(error)) from error
+        purposes: frozenset[Purpose] = frozenset(("control", "blocks"))
+        return Answerer(identity, COORDINATOR, purposes, self._book.admit)
+
     async def _attend(self) -> None:
         """Tell the service manager that the event loop runs, and what it serves."""
         while True:
+            await self.roster.tell_known()
             count = len(self.roster.members)
             present = [
                 name if isinstance(state, Serving) else f"{name}, {describe(state)}"
@@ -281,6 +300,7 @@ class Coordinator:
         """Serve one incoming connection: an agent's control connection, or a block download."""
         try:
             hello = await connection.receive_hello(FIRST_MESSAGES)
+            _require_introduced(hello, connection.claim)
             connection.admit = admission.report
             if isinstance(hello, AgentHello):
                 await self.roster.serve(hello, connection)
@@ -397,6 +417,16 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._on_stop()  # First, so that requests that wait are answered.
         await super().shutdown(sockets)
+
+
+def _require_introduced(hello: Message, claim: Claim | None) -> None:
+    """Raise ProtocolError if the caller has introduced itself otherwise than its hello says."""
+    if claim is None:
+        return
+    purpose = "control" if isinstance(hello, AgentHello) else "blocks"
+    device = hello.device if isinstance(hello, AgentHello | BlocksHello) else ""
+    if (claim.purpose, claim.device) != (purpose, device):
+        raise ProtocolError("it has introduced itself as another device, or for something else")
 
 
 async def _serve_http(

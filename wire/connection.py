@@ -98,21 +98,21 @@ class Connection:
         endpoint: Endpoint,
         timeout_s: float = limits.CONNECT_TIMEOUT_S,
         *,
-        token: Token | None = None,
-        caller: Caller | None = None,
+        token: Token | Caller | None = None,
         transport: MakeTransport = TcpTransport,
     ) -> Connection:
         """Connect to an address. If there is a token, the peer must know it.
 
-        With a caller, the connection is encrypted, and the peer must be the expected answerer.
+        With a Caller, the connection is encrypted, and the peer must be the expected answerer.
         Raises ConnectFailed, AuthFailed.
         """
-        handshake = None if token is None else auth.call(token)
-        if caller is not None:
-            handshake = introduction.call(caller)
-            transport = partial(
-                TlsTransport, context=own_client_context(), fingerprint=caller.answerer
-            )
+        handshake: Handshake | None = None
+        if isinstance(token, Caller):
+            handshake = introduction.call(token)
+            context, fingerprint = own_client_context(), token.answerer
+            transport = partial(TlsTransport, context=context, fingerprint=fingerprint)
+        elif token is not None:
+            handshake = auth.call(token)
         try:
             sock = socket.create_connection((endpoint.host, endpoint.port), timeout=timeout_s)
             connection = Connection(transport(sock), handshake)
@@ -303,7 +303,7 @@ class Connection:
 class Listener:
     """A listening TCP socket that yields Connections. With a token, callers must know it.
 
-    With an answerer, they are encrypted, and callers must introduce themselves.
+    With an Answerer, they are encrypted, and callers must introduce themselves.
     """
 
     def __init__(
@@ -311,14 +311,13 @@ class Listener:
         host: str,
         port: int,
         *,
-        token: Token | None = None,
-        answerer: Answerer | None = None,
+        token: Token | Answerer | None = None,
         transport: MakeTransport = TcpTransport,
     ) -> None:
         """Bind. Port 0 takes a free one. Raises ConnectFailed if the address is taken."""
-        if answerer is not None:
-            transport = partial(TlsTransport, context=server_context(answerer.identity))
-        self._handshake = _answering(token, answerer)
+        if isinstance(token, Answerer):
+            transport = partial(TlsTransport, context=server_context(token.identity))
+        self._handshake = _answering(token)
         self._transport = transport
         self._socket = bind(host, port)
         self.host: str = self._socket.getsockname()[0]
@@ -521,20 +520,19 @@ async def serve(
     port: int,
     handle: Callable[[AsyncConnection], Awaitable[None]],
     *,
-    token: Token | None = None,
-    answerer: Answerer | None = None,
+    token: Token | Answerer | None = None,
 ) -> tuple[asyncio.Server, int]:
     """Accept AsyncConnections on an address, and return the server and its port.
 
-    With a token, only peers that know it get to ``handle``. With an answerer, connections are
+    With a token, only peers that know it get to ``handle``. With an Answerer, connections are
     encrypted, and only callers that it admits get there. The others are logged. A peer of another
     version is logged once, not at each attempt. Raises ConnectFailed if the address is
     taken.
     """
     listening = bind(host, port)
     bound_port = int(listening.getsockname()[1])
-    context = None if answerer is None else server_context(answerer.identity)
-    make_handshake = _answering(token, answerer)
+    context = server_context(token.identity) if isinstance(token, Answerer) else None
+    make_handshake = _answering(token)
     lobby = Lobby(f"port {bound_port}")
     rare_log = RareLog(log)
     told: set[str] = set()
@@ -568,20 +566,22 @@ async def serve(
     return server, bound_port
 
 
-def _answering(token: Token | None, answerer: Answerer | None) -> Callable[[], Handshake | None]:
+def _answering(token: Token | Answerer | None) -> Callable[[], Handshake | None]:
     """Return what makes the handshake of each accepted connection."""
-    if answerer is not None:
-        return partial(introduction.answer, answerer)
+    if isinstance(token, Answerer):
+        return partial(introduction.answer, token)
     if token is not None:
         return partial(auth.answer, token)
     return lambda: None
 
 
-def protocol_of_silent(endpoint: Endpoint, token: Token | None) -> int | None:
+def protocol_of_silent(endpoint: Endpoint, token: Token | Caller | None) -> int | None:
     """Return the protocol of a peer that closes in silence, or None if it stays unknown.
 
     Only protocol OLDEST closes in silence, so the peer is asked in that protocol.
     """
+    if isinstance(token, Caller):
+        return None  # A peer of that protocol does not get through TLS.
     kind: type[Message] = AgentHello
     values: list[object] = hello_of_oldest()
     if token is not None:

@@ -120,6 +120,21 @@ class JoinRefused:
 
 
 @dataclass(frozen=True, slots=True)
+class KnownDevice:
+    """A device that may join, and the SHA-256 of its certificate."""
+
+    device: str
+    fingerprint: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DevicesKnown:
+    """Coordinator to agent, in a shoal with TLS: all devices whose connections it may take."""
+
+    devices: tuple[KnownDevice, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class StageCounts:
     """Counts of what a stage has done since it was loaded. Only the lead of a team sends them.
 
@@ -842,6 +857,7 @@ Message: TypeAlias = (
     | AuthAnswer
     | AuthProof
     | Introduction
+    | DevicesKnown
     | AgentHello
     | CoordinatorWelcome
     | JoinRefused
@@ -955,6 +971,7 @@ CODES: dict[int, type[Message]] = {
     93: TeamTrial,
     94: PromptScored,
     95: Introduction,
+    96: DevicesKnown,
     98: TakeTrace,
     99: TraceTaken,
 }

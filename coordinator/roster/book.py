@@ -21,6 +21,7 @@ from model.durable import replace_text
 from wire.claim import Claim, Fingerprint, shown
 from wire.errors import AuthFailed
 from wire.invite import ID_CHARACTERS, SECRET_BYTES, Invite, new_invite
+from wire.messages import DevicesKnown, KnownDevice
 from wire.rare_log import RareLog
 
 log = logging.getLogger(__name__)
@@ -125,11 +126,15 @@ class DeviceBook:
                 str(error), "the coordinator cannot read its list of devices"
             ) from error
 
-    def fingerprint_of(self, device: str) -> Fingerprint | None:
-        """Return a device's fingerprint, or None if it is not known. Raises BadBook."""
+    def known(self) -> DevicesKnown:
+        """Return all devices that may join, as agents are told. Raises BadBook."""
         self._refresh()
-        known = self._known.get(device)
-        return None if known is None else bytes.fromhex(known.fingerprint)
+        return DevicesKnown(
+            tuple(
+                KnownDevice(item.device, bytes.fromhex(item.fingerprint))
+                for item in self._known.values()
+            )
+        )
 
     def named(self, device: str, name: str) -> None:
         """Remember the name of a device that has joined. Raises BadBook, OSError."""

@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass, field, replace
 from typing import TypeVar
 
 from coordinator.errors import AgentFailed, AgentLost, NoAgents
+from coordinator.roster.book import BadBook, DeviceBook
 from coordinator.roster.links import Failure, Links
 from coordinator.roster.names import NameBook
 from coordinator.story import Story
@@ -38,6 +39,7 @@ from wire.messages import (
     CancelRequest,
     CoordinatorWelcome,
     DeviceMeasured,
+    DevicesKnown,
     Done,
     Endpoint,
     FiguresChanged,
@@ -131,6 +133,8 @@ class Member:
     """The port at which it listens on all its addresses. 0 means only at ``endpoints``."""
     advertised: tuple[Endpoint, ...] = ()
     """The endpoints of --advertise, where other agents reach it."""
+    told: DevicesKnown | None = None
+    """The devices that this one was told it may connect to."""
     memory_available_bytes: int = 0
     pace: tuple[int, float] = (0, 0.0)
     """The epoch of the loaded stage and its seconds a token, as in Heartbeat."""
@@ -307,9 +311,17 @@ class Roster:
     """All members, and the links between them."""
 
     def __init__(
-        self, cluster: str, names: NameBook | None = None, story: Story | None = None
+        self,
+        cluster: str,
+        names: NameBook | None = None,
+        story: Story | None = None,
+        book: DeviceBook | None = None,
     ) -> None:
-        """Without ``names``, names last as long as this roster."""
+        """Without ``names``, names last as long as this roster.
+
+        book: the devices that may join by TLS. None without TLS.
+        """
+        self._book = book
         self.names = names or NameBook()
         self._cluster = cluster
         self._story = story or Story()
@@ -456,6 +468,9 @@ class Roster:
         heartbeat = asyncio.create_task(self._beat(member))
         try:
             await connection.send(CoordinatorWelcome(self._cluster, member.name))
+            if self._book is not None:
+                self._name_in(self._book, member)
+                await self.tell_known()
             log.info("%s joined from %s", member.name, connection.peer)
             self._story.tell("joined", member.name, f"from {connection.peer}")
             self.changed.fire()
@@ -469,6 +484,35 @@ class Roster:
         finally:
             heartbeat.cancel()
             self._lose(member, AgentLost(member.name, "its connection ended"))
+
+    async def tell_known(self) -> None:
+        """Tell all members which devices may call them, if that has changed. Drop the revoked ones.
+
+        A member must know the others before it is asked to connect to one.
+        """
+        if self._book is None:
+            return
+        try:
+            known = self._book.known()
+        except BadBook as error:
+            self._rare_log.warning("book", "%s", error)
+            return
+        devices = {item.device for item in known.devices}
+        for member in tuple(self._members.values()):
+            if member.device not in devices:
+                self._lose(member, AgentLost(member.name, "it was revoked"))
+            elif member.told != known:
+                member.told = known
+                # A lost connection is found by whoever receives from it.
+                with contextlib.suppress(WireError):
+                    await member.connection.send(known)
+
+    def _name_in(self, book: DeviceBook, member: Member) -> None:
+        """Note a member's name, by which people revoke it."""
+        try:
+            book.named(member.device, member.name)
+        except (BadBook, OSError) as error:
+            self._rare_log.warning("book", "cannot note the name of %s: %s", member.name, error)
 
     async def _replaces(self, hello: AgentHello, connection: AsyncConnection) -> bool:
         """Whether the agent may join. It may not if a living member has its device id.

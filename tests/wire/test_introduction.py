@@ -54,7 +54,7 @@ class Machine:
     """Answers at one port: echoes messages; the last one of each caller, or its error, is kept."""
 
     def __init__(self, answerer: Answerer) -> None:
-        self.listener = Listener("127.0.0.1", 0, answerer=answerer)
+        self.listener = Listener("127.0.0.1", 0, token=answerer)
         self.endpoint = Endpoint("127.0.0.1", self.listener.port)
         self.outcomes: list[WireError | Message] = []
         self.claims: list[Claim] = []
@@ -131,7 +131,7 @@ def attic_to_coordinator(identities: dict[str, Identity]) -> Caller:
 
 
 def converse(endpoint: Endpoint, caller: Caller) -> None:
-    with Connection.connect(endpoint, caller=caller) as connection:
+    with Connection.connect(endpoint, token=caller) as connection:
         connection.set_receive_timeout(ANSWER_S)
         connection.send(Heartbeat(5))
         message, payload = connection.receive()
@@ -167,7 +167,7 @@ def test_asyncio_answers_the_same(identities: dict[str, Identity]) -> None:
             await connection.send(message, payload)
 
     async def main() -> None:
-        server, port = await serve("127.0.0.1", 0, handle, answerer=coordinator_of(identities))
+        server, port = await serve("127.0.0.1", 0, handle, token=coordinator_of(identities))
         endpoint = Endpoint("127.0.0.1", port)
         async with server:
             known = attic_to_coordinator(identities)
@@ -257,7 +257,7 @@ def test_a_relay_that_changes_a_byte_ends_the_connection(
     identities: dict[str, Identity], machine: Serve
 ) -> None:
     answering = machine(coordinator_of(identities))
-    with Connection.connect(answering.endpoint, caller=attic_to_coordinator(identities)) as ours:
+    with Connection.connect(answering.endpoint, token=attic_to_coordinator(identities)) as ours:
         transport = ours._transport
         assert isinstance(transport, TlsTransport)
         sealed = bytearray(transport._channel.seal(encode(Heartbeat(5))))
