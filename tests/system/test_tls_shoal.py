@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from coordinator.roster.book import DeviceBook
-from tests.system.cluster import TINY_OPT, Cluster, last_json, wait_for
+from tests.system.cluster import TINY_OPT, Cluster, last_json, shoal, wait_for
 
 PROMPT = "The lamp is in the attic. Where is the lamp?"
 
@@ -41,9 +40,22 @@ def test_devices_join_by_a_token_and_are_known_by_their_keys_then(cluster: Clust
     cluster.wait_for_agents("one", "two")
 
     # A revoked one is out while the coordinator runs, whatever it says.
-    book = DeviceBook(cluster.directory / "coordinator")
-    for invite in book.invites():
-        book.revoke_invite(invite.id)
-    book.revoke_device("one")
+    state = f"--state-dir={cluster.directory / 'coordinator'}"
+    for item in last_json(shoal("token", "list", "--json", state))["tokens"]:
+        assert item["uses"] is None
+        last_json(shoal("token", "revoke", "--json", state, item["id"]))
+    last_json(shoal("devices", "--revoke", "one", "--json", state))
     cluster.wait_for_agents("two")
     wait_for(partial(says, cluster, "one", "does not know the token"), 20, "a line of one")
+
+    # A token of one use lets it in again, with the key that it has.
+    made = last_json(shoal("token", "create", "--json", state))
+    again = cluster.directory / "again.token"
+    again.write_text(made["token"])
+    again.chmod(0o600)
+    one = cluster.processes["one"]
+    one.terminate()
+    one.wait(20)
+    cluster.start_agent("one", where, limit, f"--token-file={again}")
+    cluster.wait_for_agents("one", "two")
+    assert last_json(shoal("token", "list", "--json", state)) == {"tokens": []}
