@@ -55,6 +55,11 @@ class Credentials:
                 f"{self._path} is damaged: remove it, and start with a token again"
             ) from error
 
+    @property
+    def coordinator(self) -> Fingerprint | None:
+        """The fingerprint of the only coordinator to join. None without TLS."""
+        return None if self._tls is None else self._tls.coordinator
+
     def to_coordinator(self, purpose: Purpose) -> Token | Caller | None:
         """Return what a connection to the coordinator needs."""
         tls = self._tls

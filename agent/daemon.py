@@ -234,6 +234,7 @@ class Agent:
                     "start one, or name it with --coordinator HOST:PORT"
                 ),
                 self._service.alive,
+                self._credentials.coordinator,
             )
         failure: WireError | None = None
         for endpoint in candidates:

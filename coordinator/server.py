@@ -53,7 +53,7 @@ from model.errors import ModelError
 from wire import admission, limits
 from wire.auth import Token
 from wire.chunks import file_chunks
-from wire.claim import Claim
+from wire.claim import Claim, Fingerprint
 from wire.connection import ACCEPT_AT_ONCE, AsyncConnection, serve
 from wire.discovery import Advertisement, DiscoveryUnavailable
 from wire.errors import AuthFailed, ProtocolError, VersionMismatch, WireError
@@ -169,17 +169,19 @@ class Coordinator:
                 f"state directory {config.state_dir} is not usable: {error.strerror}"
             ) from error
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
+        answerer = self._answerer()
+        fingerprint = answerer.identity.fingerprint if isinstance(answerer, Answerer) else None
         http_socket = bind(config.http_host, config.http_port)
         # Accepted connections inherit this. The answer to a client that is dead or reads nothing
         # would hold a KV slot for ever.
         tune(http_socket, CLIENT_STALL_S)
         with http_socket:
             control, control_port = await serve(
-                config.control_host, config.control_port, self._handle, token=self._answerer()
+                config.control_host, config.control_port, self._handle, token=answerer
             )
             self._feed.control_port = control_port
             ready = Ready(control_port, config.http_host, http_socket.getsockname()[1])
-            async with self._advertised(control_port):
+            async with self._advertised(control_port, fingerprint):
 
                 def on_started() -> None:
                     http_socket.listen(BACKLOG)
@@ -245,7 +247,7 @@ class Coordinator:
             loop.default_exception_handler(context)
 
     @contextlib.asynccontextmanager
-    async def _advertised(self, port: int) -> AsyncIterator[None]:
+    async def _advertised(self, port: int, fingerprint: Fingerprint | None) -> AsyncIterator[None]:
         """Announce by mDNS in the background: it takes seconds, and joining does not need it."""
         if not self._config.advertise:
             yield
@@ -255,6 +257,7 @@ class Coordinator:
             f"shoal-{self._config.cluster}-{port}",
             self._config.control_host,
             port,
+            fingerprint,
         )
 
         async def announce() -> None:
