@@ -225,7 +225,7 @@ class Coordinator:
     async def _attend(self) -> None:
         """Tell the service manager that the event loop runs, and what it serves."""
         while True:
-            await self.roster.tell_known()
+            self.roster.tell_known()
             count = len(self.roster.members)
             present = [
                 name if isinstance(state, Serving) else f"{name}, {describe(state)}"

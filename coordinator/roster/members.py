@@ -322,6 +322,7 @@ class Roster:
         book: the devices that may join by TLS. None without TLS.
         """
         self._book = book
+        self._tellings: set[asyncio.Task[None]] = set()
         self.names = names or NameBook()
         self._cluster = cluster
         self._story = story or Story()
@@ -470,7 +471,7 @@ class Roster:
             await connection.send(CoordinatorWelcome(self._cluster, member.name))
             if self._book is not None:
                 self._name_in(self._book, member)
-                await self.tell_known()
+                self.tell_known()
             log.info("%s joined from %s", member.name, connection.peer)
             self._story.tell("joined", member.name, f"from {connection.peer}")
             self.changed.fire()
@@ -485,10 +486,11 @@ class Roster:
             heartbeat.cancel()
             self._lose(member, AgentLost(member.name, "its connection ended"))
 
-    async def tell_known(self) -> None:
+    def tell_known(self) -> None:
         """Tell all members which devices may call them, if that has changed. Drop the revoked ones.
 
-        A member must know the others before it is asked to connect to one.
+        The messages leave in tasks of their own, because a member may be slow to take one. A member
+        that is asked to connect to another one before waits a little (agent.credentials).
         """
         if self._book is None:
             return
@@ -503,9 +505,9 @@ class Roster:
                 self._lose(member, AgentLost(member.name, "it was revoked"))
             elif member.told != known:
                 member.told = known
-                # A lost connection is found by whoever receives from it.
-                with contextlib.suppress(WireError):
-                    await member.connection.send(known)
+                task = asyncio.create_task(_tell(member, known))
+                self._tellings.add(task)
+                task.add_done_callback(self._tellings.discard)
 
     def _name_in(self, book: DeviceBook, member: Member) -> None:
         """Note a member's name, by which people revoke it."""
@@ -686,3 +688,9 @@ def _is_possible(message: Message) -> bool:
     return all(0 <= size <= hygiene.MAX_BYTES for size in sizes) and all(
         0 <= figure <= hygiene.MAX_SECONDS for figure in figures
     )
+
+
+async def _tell(member: Member, message: Message) -> None:
+    """Send a message. A lost connection is found by whoever receives from it."""
+    with contextlib.suppress(WireError):
+        await member.connection.send(message)
