@@ -24,6 +24,7 @@ from wire.auth import Token
 from wire.connection import Connection
 from wire.errors import ProtocolError
 from wire.hygiene import clean
+from wire.introduction import Caller
 from wire.messages import (
     BlockChunk,
     BlockDamaged,
@@ -72,7 +73,7 @@ class BlockCache:
         device: str,
         on_progress: Callable[[int, int], None],
         *,
-        token: Token | None = None,
+        token: Token | Caller | None = None,
         keep: Collection[str] = (),
         hashed: set[Path] | None = None,
     ) -> int:
@@ -231,7 +232,7 @@ class _ArrivedDamaged(CacheError):
 class _Source:
     """The coordinator as a source of files, over a connection that can be replaced. A context."""
 
-    def __init__(self, coordinator: Endpoint, device: str, token: Token | None) -> None:
+    def __init__(self, coordinator: Endpoint, device: str, token: Token | Caller | None) -> None:
         """Raises WireError."""
         self._coordinator, self._device, self._token = coordinator, device, token
         self.connection = self._connect()

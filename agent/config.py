@@ -12,6 +12,7 @@ from typing import TextIO
 
 from wire.addresses import is_everywhere
 from wire.auth import Token
+from wire.invite import Invite
 from wire.messages import Endpoint
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -46,8 +47,8 @@ class AgentConfig:
     backend: str
     watts: float | None = None
     """The power that the device draws while it computes, as its user says. None if unknown."""
-    token: Token | None = field(default=None, repr=False)
-    """The token of the whole shoal. None if there is none."""
+    token: Token | Invite | None = field(default=None, repr=False)
+    """The token of the whole shoal, or an invite to one with TLS. None if there is none."""
     exact: bool = False
     """Do not round activations. Slower, for comparing results."""
     fast_prompts: bool = False
@@ -76,6 +77,11 @@ class AgentConfig:
     @property
     def cache_dir(self) -> Path:
         return self.state_dir / "blocks"
+
+    @property
+    def identity_path(self) -> Path:
+        """The file of this device's key and certificate."""
+        return self.state_dir / "identity.pem"
 
     @property
     def calibration_path(self) -> Path:

@@ -25,6 +25,7 @@ import psutil
 
 from agent.blocks import BlockCache, CacheError, remove_leftovers
 from agent.config import AgentConfig, claim, device_identity
+from agent.credentials import Credentials
 from agent.files import FileExchange
 from agent.gauges import Gauges
 from agent.grammars import open_grammars, with_vocabulary
@@ -63,6 +64,7 @@ from wire.messages import (
     ConnectTeam,
     CoordinatorWelcome,
     DeviceMeasured,
+    DevicesKnown,
     Done,
     Endpoint,
     FileRef,
@@ -190,7 +192,10 @@ class Agent:
             fast_prompts=config.fast_prompts,
         )
         self._cache = BlockCache(config.cache_dir, profile.storage_bytes)
-        self._listener = Listener(config.bind_host, config.data_port, token=config.token)
+        self._credentials = Credentials(config, self._device)
+        self._listener = Listener(
+            config.bind_host, config.data_port, token=self._credentials.of_others()
+        )
         self._peers = PeerServer(self._device, self._listener)
 
     def run(self) -> None:
@@ -285,6 +290,7 @@ class Agent:
                     "start one, or name it with --coordinator HOST:PORT"
                 ),
                 self._alive,
+                self._credentials.coordinator,
             )
         failure: WireError | None = None
         for endpoint in candidates:
@@ -306,13 +312,14 @@ class Agent:
             # Only an older version closes at once and in silence.
             if self._stop.is_set() or time.monotonic() - started_s > limits.HEARTBEAT_S:
                 raise
-            protocol = protocol_of_silent(endpoint, self._config.token)
+            protocol = protocol_of_silent(endpoint, self._credentials.to_coordinator("control"))
             if protocol is None or protocol == PROTOCOL_VERSION:
                 raise
             raise ConnectFailed(Stranger(endpoint.host, protocol).story()) from error
 
     def _welcomed_at(self, endpoint: Endpoint) -> Connection:
-        connection = Connection.connect(endpoint, token=self._config.token)
+        token = self._credentials.to_coordinator("control")
+        connection = Connection.connect(endpoint, token=token)
         self._control = connection
         if self._stop.is_set():
             connection.close()
@@ -336,6 +343,7 @@ class Agent:
                 f"joined cluster {answer.cluster!r} at {connection.peer} as {answer.name}"
             )
             self._tell(self._joined)
+            self._remember()
             if not answer.keeps_stage:
                 self._unload()
             self._service.status(f"{self._joined}, {self._blocks or 'no stage'}")
@@ -344,6 +352,13 @@ class Agent:
         if isinstance(answer, JoinRefused):
             raise ConnectFailed(f"the coordinator refused: {answer.reason}")
         raise ProtocolError(f"{connection.peer} is not a coordinator")
+
+    def _remember(self) -> None:
+        """Remember the coordinator's key, if the agent has joined by an invite."""
+        try:
+            self._credentials.joined()
+        except OSError as error:
+            log.warning("the next start needs the token again: %s", error.strerror)
 
     def _tell(self, state: str) -> None:
         """Show the user the progress of joining, if it has changed."""
@@ -433,6 +448,9 @@ class Agent:
                     relay = self._relay_of(message.epoch)
                     if relay is not None:
                         relay.release(message.sequence)
+                elif isinstance(message, DevicesKnown):
+                    self._credentials.learn(message)
+                    self._peers.drop(self._credentials.knows)
                 elif not isinstance(message, Heartbeat):
                     raise ProtocolError(f"unexpected {type(message).__name__} from coordinator")
         except WireError:
@@ -580,7 +598,8 @@ class Agent:
         self, request: int, connection: Connection, coordinator: Endpoint
     ) -> FileExchange:
         progress = self._progress(connection, request, "files", "bytes")
-        return FileExchange(self._device, self._cache, coordinator, self._config.token, progress)
+        token = self._credentials.to_coordinator("blocks")
+        return FileExchange(self._device, self._cache, coordinator, token, progress)
 
     def _supplied(self, request: int, connection: Connection, coordinator: Endpoint) -> Backend:
         """Return the backend for ``request``; the shoal makes the files that it lacks."""
@@ -593,7 +612,7 @@ class Agent:
             self._device,
             request.device,
             request.endpoints,
-            token=self._config.token,
+            token=self._credentials.to_device(request.device),
             hop_key=request.hop_key if isinstance(request, ConnectStage) else b"",
             team_key=request.team_key if isinstance(request, ConnectTeam) else b"",
         )
@@ -643,7 +662,7 @@ class Agent:
             self._cache,
             coordinator,
             self._device,
-            self._config.token,
+            self._credentials.to_coordinator("blocks"),
             request.prepared,
         )
         measure_quality(
@@ -682,7 +701,7 @@ class Agent:
                 coordinator,
                 self._device,
                 progress,
-                token=self._config.token,
+                token=self._credentials.to_coordinator("blocks"),
                 hashed=came,
             )
             contents.trust(came)

@@ -23,6 +23,7 @@ from wire.chunks import file_chunks
 from wire.connection import Connection
 from wire.errors import ProtocolError
 from wire.hygiene import clean
+from wire.introduction import Caller
 from wire.messages import (
     BlockRef,
     BlocksHello,
@@ -50,7 +51,7 @@ class FileExchange:
     device: str
     cache: BlockCache
     coordinator: Endpoint
-    token: Token | None
+    token: Token | Caller | None
     progress: Callable[[int, int], None]
 
     def supply(self, backend: str, spec: ModelSpec, artifacts: Artifacts) -> list[Path]:

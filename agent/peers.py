@@ -19,11 +19,13 @@ from calibration.disturbance import Patience, spread_of, steady
 from wire import limits
 from wire.addresses import own_last
 from wire.auth import Token
+from wire.claim import Claim
 from wire.codec import Prefix
 from wire.conditions import Conditions
 from wire.connection import Connection, Listener
 from wire.errors import AuthFailed, ConnectFailed, ProtocolError, VersionMismatch, WireError
 from wire.hygiene import clean
+from wire.introduction import Caller
 from wire.lobby import Lobby
 from wire.messages import (
     Endpoint,
@@ -68,7 +70,7 @@ def connect_peer(
     expected: str,
     endpoints: Sequence[Endpoint],
     *,
-    token: Token | None = None,
+    token: Token | Caller | None = None,
     hop_key: bytes = b"",
     team_key: bytes = b"",
 ) -> Connection:
@@ -154,6 +156,15 @@ class PeerServer:
             if thread is not threading.current_thread():
                 thread.join(timeout=5)
 
+    def drop(self, is_known: Callable[[Claim], bool]) -> None:
+        """Close the connections of devices that are not known any more."""
+        with self._lock:
+            connections = list(self._connections)
+        for connection in connections:
+            claim = connection.claim
+            if claim is not None and not is_known(claim):
+                connection.close()
+
     def _accept(self) -> None:
         while (connection := self._listener.accept()) is not None:
             thread = threading.Thread(
@@ -179,6 +190,7 @@ class PeerServer:
         try:
             hello = connection.receive_hello({PeerHello: limits.MAX_HELLO_BYTES})
             if isinstance(hello, PeerHello) and hello.expected == self._device:
+                _require_introduced(hello, connection)
                 if hello.team_key:
                     self._join_team(hello, connection)
                     is_given_away = True
@@ -235,6 +247,12 @@ class PeerServer:
             connection.send(ProbePong(message.number))
         elif deliver is not None:
             deliver(message, payload)
+
+
+def _require_introduced(hello: PeerHello, connection: Connection) -> None:
+    """Raise ProtocolError if the caller has introduced itself as another device."""
+    if connection.claim is not None and connection.claim.device != hello.device:
+        raise ProtocolError("it has introduced itself as another device")
 
 
 def _admit_probe(prefix: Prefix) -> None:

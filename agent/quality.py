@@ -25,6 +25,7 @@ from model.errors import CheckpointError
 from model.quantize import BITS, Format, QuantizedMatrix, own_format
 from model.spec import ModelSpec
 from wire.auth import Token
+from wire.introduction import Caller
 from wire.messages import (
     BlockRef,
     Endpoint,
@@ -48,7 +49,7 @@ class StreamedModel:
         cache: BlockCache,
         coordinator: Endpoint,
         device: str,
-        token: Token | None = None,
+        token: Token | Caller | None = None,
         prepared: Sequence[tuple[int, BlockRef]] = (),
     ) -> None:
         """Take originals of all blocks, and blocks whose codes the coordinator chose.

@@ -80,6 +80,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_devices(options: argparse.Namespace, screen: Screen) -> None:
+    if options.revoke is not None:
+        from cli.commands import tokens
+
+        tokens.revoke_device(options, options.revoke, screen)
+        return
     with _client(options) as client:
         if options.measure is None:
             answer = client.get("/shoal/v1/devices")
@@ -387,6 +392,15 @@ def _doctor(parser: argparse.ArgumentParser) -> Page:
 
 
 def _devices(devices: argparse.ArgumentParser) -> Page:
+    from cli.commands import tokens
+
+    devices.add_argument(
+        "--revoke",
+        metavar="NAME",
+        help="Let this device join no more, and drop it at once. The coordinator must run with "
+        "--tls on this machine.",
+    )
+    tokens.add_book_argument(devices)
     devices.add_argument(
         "--measure",
         metavar="NAME",
@@ -397,6 +411,7 @@ def _devices(devices: argparse.ArgumentParser) -> Page:
         run_devices,
         "  shoal devices\n"
         "  shoal devices --measure pi-3  # again, now that nothing else runs there\n"
+        "  sudo shoal devices --revoke pi-3  # it is sold, or was stolen\n"
         "  shoal devices --json | jq '.devices[].name'\n",
     )
 
@@ -559,6 +574,13 @@ def _key(parser: argparse.ArgumentParser) -> Page:
 
     keys.add_key_arguments(parser)
     return Page(keys.run_key, keys.EXAMPLES, keys.ABOUT)
+
+
+def _token(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import tokens
+
+    tokens.add_token_arguments(parser)
+    return Page(tokens.run_token, tokens.EXAMPLES, tokens.ABOUT)
 
 
 def _ps(parser: argparse.ArgumentParser) -> Page:
@@ -739,6 +761,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "compress": ("Make smaller models of one, and teach them with your text.", _compress),
     "edgetpu": ("Compile a model for a Coral Edge TPU, or check the one here.", _edgetpu),
     "key": ("Make, list and revoke API keys of this machine's coordinator.", _key),
+    "token": ("Make, list and revoke tokens by which devices join with TLS.", _token),
     "ps": ("Show what is loaded, and what it waits for.", _ps),
     "events": ("Show the coordinator's last events.", _events),
     "trace": ("Show where the time of one request went, device by device.", _trace),

@@ -47,6 +47,8 @@ class CoordinatorConfig:
     """The most tokens that the first stage may guess ahead of an answer. 0: none."""
     token: Token | None = field(default=None, repr=False)
     """The token that agents must know to join. None lets every agent join."""
+    tls: bool = False
+    """Encrypt the connections of agents. Devices join by invites, and are known by their keys."""
     insecure_http: bool = False
     """Ask no HTTP client for an API key, wherever HTTP listens."""
     cors_origins: tuple[str, ...] = ()
@@ -61,6 +63,11 @@ class CoordinatorConfig:
             )
         if self.storage_bytes is not None and self.storage_bytes <= 0:
             raise ConfigError(f"storage {self.storage_bytes}: must be more than nothing")
+
+    @property
+    def identity_path(self) -> Path:
+        """The file of this coordinator's key and certificate."""
+        return self.state_dir / "identity.pem"
 
     @property
     def beyond(self) -> bool:

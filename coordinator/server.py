@@ -43,6 +43,7 @@ from coordinator.loading.stalls import Stalls
 from coordinator.loading.state import Serving, describe
 from coordinator.loading.turns import Turns
 from coordinator.quality.store import QualityStore
+from coordinator.roster.book import DeviceBook
 from coordinator.roster.members import Roster
 from coordinator.roster.names import NameBook
 from coordinator.serving.admission import Admission
@@ -51,11 +52,15 @@ from coordinator.serving.requests import Requests
 from coordinator.story import Story
 from model.errors import ModelError
 from wire import admission, limits
+from wire.auth import Token
 from wire.chunks import file_chunks
+from wire.claim import Claim, Fingerprint
 from wire.connection import ACCEPT_AT_ONCE, AsyncConnection, serve
 from wire.discovery import Advertisement, DiscoveryUnavailable
 from wire.errors import AuthFailed, ProtocolError, VersionMismatch, WireError
 from wire.hygiene import clean
+from wire.identity import IdentityError, own_identity
+from wire.introduction import COORDINATOR, Answerer, Purpose
 from wire.lobby import Lobby
 from wire.messages import (
     AgentHello,
@@ -66,6 +71,7 @@ from wire.messages import (
     FilesMade,
     Heartbeat,
     MakeFiles,
+    Message,
     RequestFailed,
 )
 from wire.rare_log import RareLog
@@ -124,7 +130,8 @@ class Coordinator:
         self._service = service or ServiceManager()
         self._store = ArtifactStore(config.state_dir, config.storage_bytes)
         self._story = Story()
-        self.roster = Roster(config.cluster, NameBook(config.state_dir), self._story)
+        self._book = DeviceBook(config.state_dir) if config.tls else None
+        self.roster = Roster(config.cluster, NameBook(config.state_dir), self._story, self._book)
         self._models, turns = Models(self._story), Turns()
         self._models.progress = lambda: turns.progress
         self._operations = Operations(
@@ -164,17 +171,19 @@ class Coordinator:
                 f"state directory {config.state_dir} is not usable: {error.strerror}"
             ) from error
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
+        answerer = self._answerer()
+        fingerprint = answerer.identity.fingerprint if isinstance(answerer, Answerer) else None
         http_socket = bind(config.http_host, config.http_port)
         # Accepted connections inherit this. The answer to a client that is dead or reads nothing
         # would hold a KV slot for ever.
         tune(http_socket, CLIENT_STALL_S)
         with http_socket:
             control, control_port = await serve(
-                config.control_host, config.control_port, self._handle, token=config.token
+                config.control_host, config.control_port, self._handle, token=answerer
             )
             self._feed.control_port = control_port
             ready = Ready(control_port, config.http_host, http_socket.getsockname()[1])
-            async with self._advertised(control_port):
+            async with self._advertised(control_port, fingerprint):
 
                 def on_started() -> None:
                     http_socket.listen(BACKLOG)
@@ -204,9 +213,21 @@ class Coordinator:
                     self._service.stopping()
                     on_stop()
 
+    def _answerer(self) -> Token | Answerer | None:
+        """Return what agents must show. Raises ConfigError."""
+        if self._book is None:
+            return self._config.token
+        try:
+            identity = own_identity(self._config.identity_path)
+        except IdentityError as error:
+            raise ConfigError(str(error)) from error
+        purposes: frozenset[Purpose] = frozenset(("control", "blocks"))
+        return Answerer(identity, COORDINATOR, purposes, self._book.admit)
+
     async def _attend(self) -> None:
         """Tell the service manager that the event loop runs, and what it serves."""
         while True:
+            self.roster.tell_known()
             count = len(self.roster.members)
             present = [
                 name if isinstance(state, Serving) else f"{name}, {describe(state)}"
@@ -228,7 +249,7 @@ class Coordinator:
             loop.default_exception_handler(context)
 
     @contextlib.asynccontextmanager
-    async def _advertised(self, port: int) -> AsyncIterator[None]:
+    async def _advertised(self, port: int, fingerprint: Fingerprint | None) -> AsyncIterator[None]:
         """Announce by mDNS in the background: it takes seconds, and joining does not need it."""
         if not self._config.advertise:
             yield
@@ -238,6 +259,7 @@ class Coordinator:
             f"shoal-{self._config.cluster}-{port}",
             self._config.control_host,
             port,
+            fingerprint,
         )
 
         async def announce() -> None:
@@ -283,6 +305,7 @@ class Coordinator:
         """Serve one incoming connection: an agent's control connection, or a block download."""
         try:
             hello = await connection.receive_hello(FIRST_MESSAGES)
+            _require_introduced(hello, connection.claim)
             connection.admit = admission.report
             if isinstance(hello, AgentHello):
                 await self.roster.serve(hello, connection)
@@ -399,6 +422,16 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._on_stop()  # First, so that requests that wait are answered.
         await super().shutdown(sockets)
+
+
+def _require_introduced(hello: Message, claim: Claim | None) -> None:
+    """Raise ProtocolError if the caller has introduced itself otherwise than its hello says."""
+    if claim is None:
+        return
+    purpose = "control" if isinstance(hello, AgentHello) else "blocks"
+    device = hello.device if isinstance(hello, AgentHello | BlocksHello) else ""
+    if (claim.purpose, claim.device) != (purpose, device):
+        raise ProtocolError("it has introduced itself as another device, or for something else")
 
 
 async def _serve_http(

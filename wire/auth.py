@@ -24,10 +24,18 @@ from pathlib import Path
 from typing import Literal
 
 from wire import limits
+from wire.claim import Claim
 from wire.codec import Prefix
 from wire.errors import AuthFailed, ProtocolError
 from wire.hygiene import clean_text
-from wire.messages import AuthAnswer, AuthChallenge, AuthProof, JoinRefused, Message
+from wire.messages import (
+    AuthAnswer,
+    AuthChallenge,
+    AuthProof,
+    Introduction,
+    JoinRefused,
+    Message,
+)
 from wire.versions import shoal_version
 
 HANDSHAKE_VERSION = 1
@@ -43,8 +51,10 @@ DIFFERENT = "the tokens differ: use the same token file on all machines"
 OTHER_VERSION = "another version of the handshake: install the same shoal version on all machines"
 
 Token = bytes
-Handshake = Generator[Message | None, Message | None, None]
+Handshake = Generator[Message | None, Message | None, Claim | None]
 """Yields a message to send, or None to receive one. Returns once the peer has proved itself.
+
+An answerer inside TLS returns what its caller has proved.
 
 Raises AuthFailed, whose refusal the driver must send.
 """
@@ -67,6 +77,7 @@ def call(token: Token) -> Handshake:
     if not hmac.compare_digest(answer.proof, _proof(token, "answerer", nonces)):
         raise AuthFailed(DIFFERENT, DIFFERENT)
     yield AuthProof(_proof(token, "caller", nonces))
+    return None
 
 
 def answer(token: Token) -> Handshake:
@@ -85,11 +96,12 @@ def answer(token: Token) -> Handshake:
     expected = _proof(token, "caller", nonces)
     if not isinstance(message, AuthProof) or not hmac.compare_digest(message.proof, expected):
         raise AuthFailed(DIFFERENT, DIFFERENT)
+    return None
 
 
 def admit(prefix: Prefix) -> None:
     """Refuse a message that is not part of a handshake. Raises AuthFailed, ProtocolError."""
-    if prefix.kind not in (AuthChallenge, AuthAnswer, AuthProof, JoinRefused):
+    if prefix.kind not in (AuthChallenge, AuthAnswer, AuthProof, Introduction, JoinRefused):
         raise AuthFailed(CAME_WITHOUT, NEEDED)
     if prefix.header_bytes > limits.MAX_HANDSHAKE_BYTES:
         raise ProtocolError(f"its handshake has {prefix.header_bytes} bytes, over the limit")

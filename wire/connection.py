@@ -4,8 +4,9 @@
 awaits. The coordinator uses it. Both drive a wire.framing.Framer, so they speak the same protocol
 and raise the same errors.
 
-If there is a token, the handshake of wire.auth comes first. It runs in ``Connection.connect``, in
-the first ``receive`` of an accepted connection, and in ``serve``. No other code knows about it.
+If there is a token, the handshake of wire.auth comes first. With a Caller and an Answerer, TLS and
+then the handshake of wire.introduction come first. It all runs in ``Connection.connect``, in the
+first ``receive`` of an accepted connection, and in ``serve``. No other code knows about it.
 
 An accepted connection sits in a lobby until ``receive_hello`` returns, and may be closed there.
 """
@@ -21,19 +22,23 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import TypeVar
 
-from wire import admission, auth, limits
+from wire import admission, auth, introduction, limits
 from wire.admission import Admit
 from wire.auth import Handshake, Token
+from wire.claim import Claim
 from wire.codec import encode, encode_as
 from wire.errors import AuthFailed, ConnectFailed, ConnectionLost, VersionMismatch, WireError
 from wire.framing import BUFFER_BYTES, Frame, Framer
+from wire.introduction import Answerer, Caller
 from wire.lobby import Lobby
 from wire.messages import AgentHello, AuthChallenge, Endpoint, JoinRefused, Message
 from wire.patience import within
 from wire.rare_log import RareLog
+from wire.tls import RAW_BYTES, TlsChannel, TlsTransport, own_client_context, server_context
 from wire.transport import BACKLOG, Buffer, TcpTransport, Transport, bind, peer_name, reason, tune
 from wire.versions import OLDEST, hello_of_oldest
 
@@ -93,16 +98,23 @@ class Connection:
         endpoint: Endpoint,
         timeout_s: float = limits.CONNECT_TIMEOUT_S,
         *,
-        token: Token | None = None,
+        token: Token | Caller | None = None,
         transport: MakeTransport = TcpTransport,
     ) -> Connection:
         """Connect to an address. If there is a token, the peer must know it.
 
+        With a Caller, the connection is encrypted, and the peer must be the expected answerer.
         Raises ConnectFailed, AuthFailed.
         """
+        handshake: Handshake | None = None
+        if isinstance(token, Caller):
+            handshake = introduction.call(token)
+            context, fingerprint = own_client_context(), token.answerer
+            transport = partial(TlsTransport, context=context, fingerprint=fingerprint)
+        elif token is not None:
+            handshake = auth.call(token)
         try:
             sock = socket.create_connection((endpoint.host, endpoint.port), timeout=timeout_s)
-            handshake = None if token is None else auth.call(token)
             connection = Connection(transport(sock), handshake)
         except (OSError, OverflowError, ValueError) as error:
             # A malformed host name raises UnicodeError, and an impossible port OverflowError.
@@ -120,6 +132,11 @@ class Connection:
     @admit.setter
     def admit(self, admit: Admit | None) -> None:
         self._framer.admit = admit
+
+    @property
+    def claim(self) -> Claim | None:
+        """What the caller of an accepted connection has proved, once it has. None without TLS."""
+        return self._framer.claim
 
     def set_receive_timeout(self, seconds: float | None) -> None:
         """Let ``receive`` raise ConnectionLost after this much silence. None waits for ever.
@@ -242,7 +259,9 @@ class Connection:
                     self._deadline_s = time.monotonic() + REFUSAL_S
                 if self._deadline_s is not None:
                     self._limit(self._deadline_s)
-                framer.received(self._transport.receive_into(*framer.space()))
+                count = self._transport.receive_into(*framer.space())
+                if count is not None:
+                    framer.received(count)
             if framer.outgoing:
                 self._flush()
         except OSError as error:
@@ -276,24 +295,29 @@ class Connection:
                 self._transport.set_receive_timeout(REFUSAL_S)
                 scrap = memoryview(bytearray(BUFFER_BYTES))
                 for _ in range(REFUSAL_READS):
-                    if not self._transport.receive_into(scrap, False):
+                    if self._transport.receive_into(scrap, False) == 0:
                         break
         self.close()
 
 
 class Listener:
-    """A listening TCP socket that yields Connections. With a token, callers must know it."""
+    """A listening TCP socket that yields Connections. With a token, callers must know it.
+
+    With an Answerer, they are encrypted, and callers must introduce themselves.
+    """
 
     def __init__(
         self,
         host: str,
         port: int,
         *,
-        token: Token | None = None,
+        token: Token | Answerer | None = None,
         transport: MakeTransport = TcpTransport,
     ) -> None:
         """Bind. Port 0 takes a free one. Raises ConnectFailed if the address is taken."""
-        self._token = token
+        if isinstance(token, Answerer):
+            transport = partial(TlsTransport, context=server_context(token.identity))
+        self._handshake = _answering(token)
         self._transport = transport
         self._socket = bind(host, port)
         self.host: str = self._socket.getsockname()[0]
@@ -317,8 +341,7 @@ class Listener:
                     time.sleep(ACCEPT_PAUSE_S)
                 continue
             try:
-                handshake = None if self._token is None else auth.answer(self._token)
-                connection = Connection(self._transport(sock), handshake, self._lobby)
+                connection = Connection(self._transport(sock), self._handshake(), self._lobby)
             except OSError:  # The peer has left already.
                 sock.close()
                 continue
@@ -342,8 +365,9 @@ class AsyncConnection:
         writer: asyncio.StreamWriter,
         lobby: Lobby | None = None,
         handshake: Handshake | None = None,
+        channel: TlsChannel | None = None,
     ) -> None:
-        """Take the same arguments as ``Connection``."""
+        """Take the same arguments as ``Connection``. ``channel`` encrypts."""
         sock: socket.socket = writer.get_extra_info("socket")
         self.peer = peer_name(sock)
         # A peer that left before it was accepted has no address.
@@ -352,6 +376,7 @@ class AsyncConnection:
         """Our own address as this peer sees it."""
         self._reader = reader
         self._writer = writer
+        self._channel = channel
         self._framer = Framer(self.peer, handshake)
         self._lobby = lobby
         self._opened_s = time.monotonic()
@@ -367,14 +392,19 @@ class AsyncConnection:
     def admit(self, admit: Admit | None) -> None:
         self._framer.admit = admit
 
+    @property
+    def claim(self) -> Claim | None:
+        """Do the same as ``Connection.claim``."""
+        return self._framer.claim
+
     async def send(self, message: Message, payload: Buffer = b"") -> None:
         """Send one frame."""
         head = encode(message, len(payload))
         try:
             async with self._send_lock:
-                self._writer.write(head)
+                self._write(head)
                 if len(payload):
-                    self._writer.write(payload)
+                    self._write(payload)
                 await within(self._writer.drain(), limits.SEND_TIMEOUT_S)
         except (OSError, asyncio.TimeoutError) as error:
             self.close()
@@ -440,13 +470,36 @@ class AsyncConnection:
 
     async def _read(self) -> None:
         space, _ = self._framer.space()
-        data = await self._reader.read(len(space))
-        space[: len(data)] = data
-        self._framer.received(len(data))
+        channel = self._channel
+        if channel is None:
+            data = await self._reader.read(len(space))
+            space[: len(data)] = data
+            self._framer.received(len(data))
+            return
+        count = channel.read_into(space)
+        if count is None:
+            data = await self._reader.read(RAW_BYTES)
+            count = await self._decrypt(channel, data, space) if data else 0
+        if count is not None:
+            self._framer.received(count)
+
+    async def _decrypt(self, channel: TlsChannel, data: bytes, space: memoryview) -> int | None:
+        """Decrypt what was received, and answer the handshake while it lasts."""
+        is_open = channel.is_open
+        try:
+            channel.feed(data)
+            return channel.read_into(space)
+        finally:
+            if not is_open and (unsent := channel.take()):
+                self._writer.write(unsent)
+                await within(self._writer.drain(), limits.SEND_TIMEOUT_S)
+
+    def _write(self, data: Buffer) -> None:
+        self._writer.write(data if self._channel is None else self._channel.seal(data))
 
     async def _flush(self) -> None:
         async with self._send_lock:
-            self._writer.write(self._framer.take_outgoing())
+            self._write(self._framer.take_outgoing())
             await within(self._writer.drain(), limits.SEND_TIMEOUT_S)
 
     async def _part(self) -> None:
@@ -467,23 +520,30 @@ async def serve(
     port: int,
     handle: Callable[[AsyncConnection], Awaitable[None]],
     *,
-    token: Token | None = None,
+    token: Token | Answerer | None = None,
 ) -> tuple[asyncio.Server, int]:
     """Accept AsyncConnections on an address, and return the server and its port.
 
-    With a token, only peers that know it get to ``handle``. The others are logged. A peer of
-    another version is logged once, not at each attempt. Raises ConnectFailed if the address is
+    With a token, only peers that know it get to ``handle``. With an Answerer, connections are
+    encrypted, and only callers that it admits get there. The others are logged. A peer of another
+    version is logged once, not at each attempt. Raises ConnectFailed if the address is
     taken.
     """
     listening = bind(host, port)
     bound_port = int(listening.getsockname()[1])
+    context = server_context(token.identity) if isinstance(token, Answerer) else None
+    make_handshake = _answering(token)
     lobby = Lobby(f"port {bound_port}")
     rare_log = RareLog(log)
     told: set[str] = set()
 
     async def on_connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        handshake = None if token is None else auth.answer(token)
-        connection = AsyncConnection(reader, writer, lobby, handshake)
+        channel = None
+        if context is not None:
+            channel = TlsChannel(
+                context, peer_name(writer.get_extra_info("socket")), is_server=True
+            )
+        connection = AsyncConnection(reader, writer, lobby, make_handshake(), channel)
         lobby.enter(connection, connection.peer_host, connection.close)
         try:
             await connection.prove()
@@ -506,11 +566,22 @@ async def serve(
     return server, bound_port
 
 
-def protocol_of_silent(endpoint: Endpoint, token: Token | None) -> int | None:
+def _answering(token: Token | Answerer | None) -> Callable[[], Handshake | None]:
+    """Return what makes the handshake of each accepted connection."""
+    if isinstance(token, Answerer):
+        return partial(introduction.answer, token)
+    if token is not None:
+        return partial(auth.answer, token)
+    return lambda: None
+
+
+def protocol_of_silent(endpoint: Endpoint, token: Token | Caller | None) -> int | None:
     """Return the protocol of a peer that closes in silence, or None if it stays unknown.
 
     Only protocol OLDEST closes in silence, so the peer is asked in that protocol.
     """
+    if isinstance(token, Caller):
+        return None  # A peer of that protocol does not get through TLS.
     kind: type[Message] = AgentHello
     values: list[object] = hello_of_oldest()
     if token is not None:

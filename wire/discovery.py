@@ -12,7 +12,7 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 
 from zeroconf import (
@@ -27,10 +27,14 @@ from zeroconf import (
 
 from wire.addresses import host_addresses as host_addresses
 from wire.addresses import is_loopback, nearest_first, reachable_addresses
+from wire.claim import Fingerprint
 from wire.errors import WireError
 from wire.messages import Endpoint
 
 SERVICE_TYPE = "_shoal._tcp.local."
+KEY = "key"
+"""The property with the fingerprint of a coordinator that answers in TLS."""
+
 RESOLVE_TIMEOUT_MS = 2000
 """How long to wait for the address records of an announced coordinator.
 
@@ -61,8 +65,18 @@ class DiscoveryUnavailable(WireError):
 class Advertisement:
     """The coordinator's mDNS record while the context is open. It follows changes of address."""
 
-    def __init__(self, cluster: str, instance: str, bind_host: str, port: int) -> None:
-        self._cluster = cluster
+    def __init__(
+        self,
+        cluster: str,
+        instance: str,
+        bind_host: str,
+        port: int,
+        fingerprint: Fingerprint | None = None,
+    ) -> None:
+        """``fingerprint`` is the coordinator's, if it answers in TLS."""
+        self._properties = {"cluster": cluster}
+        if fingerprint is not None:
+            self._properties[KEY] = fingerprint.hex()
         self._instance = instance
         self._bind_host = bind_host
         self._port = port
@@ -94,7 +108,7 @@ class Advertisement:
             f"{self._instance}.{SERVICE_TYPE}",
             port=self._port,
             addresses=[socket.inet_aton(address) for address in addresses],
-            properties={"cluster": self._cluster},
+            properties=self._properties,
             server=f"{self._instance}.local.",
         )
         try:
@@ -130,6 +144,7 @@ def find_coordinator(
     stop: threading.Event,
     on_wait: Callable[[], None] | None = None,
     on_round: Callable[[], None] | None = None,
+    fingerprint: Fingerprint | None = None,
 ) -> tuple[Endpoint, ...]:
     """Search until a coordinator of ``cluster`` is announced, and return its addresses.
 
@@ -138,19 +153,22 @@ def find_coordinator(
     the result has the addresses of all of them.
 
     ``on_wait`` is called once if none has answered within SEARCH_ROUND_S, and ``on_round`` after
-    each round of that length. Raises DiscoveryUnavailable.
+    each round of that length. With a fingerprint, others are passed over. What is announced proves
+    nothing, so the caller must check the fingerprint again. Raises DiscoveryUnavailable.
     """
-    found = _search(cluster, stop)
+    found = _search(cluster, stop, fingerprint)
     if not found and not stop.is_set() and on_wait is not None:
         on_wait()
     while not found and not stop.is_set():
         if on_round is not None:
             on_round()
-        found = _search(cluster, stop)
+        found = _search(cluster, stop, fingerprint)
     return found
 
 
-def _search(cluster: str, stop: threading.Event) -> tuple[Endpoint, ...]:
+def _search(
+    cluster: str, stop: threading.Event, fingerprint: Fingerprint | None
+) -> tuple[Endpoint, ...]:
     """Run one round of find_coordinator."""
     names: queue.SimpleQueue[str] = queue.SimpleQueue()
 
@@ -180,12 +198,21 @@ def _search(cluster: str, stop: threading.Event) -> tuple[Endpoint, ...]:
             if (
                 info is not None
                 and info.port is not None
-                and info.properties.get(b"cluster") == cluster.encode()
+                and is_wanted(info.properties, cluster, fingerprint)
                 and (addresses := info.parsed_addresses())
             ):
                 near = nearest_first(addresses)
                 found |= dict.fromkeys(Endpoint(address, info.port) for address in near)
     return tuple(found)
+
+
+def is_wanted(
+    properties: Mapping[bytes, bytes | None], cluster: str, fingerprint: Fingerprint | None
+) -> bool:
+    """Whether an announced coordinator is of this cluster and, if it is known, has this key."""
+    if properties.get(b"cluster") != cluster.encode():
+        return False
+    return fingerprint is None or properties.get(KEY.encode()) == fingerprint.hex().encode()
 
 
 def _announced_addresses(bind_host: str) -> tuple[str, ...]:

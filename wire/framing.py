@@ -19,6 +19,7 @@ import numpy as np
 from wire import auth
 from wire.admission import Admit
 from wire.auth import Handshake
+from wire.claim import Claim
 from wire.codec import PREFIX, Prefix, decode_header, decode_prefix, encode, encode_refusal
 from wire.errors import AuthFailed, ConnectionLost, VersionMismatch, WireError
 from wire.messages import AuthChallenge, JoinRefused, Message
@@ -52,6 +53,8 @@ class Framer:
         """Frames that the adapter must send now."""
         self.is_proving = handshake is not None
         """Whether the handshake is still running."""
+        self.claim: Claim | None = None
+        """What the caller has proved inside TLS."""
         self.is_refusing = False
         """Whether the peer speaks another version and its first message is still awaited."""
         self._peer = peer
@@ -118,7 +121,8 @@ class Framer:
                         return None
                     incoming, _ = frame
                 outgoing = self._handshake.send(incoming)
-            except StopIteration:
+            except StopIteration as ended:
+                self.claim = ended.value
                 self._handshake = None
                 self.is_proving = False
             except AuthFailed as error:

@@ -60,6 +60,20 @@ class AuthProof:
     proof: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Introduction:
+    """Caller to answerer, inside TLS: who calls whom and why. See wire.introduction."""
+
+    purpose: str
+    device: str
+    expected: str
+    certificate: bytes
+    signature: bytes
+    invite: str = ""
+    """The id of the invite by which a new machine joins."""
+    invite_proof: bytes = b""
+
+
 # ---- control: joining and liveness -------------------------------------------------------------
 
 
@@ -111,6 +125,21 @@ class JoinRefused:
     """
 
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class KnownDevice:
+    """A device that may join, and the SHA-256 of its certificate."""
+
+    device: str
+    fingerprint: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class DevicesKnown:
+    """Coordinator to agent, in a shoal with TLS: all devices whose connections it may take."""
+
+    devices: tuple[KnownDevice, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -838,6 +867,8 @@ Message: TypeAlias = (
     AuthChallenge
     | AuthAnswer
     | AuthProof
+    | Introduction
+    | DevicesKnown
     | AgentHello
     | CoordinatorWelcome
     | JoinRefused
@@ -950,6 +981,8 @@ CODES: dict[int, type[Message]] = {
     92: TeamMeasured,
     93: TeamTrial,
     94: PromptScored,
+    95: Introduction,
+    96: DevicesKnown,
     98: TakeTrace,
     99: TraceTaken,
 }

@@ -1,7 +1,7 @@
 """Streams of bytes between two machines: the interface that wire.connection needs, and TCP.
 
-Another transport (TLS, memory) is one subclass of Transport. Asyncio needs none. AsyncConnection
-takes a StreamReader and a StreamWriter, which may come from any transport.
+Another transport (wire.tls, memory) is one subclass of Transport. AsyncConnection needs none. It
+takes a StreamReader and a StreamWriter.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import socket
+import ssl
 import struct
 from abc import ABC, abstractmethod
 
@@ -42,10 +43,12 @@ class Transport(ABC):
         """
 
     @abstractmethod
-    def receive_into(self, view: memoryview, whole: bool) -> int:
+    def receive_into(self, view: memoryview, whole: bool) -> int | None:
         """Receive at least one byte, and return the number. 0 is the end of the stream.
 
-        ``whole`` means that the caller awaits all of ``view``, so the transport may wait for it.
+        None means that something arrived which is not yet text. So slow bytes do not extend the
+        caller's deadline. ``whole`` means that the caller awaits all of ``view``, so the transport
+        may wait for it.
         Raises TimeoutError or BlockingIOError after the receive timeout.
         """
 
@@ -93,7 +96,7 @@ class TcpTransport(Transport):
             self._socket.sendall(head[sent:])
             self._socket.sendall(memoryview(payload)[max(sent - len(head), 0) :])
 
-    def receive_into(self, view: memoryview, whole: bool) -> int:
+    def receive_into(self, view: memoryview, whole: bool) -> int | None:
         return self._socket.recv_into(view, 0, socket.MSG_WAITALL if whole else 0)
 
     def fileno(self) -> int:
@@ -177,6 +180,9 @@ def reason(error: BaseException) -> str:
         return "no answer in time"
     if isinstance(error, (socket.gaierror, UnicodeError)):
         return "unknown host"
+    if isinstance(error, ssl.SSLError):
+        why: str = getattr(error, "reason", None) or "no reason given"
+        return f"it breaks TLS: {why.lower().replace('_', ' ')}"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__

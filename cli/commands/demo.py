@@ -323,6 +323,11 @@ class Demo:
             self._processes.append((name, process, log))
         return process
 
+    @property
+    def _token_file(self) -> Path:
+        """The token by which the agents join. The coordinator makes it."""
+        return self._directory / "token"
+
     def _start_coordinator(self, cluster: str) -> dict[str, Any]:
         state_dir = self._directory / "coordinator"
         if kept := self._options.measurements_dir:
@@ -340,6 +345,9 @@ class Demo:
                 "--port=0",
                 "--http=127.0.0.1:0",
                 f"--state-dir={state_dir}",
+                "--tls",
+                "--create-token",
+                f"--token-file={self._token_file}",
             ],
         )
         line = process.stdout.readline() if process.stdout is not None else ""
@@ -367,6 +375,7 @@ class Demo:
                     f"--state-dir={self._directory / name}",
                     # They run on one machine, so one of them measures for all.
                     f"--measurements-dir={self._options.measurements_dir or self._directory}",
+                    f"--token-file={self._token_file}",
                     *(["--exact"] if self._options.exact else []),
                     *where,
                 ],

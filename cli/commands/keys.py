@@ -65,7 +65,7 @@ def add_key_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_key(options: argparse.Namespace, screen: Screen) -> None:
     act: Callable[[KeyBook, argparse.Namespace, Screen], None] = options.act
-    directory = options.state_dir or _state_dir()
+    directory = options.state_dir or coordinator_state_dir()
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         act(KeyBook(directory), options, screen)
@@ -78,7 +78,8 @@ def run_key(options: argparse.Namespace, screen: Screen) -> None:
         ) from error
 
 
-def _state_dir() -> Path:
+def coordinator_state_dir() -> Path:
+    """Return the state directory of the coordinator on this machine."""
     if "STATE_DIRECTORY" not in os.environ and SERVICE_STATE.is_dir():
         return SERVICE_STATE
     return default_state_dir("coordinator")

@@ -12,6 +12,7 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cli import argument_types
 from cli.argument_types import CONTROL_PORT, HTTP_PORT
@@ -29,6 +30,10 @@ from wire import limits
 from wire.errors import WireError
 from wire.messages import Endpoint
 from wire.service import ServiceManager, default_state_dir
+
+if TYPE_CHECKING:
+    from wire.auth import Token
+    from wire.invite import Invite
 
 MOST_DESCRIPTORS = 65_536
 """More than all admitted connections and all files."""
@@ -99,6 +104,12 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="Another host name by which clients call the API, or * for any. This machine's own "
         "name and addresses are known. May be repeated.",
+    )
+    parser.add_argument(
+        "--tls",
+        action="store_true",
+        help="Encrypt all connections of agents. Each device joins by a token of `shoal token "
+        "create`, once, and is known by its key then. Agents without TLS cannot join.",
     )
     parser.add_argument(
         "--insecure-http",
@@ -270,7 +281,9 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
 
     _raise_descriptor_limit()
     try:
-        if options.create_token:
+        if options.tls:
+            _make_tls_token(options)
+        elif options.create_token:
             create_token(_required_token_file(options))
         config = CoordinatorConfig(
             cluster=options.cluster,
@@ -281,7 +294,8 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
             http_port=options.http.port,
             http_hosts=tuple(options.http_host),
             advertise=not options.no_mdns,
-            token=read_token(options.token_file),
+            token=None if options.tls else read_token(options.token_file),
+            tls=options.tls,
             storage_bytes=options.storage,
             recovery_wait_s=options.recovery_wait,
             insecure_http=options.insecure_http,
@@ -297,6 +311,42 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
         asyncio.run(coordinator.run(on_ready))
     except (ConfigError, TokenError, WireError) as error:
         raise CommandFailed(str(error)) from error
+
+
+def _make_tls_token(options: argparse.Namespace) -> None:
+    """Write a token for any number of devices, without an end, if --create-token asks for one."""
+    from coordinator.roster.book import BadBook, DeviceBook
+    from model.durable import replace_text
+    from wire.identity import IdentityError, own_identity
+
+    if not options.create_token:
+        return
+    path = _required_token_file(options)
+    state_dir = options.state_dir or default_state_dir("coordinator")
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            return
+        identity = own_identity(state_dir / "identity.pem")
+        invite = DeviceBook(state_dir).invite(identity.fingerprint, ttl_s=None, uses=None)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, invite.text + "\n")
+    except (BadBook, IdentityError) as error:
+        raise CommandFailed(str(error)) from error
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise CommandFailed(f"token file {path} cannot be made: {reason}") from error
+
+
+def _token_or_invite(path: Path | None) -> Token | Invite | None:
+    """Read a token of either kind from a file or SHOAL_TOKEN. Raises TokenError."""
+    from wire.auth import read_token
+    from wire.invite import PREFIX, read_invite
+
+    token = read_token(path)
+    if token is None or not token.startswith(PREFIX.encode() + b"."):
+        return token
+    return read_invite(path)
 
 
 def _tell_about_keys(config: CoordinatorConfig, screen: Screen) -> None:
@@ -324,7 +374,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
     _set_log_level(options)
     from agent.config import AgentConfig, ConfigError, default_name
     from agent.daemon import Agent
-    from wire.auth import TokenError, read_token
+    from wire.auth import TokenError
 
     _raise_descriptor_limit()
     service = ServiceManager.from_environment()
@@ -343,7 +393,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
                 exact=options.exact,
                 fast_prompts=options.fast_prompts,
                 backend=options.backend,
-                token=read_token(options.token_file),
+                token=_token_or_invite(options.token_file),
                 watts=options.watts,
                 advertise=options.advertise,
                 measurements_dir=options.measurements_dir,

@@ -13,6 +13,7 @@ from dataclasses import astuple, dataclass, field, replace
 from typing import TypeVar
 
 from coordinator.errors import AgentFailed, AgentLost, NoAgents
+from coordinator.roster.book import BadBook, DeviceBook
 from coordinator.roster.links import Failure, Links
 from coordinator.roster.names import NameBook
 from coordinator.story import Story
@@ -38,6 +39,7 @@ from wire.messages import (
     CancelRequest,
     CoordinatorWelcome,
     DeviceMeasured,
+    DevicesKnown,
     Done,
     Endpoint,
     FiguresChanged,
@@ -135,6 +137,8 @@ class Member:
     """The epoch of the stage that it has kept for this coordinator. 0: none, or not any more."""
     kept_sequence: int = 0
     """The newest sequence that was started on that stage."""
+    told: DevicesKnown | None = None
+    """The devices that this one was told it may connect to."""
     memory_available_bytes: int = 0
     pace: tuple[int, float] = (0, 0.0)
     """The epoch of the loaded stage and its seconds a token, as in Heartbeat."""
@@ -311,9 +315,18 @@ class Roster:
     """All members, and the links between them."""
 
     def __init__(
-        self, cluster: str, names: NameBook | None = None, story: Story | None = None
+        self,
+        cluster: str,
+        names: NameBook | None = None,
+        story: Story | None = None,
+        book: DeviceBook | None = None,
     ) -> None:
-        """Without ``names``, names last as long as this roster."""
+        """Without ``names``, names last as long as this roster.
+
+        book: the devices that may join by TLS. None without TLS.
+        """
+        self._book = book
+        self._tellings: set[asyncio.Task[None]] = set()
         self.names = names or NameBook()
         self._cluster = cluster
         self._story = story or Story()
@@ -465,6 +478,9 @@ class Roster:
         heartbeat = asyncio.create_task(self._beat(member))
         try:
             await connection.send(CoordinatorWelcome(self._cluster, member.name, keeps))
+            if self._book is not None:
+                self._name_in(self._book, member)
+                self.tell_known()
             log.info("%s joined from %s", member.name, connection.peer)
             self._story.tell("joined", member.name, f"from {connection.peer}")
             self.changed.fire()
@@ -478,6 +494,36 @@ class Roster:
         finally:
             heartbeat.cancel()
             self._lose(member, AgentLost(member.name, "its connection ended"))
+
+    def tell_known(self) -> None:
+        """Tell all members which devices may call them, if that has changed. Drop the revoked ones.
+
+        The messages leave in tasks of their own, because a member may be slow to take one. A member
+        that is asked to connect to another one before waits a little (agent.credentials).
+        """
+        if self._book is None:
+            return
+        try:
+            known = self._book.known()
+        except BadBook as error:
+            self._rare_log.warning("book", "%s", error)
+            return
+        devices = {item.device for item in known.devices}
+        for member in tuple(self._members.values()):
+            if member.device not in devices:
+                self._lose(member, AgentLost(member.name, "it was revoked"))
+            elif member.told != known:
+                member.told = known
+                task = asyncio.create_task(_tell(member, known))
+                self._tellings.add(task)
+                task.add_done_callback(self._tellings.discard)
+
+    def _name_in(self, book: DeviceBook, member: Member) -> None:
+        """Note a member's name, by which people revoke it."""
+        try:
+            book.named(member.device, member.name)
+        except (BadBook, OSError) as error:
+            self._rare_log.warning("book", "cannot note the name of %s: %s", member.name, error)
 
     async def _replaces(self, hello: AgentHello, connection: AsyncConnection) -> bool:
         """Whether the agent may join. It may not if a living member has its device id.
@@ -657,3 +703,9 @@ def _is_possible(message: Message) -> bool:
     return all(0 <= size <= hygiene.MAX_BYTES for size in sizes) and all(
         0 <= figure <= hygiene.MAX_SECONDS for figure in figures
     )
+
+
+async def _tell(member: Member, message: Message) -> None:
+    """Send a message. A lost connection is found by whoever receives from it."""
+    with contextlib.suppress(WireError):
+        await member.connection.send(message)

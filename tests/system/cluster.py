@@ -112,6 +112,7 @@ class Cluster:
             "--port=0",
             "--http=127.0.0.1:0",
             f"--state-dir={self.directory / 'coordinator'}",
+            *self._token(options, "--tls", "--create-token"),
             *(options or ("--no-mdns",)),
         )
         assert process.stdout is not None
@@ -127,8 +128,15 @@ class Cluster:
             "--threads=1",
             f"--state-dir={self.directory / name}",
             *self.measurements(),
+            *self._token(options),
             *(options or (f"--coordinator=127.0.0.1:{self.control_port}",)),
         )
+
+    def _token(self, options: Sequence[str], *others: str) -> tuple[str, ...]:
+        """With SHOAL_TEST_TLS, the options of a cluster with TLS. A test may bring its own."""
+        if "SHOAL_TEST_TLS" not in os.environ or any("token" in option for option in options):
+            return ()
+        return (*others, f"--token-file={self.directory / 'token'}")
 
     def measurements(self) -> tuple[str, ...]:
         """The option that lets an agent find what was measured before."""

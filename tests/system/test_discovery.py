@@ -114,6 +114,31 @@ def test_new_agents_find_a_running_coordinator(cluster: NetworkCluster) -> None:
     wait_until_listed(cluster, AGENTS, time.monotonic(), "agents started last")
 
 
+def test_an_impostor_that_announces_itself_is_passed_over(
+    cluster: NetworkCluster, bed: Testbed, tmp_path: Path
+) -> None:
+    """Another host announces the same cluster, before the right one is there and after."""
+    (tmp_path / "impostor").mkdir()
+    impostor = NetworkCluster(tmp_path / "impostor", bed, "hub-2")
+    tokens = [tmp_path / name for name in ("token", "other-token")]
+    try:
+        impostor.start_coordinator("--tls", "--create-token", f"--token-file={tokens[1]}")
+        cluster.start_coordinator(
+            "--no-mdns", "--tls", "--create-token", f"--token-file={tokens[0]}"
+        )
+        cluster.start_agent("ash", f"--token-file={tokens[0]}")
+        cluster.wait_for_line("ash", UNHEARD.format("shoal"), START_TIMEOUT_S)
+        with cluster.processes["coordinator"] as coordinator:
+            coordinator.terminate()
+        cluster.start_coordinator("--tls")
+        wait_until_listed(cluster, ("ash",), time.monotonic(), "the right one")
+        assert "is another machine" not in cluster.log("ash")
+        assert impostor.log("coordinator") == ""
+        assert impostor.names() == []
+    finally:
+        impostor.stop()
+
+
 @pytest.mark.parametrize("late", ["hub", "ash"], ids=["coordinator", "agent"])
 def test_an_address_may_come_late(cluster: NetworkCluster, late: str) -> None:
     cluster.remove_addresses(late)

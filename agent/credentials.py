@@ -1,0 +1,125 @@
+"""What an agent shows to the coordinator and to other agents, and whom it lets in.
+
+With a token of the whole shoal, that is the token. With an invite, or once the agent has joined by
+one, connections are encrypted. Then the agent shows its own certificate, and the coordinator tells
+it the fingerprints of all others.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+
+from agent.config import AgentConfig, ConfigError
+from wire.auth import Token
+from wire.claim import FINGERPRINT_BYTES, Claim, Fingerprint
+from wire.errors import AuthFailed, ConnectFailed
+from wire.identity import Identity, IdentityError, own_identity
+from wire.introduction import COORDINATOR, Answerer, Caller, Purpose
+from wire.invite import Invite
+from wire.messages import DevicesKnown
+
+UNKNOWN_S = 2.0
+"""How long a device may be unknown. The coordinator may just be telling us about it."""
+
+NOT_KNOWN = "the device that was called does not know this one: it has not joined, or was revoked"
+
+
+class Credentials:
+    """One agent's. Any thread may call."""
+
+    def __init__(self, config: AgentConfig, device: str) -> None:
+        """Raises ConfigError."""
+        self._device = device
+        self._path = config.state_dir / "coordinator-fingerprint"
+        token = config.token
+        self._token: Token | None = None
+        self._tls: _Tls | None = None
+        self._known: dict[str, Fingerprint] = {}
+        self._told = threading.Condition()
+        try:
+            if isinstance(token, Invite):
+                self._tls = _Tls(own_identity(config.identity_path), token.coordinator, token)
+            elif token is None and self._path.exists():
+                coordinator = bytes.fromhex(self._path.read_text(encoding="ascii"))
+                if len(coordinator) != FINGERPRINT_BYTES:
+                    raise ValueError("not a fingerprint")
+                self._tls = _Tls(own_identity(config.identity_path), coordinator, None)
+            else:
+                self._token = token
+        except IdentityError as error:
+            raise ConfigError(str(error)) from error
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{self._path} is damaged: remove it, and start with a token again"
+            ) from error
+
+    @property
+    def coordinator(self) -> Fingerprint | None:
+        """The fingerprint of the only coordinator to join. None without TLS."""
+        return None if self._tls is None else self._tls.coordinator
+
+    def to_coordinator(self, purpose: Purpose) -> Token | Caller | None:
+        """Return what a connection to the coordinator needs."""
+        tls = self._tls
+        if tls is None:
+            return self._token
+        return Caller(tls.identity, tls.coordinator, purpose, self._device, COORDINATOR, tls.invite)
+
+    def to_device(self, device: str) -> Token | Caller | None:
+        """Return what a connection to another agent needs. Raises ConnectFailed."""
+        tls = self._tls
+        if tls is None:
+            return self._token
+        fingerprint = self._await(device)
+        if fingerprint is None:
+            raise ConnectFailed(f"the coordinator has not told the key of device {device}")
+        return Caller(tls.identity, fingerprint, "data", self._device, device)
+
+    def of_others(self) -> Token | Answerer | None:
+        """Return what other agents must show."""
+        tls = self._tls
+        if tls is None:
+            return self._token
+        return Answerer(tls.identity, self._device, frozenset(("data",)), self._admit)
+
+    def joined(self) -> None:
+        """Remember the coordinator, so that no token is needed from now on. Raises OSError."""
+        tls = self._tls
+        if tls is None or tls.invite is None:
+            return
+        new = self._path.with_suffix(".new")
+        with new.open("w", encoding="ascii") as file:
+            file.write(tls.coordinator.hex())
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self._path)
+
+    def learn(self, message: DevicesKnown) -> None:
+        """Take the list of devices that may call from now on."""
+        with self._told:
+            self._known = {item.device: item.fingerprint for item in message.devices}
+            self._told.notify_all()
+
+    def knows(self, claim: Claim) -> bool:
+        """Whether a device that has introduced itself may still be connected."""
+        return self._known.get(claim.device) == claim.fingerprint
+
+    def _admit(self, claim: Claim) -> None:
+        self._await(claim.device)
+        if not self.knows(claim):
+            raise AuthFailed(NOT_KNOWN, NOT_KNOWN)
+
+    def _await(self, device: str) -> Fingerprint | None:
+        """Return a device's fingerprint, for which this waits a little."""
+        with self._told:
+            self._told.wait_for(lambda: device in self._known, UNKNOWN_S)
+            return self._known.get(device)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tls:
+    identity: Identity
+    coordinator: Fingerprint
+    invite: Invite | None

@@ -1,0 +1,316 @@
+"""The devices that a coordinator knows by their keys, and the invites by which new ones join.
+
+A file of the state directory has both. ``shoal token`` and ``shoal devices --revoke`` change it
+while the coordinator runs, which sees each change at the next connection.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from model.durable import replace_text
+from wire.claim import Claim, Fingerprint, shown
+from wire.errors import AuthFailed
+from wire.invite import ID_CHARACTERS, SECRET_BYTES, Invite, new_invite
+from wire.messages import DevicesKnown, KnownDevice
+from wire.rare_log import RareLog
+
+log = logging.getLogger(__name__)
+
+FILE = "devices.json"
+LOCK_FILE = "devices.lock"
+VERSION = 1
+LARGEST_FILE_BYTES = 4 << 20
+MOST_DEVICES = 4096
+
+DEFAULT_TTL_S = 24 * 3600.0
+
+UNKNOWN = (
+    "this shoal does not know this device: start it with a token; where the coordinator runs, "
+    "`shoal token create` makes one"
+)
+NO_INVITE = (
+    "this shoal does not know the token: it was revoked, or is of another coordinator; "
+    "`shoal token create` makes one"
+)
+ENDED = "the token has expired: `shoal token create` makes another one"
+USED = "the token was used up: `shoal token create` makes another one"
+OTHER_KEY = (
+    "a device of this id has joined with another key: `shoal devices --revoke {name}` where the "
+    "coordinator runs, then start this one with a token"
+)
+FULL = f"this shoal knows {MOST_DEVICES} devices: revoke some with `shoal devices --revoke NAME`"
+
+Stamp = tuple[int, int, int]
+"""Tells versions of the file apart: time of change, size, inode."""
+
+_HEX = re.compile(r"[0-9a-f]+")
+
+
+class BadBook(Exception):
+    """The file cannot be read, or has no such entry. The message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device that may join."""
+
+    device: str
+    fingerprint: str
+    """In hexadecimal."""
+    name: str
+    """Its name when it was here last. Empty until it has said one."""
+    joined_s: float
+    """Seconds since 1970."""
+    invite: str
+    """The id of the invite by which it joined."""
+
+
+@dataclass(frozen=True, slots=True)
+class OpenInvite:
+    """An invite as the file has it."""
+
+    id: str
+    secret: str
+    """In hexadecimal."""
+    created_s: float
+    ends_s: float | None
+    """Seconds since 1970. None never ends."""
+    uses: int | None
+    """The number of devices that may still join by it. None is any number."""
+
+    def refusal(self, now_s: float) -> str | None:
+        """Why nobody can join by it now, or None."""
+        if self.ends_s is not None and now_s >= self.ends_s:
+            return ENDED
+        return USED if self.uses == 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Book:
+    devices: tuple[Device, ...] = ()
+    invites: tuple[OpenInvite, ...] = ()
+
+
+class DeviceBook:
+    """The file in a coordinator's state directory. One thread uses it."""
+
+    def __init__(self, directory: Path, now_s: Callable[[], float] = time.time) -> None:
+        self._directory = directory
+        self._path = directory / FILE
+        self._now_s = now_s
+        self._stamp: Stamp | None = None
+        self._known: dict[str, Device] = {}
+        """Maps a device id to the device."""
+        self._rare_log = RareLog(log)
+
+    # ---- what the coordinator asks --------------------------------------------------------------
+
+    def admit(self, claim: Claim) -> None:
+        """Let a known device in, or a new one that has an invite. Raises AuthFailed."""
+        try:
+            if not self._is_known(claim):
+                self._join(claim)
+        except (BadBook, OSError) as error:
+            self._rare_log.warning("book", "no device is let in: %s", error)
+            raise AuthFailed(
+                str(error), "the coordinator cannot read its list of devices"
+            ) from error
+
+    def known(self) -> DevicesKnown:
+        """Return all devices that may join, as agents are told. Raises BadBook."""
+        self._refresh()
+        return DevicesKnown(
+            tuple(
+                KnownDevice(item.device, bytes.fromhex(item.fingerprint))
+                for item in self._known.values()
+            )
+        )
+
+    def named(self, device: str, name: str) -> None:
+        """Remember the name of a device that has joined. Raises BadBook, OSError."""
+        self._refresh()
+        known = self._known.get(device)
+        if known is None or known.name == name:
+            return
+        with self._changing() as change:
+            devices = tuple(
+                replace(item, name=name) if item.device == device else item
+                for item in change.book.devices
+            )
+            change.book = replace(change.book, devices=devices)
+
+    def _is_known(self, claim: Claim) -> bool:
+        self._refresh()
+        known = self._known.get(claim.device)
+        if known is None:
+            return False
+        if known.fingerprint != claim.fingerprint.hex():
+            text = OTHER_KEY.format(name=known.name or known.device)
+            raise AuthFailed(f"{text} (its key is {shown(claim.fingerprint)})", text)
+        return True
+
+    def _join(self, claim: Claim) -> None:
+        if not claim.invite_id or claim.purpose != "control":
+            raise AuthFailed(UNKNOWN, UNKNOWN)
+        with self._changing() as change:
+            book = change.book
+            invite = next((item for item in book.invites if item.id == claim.invite_id), None)
+            if invite is None or not claim.knows(bytes.fromhex(invite.secret)):
+                raise AuthFailed(NO_INVITE, NO_INVITE)
+            refusal = invite.refusal(self._now_s())
+            if refusal is None and len(book.devices) >= MOST_DEVICES:
+                refusal = FULL
+            if refusal is not None:
+                raise AuthFailed(refusal, refusal)
+            left = replace(invite, uses=None if invite.uses is None else invite.uses - 1)
+            joined = Device(
+                claim.device, claim.fingerprint.hex(), "", round(self._now_s(), 3), invite.id
+            )
+            change.book = _Book(
+                (*book.devices, joined),
+                tuple(left if item is invite else item for item in book.invites),
+            )
+
+    # ---- what ``shoal token`` and ``shoal devices`` do -------------------------------------------
+
+    def devices(self) -> tuple[Device, ...]:
+        """All devices, oldest first. Raises BadBook."""
+        return self._read().devices
+
+    def invites(self) -> tuple[OpenInvite, ...]:
+        """All invites by which somebody can still join, oldest first. Raises BadBook."""
+        now_s = self._now_s()
+        return tuple(item for item in self._read().invites if item.refusal(now_s) is None)
+
+    def invite(
+        self, coordinator: Fingerprint, ttl_s: float | None = DEFAULT_TTL_S, uses: int | None = 1
+    ) -> Invite:
+        """Make an invite to this coordinator. Raises BadBook, OSError."""
+        made = new_invite(coordinator)
+        now_s = self._now_s()
+        ends_s = None if ttl_s is None else round(now_s + ttl_s, 3)
+        entry = OpenInvite(made.id, made.secret.hex(), round(now_s, 3), ends_s, uses)
+        with self._changing() as change:
+            still = tuple(item for item in change.book.invites if item.refusal(now_s) is None)
+            change.book = replace(change.book, invites=(*still, entry))
+        return made
+
+    def revoke_invite(self, invite_id: str) -> None:
+        """Forget an invite. Devices that joined by it stay. Raises BadBook, OSError."""
+        with self._changing() as change:
+            left = tuple(item for item in change.book.invites if item.id != invite_id)
+            if len(left) == len(change.book.invites):
+                known = ", ".join(item.id for item in left) or "none"
+                raise BadBook(f"there is no token {invite_id}; known: {known}")
+            change.book = replace(change.book, invites=left)
+
+    def revoke_device(self, name: str) -> Device:
+        """Forget a device by its name or id. Raises BadBook, OSError."""
+        with self._changing() as change:
+            found = [item for item in change.book.devices if name in (item.name, item.device)]
+            if not found:
+                known = ", ".join(item.name or item.device for item in change.book.devices)
+                raise BadBook(f"there is no device {name}; known: {known or 'none'}")
+            if len(found) > 1:
+                ids = ", ".join(item.device for item in found)
+                raise BadBook(f"several devices are named {name}: name one by its id: {ids}")
+            devices = tuple(item for item in change.book.devices if item is not found[0])
+            change.book = replace(change.book, devices=devices)
+            return found[0]
+
+    # ---- the file -------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[_Change]:
+        """Read the file, and write what the block has made of it. Others wait meanwhile."""
+        lock = os.open(self._directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            self._give(lock)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before = self._read()
+            change = _Change(before)
+            yield change
+            if change.book != before:
+                self._write(change.book)
+        finally:
+            os.close(lock)
+
+    def _refresh(self) -> None:
+        """Read the file if it has changed. Raises BadBook."""
+        stamp = self._stamp_now()
+        if stamp != self._stamp or stamp is None:
+            self._known = {item.device: item for item in self._read().devices}
+            self._stamp = stamp
+
+    def _stamp_now(self) -> Stamp | None:
+        try:
+            status = self._path.stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_size, status.st_ino
+
+    def _read(self) -> _Book:
+        try:
+            if self._path.stat().st_size > LARGEST_FILE_BYTES:
+                raise BadBook(f"{self._path} is too large: it is not a list of devices")
+            return _parsed(json.loads(self._path.read_text(encoding="utf-8")))
+        except FileNotFoundError:
+            return _Book()
+        except OSError as error:
+            raise BadBook(f"cannot read {self._path}: {(error.strerror or '').lower()}") from error
+        except (ValueError, TypeError, LookupError, RecursionError) as error:
+            raise BadBook(
+                f"{self._path} is damaged: restore it from a backup, or remove it and let all "
+                "devices join again"
+            ) from error
+
+    def _write(self, book: _Book) -> None:
+        text = json.dumps({"version": VERSION, **asdict(book)}, indent=1)
+        replace_text(self._path, text + "\n", mode=0o600, prepare=self._give)
+
+    def _give(self, descriptor: int) -> None:
+        """Give a file to the owner of the directory, who runs the coordinator."""
+        if os.geteuid() == 0:
+            owner = self._directory.stat()
+            os.fchown(descriptor, owner.st_uid, owner.st_gid)
+
+
+@dataclass(slots=True)
+class _Change:
+    book: _Book
+
+
+def _parsed(values: object) -> _Book:
+    """The content of the file. Raises ValueError, TypeError, LookupError if it is another."""
+    if not isinstance(values, dict) or values["version"] != VERSION:
+        raise TypeError("expected a list of devices of this version")
+    book = _Book(
+        tuple(Device(**item) for item in values["devices"]),
+        tuple(OpenInvite(**item) for item in values["invites"]),
+    )
+    for device in book.devices:
+        _require_hex(device.fingerprint, 64)
+        if not isinstance(device.device, str) or not isinstance(device.name, str):
+            raise TypeError("not a device")
+    for invite in book.invites:
+        _require_hex(invite.secret, 2 * SECRET_BYTES)
+        _require_hex(invite.id, ID_CHARACTERS)
+        numbers = (invite.uses, int | None), (invite.ends_s, int | float | None)
+        if not all(isinstance(value, kind) for value, kind in numbers):
+            raise TypeError("not an invite")
+    return book
+
+
+def _require_hex(text: object, characters: int) -> None:
+    if not isinstance(text, str) or len(text) != characters or not _HEX.fullmatch(text):
+        raise ValueError("not hexadecimal digits")

@@ -1,0 +1,61 @@
+"""A shoal with TLS, as real processes: who joins, who is known, who is revoked."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from tests.system.cluster import TINY_OPT, Cluster, last_json, shoal, wait_for
+
+PROMPT = "The lamp is in the attic. Where is the lamp?"
+
+
+def says(cluster: Cluster, name: str, text: str) -> bool:
+    return text in cluster.log(name)
+
+
+def test_devices_join_by_a_token_and_are_known_by_their_keys_then(cluster: Cluster) -> None:
+    token, old = cluster.directory / "token", cluster.directory / "old.token"
+    old.write_text("x" * 40)
+    cluster.start_coordinator("--no-mdns", "--tls", "--create-token", f"--token-file={token}")
+    where = f"--coordinator=127.0.0.1:{cluster.control_port}"
+    limit = "--memory=4500000"
+    assert token.stat().st_mode & 0o777 == 0o600
+    for name in ("one", "two"):
+        cluster.start_agent(name, where, limit, f"--token-file={token}")
+    cluster.start_agent("old", where, f"--token-file={old}")
+    cluster.start_agent("none", where)
+    cluster.wait_for_agents("one", "two")
+    for name in ("old", "none"):
+        wait_for(partial(says, cluster, name, "shoal token create"), 20, f"a line of {name}")
+    loaded = cluster.load(TINY_OPT, "--bits=8", "--max-weight-error=none")
+    assert len(loaded["plan"]["stages"]) == 2
+    answer = last_json(cluster.run("run", loaded["model"], PROMPT, "--json"))
+    assert "attic" in answer["text"]
+
+    # A device that has joined needs no token, and is told which ones may call it.
+    two = cluster.processes["two"]
+    two.terminate()
+    two.wait(20)
+    cluster.start_agent("two", where, limit)
+    cluster.wait_for_agents("one", "two")
+
+    # A revoked one is out while the coordinator runs, whatever it says.
+    state = f"--state-dir={cluster.directory / 'coordinator'}"
+    for item in last_json(shoal("token", "list", "--json", state))["tokens"]:
+        assert item["uses"] is None
+        last_json(shoal("token", "revoke", "--json", state, item["id"]))
+    last_json(shoal("devices", "--revoke", "one", "--json", state))
+    cluster.wait_for_agents("two")
+    wait_for(partial(says, cluster, "one", "does not know the token"), 20, "a line of one")
+
+    # A token of one use lets it in again, with the key that it has.
+    made = last_json(shoal("token", "create", "--json", state))
+    again = cluster.directory / "again.token"
+    again.write_text(made["token"])
+    again.chmod(0o600)
+    one = cluster.processes["one"]
+    one.terminate()
+    one.wait(20)
+    cluster.start_agent("one", where, limit, f"--token-file={again}")
+    cluster.wait_for_agents("one", "two")
+    assert last_json(shoal("token", "list", "--json", state)) == {"tokens": []}
