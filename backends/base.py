@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.spec import ModelSpec
+from model.texts import Texts
 
 Array = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int64]
@@ -170,6 +171,17 @@ class Stage(ABC):
         calls = zip(slots, positions, range(len(inputs)), strict=True)
         rows = [self.forward(slot, at, inputs[row : row + 1]) for slot, at, row in calls]
         return np.concatenate(rows)
+
+    def encode(self, inputs: Array | Tokens, texts: Texts) -> Array:
+        """Run whole texts through the blocks of an encoder (``ModelSpec.encodes``).
+
+        inputs: token ids int64 [n] of all texts, one behind the other, if the stage holds the
+            embedding, else hidden float32 [n, hidden].
+
+        Returns hidden float32 [n, hidden]. A stage with the head returns float32 [texts,
+        output_width], or [n, output_width] if each token has a result. Raises BackendError.
+        """
+        raise BackendError("this backend runs no encoders")
 
     @property
     @abstractmethod

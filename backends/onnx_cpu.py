@@ -41,6 +41,8 @@ from backends.base import (
     Tokens,
 )
 from backends.checks import check_blocks, check_inputs, check_rows
+from backends.encoder import EncoderStage
+from backends.onnx_encoder import load_encoder
 from backends.onnx_experts import (
     Experts,
     ExpertThreads,
@@ -114,8 +116,10 @@ class OnnxCpuBackend(Backend):
 
     def load(
         self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
-    ) -> OnnxCpuStage:
+    ) -> OnnxCpuStage | EncoderStage:
         check_blocks(spec, [block for block, _ in artifacts], options)
+        if spec.encodes:
+            return load_encoder(spec, artifacts, options)
         for layer in spec.layers:
             if layer.head_dim % 2:
                 raise BackendError(f"head width {layer.head_dim} is odd, which no kernel takes")
