@@ -13,6 +13,7 @@ kept.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -51,11 +52,13 @@ from backends.edgetpu_host import HostLayer, Span, stacks
 from backends.edgetpu_product import Counts, Int8Product, Int8Weights
 from backends.edgetpu_runtime import Engine, Runtime, Target, find_runtime
 from backends.edgetpu_tflite import fully_connected
+from backends.encoder import EncoderLayers, EncoderStage, read_encoder
 from backends.onnx_cpu import CHUNK_ROWS, OnnxCpuBackend
 from model.artifact import read_block, values_of
 from model.costs import stage_buffer_bytes
 from model.rotary import rotary_table
 from model.spec import LayerSpec, ModelSpec, RopeSpec
+from model.texts import Texts
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +98,7 @@ class TfliteCpuBackend(Backend):
             experts=False,
         )
 
-    def load(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Int8Stage:
+    def load(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Stage:
         runtime = find_runtime()
 
         def engines(files: Sequence[ProductFile]) -> list[Engine]:
@@ -124,7 +127,7 @@ class EdgeTpuBackend(Backend):
             "edgetpu", version, CONTAINER_BITS, ON_CHIP_BYTES, {}, ARITHMETIC, experts=False
         )
 
-    def load(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Int8Stage:
+    def load(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Stage:
         runtime, target = find_runtime(edge_tpu=True), choose_target(self.root)
 
         def engines(files: Sequence[ProductFile]) -> list[Engine]:
@@ -277,6 +280,33 @@ class Int8Stage(Stage):
             )
 
 
+class HostEncoderLayers(EncoderLayers):
+    """Layers of an encoder. A product takes the rows of all texts at once."""
+
+    def __init__(
+        self, layers: Sequence[HostLayer], memory_bytes: int, resources: ExitStack
+    ) -> None:
+        self._layers = list(layers)
+        self._memory_bytes = memory_bytes
+        self._resources = resources
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._memory_bytes
+
+    def run(self, hidden: Array, texts: Texts) -> Array:
+        begins = texts.begins().tolist()
+        spans = [Span(0, 0, begin, end) for begin, end in itertools.pairwise(begins)]
+        with np.errstate(over="ignore", invalid="ignore"):
+            for layer in self._layers:
+                hidden = layer(hidden, spans)
+        return hidden
+
+    def close(self) -> None:
+        self._layers = []
+        self._resources.close()
+
+
 def product_files(
     spec: ModelSpec, artifacts: Artifacts, directory: Path
 ) -> tuple[list[ProductFile], dict[int, dict[str, Array]]]:
@@ -320,7 +350,7 @@ def _load(
     artifacts: Artifacts,
     options: StageOptions,
     make_engines: Callable[[Sequence[ProductFile]], list[Engine]],
-) -> Int8Stage:
+) -> Stage:
     check_blocks(spec, [block for block, _ in artifacts], options)
     directory = artifacts[0][1].parent
     try:
@@ -337,7 +367,7 @@ def _build(
     options: StageOptions,
     make_engines: Callable[[Sequence[ProductFile]], list[Engine]],
     directory: Path,
-) -> Int8Stage:
+) -> Stage:
     with (
         ExitStack() as resources,
         tempfile.TemporaryDirectory(dir=directory, prefix=".products-") as name,
@@ -353,7 +383,7 @@ def _build(
                 )
             )
             for block, path in artifacts
-            if (kind := spec.block_kind(block)) != "layer"
+            if (kind := spec.block_kind(block)) != "layer" and not spec.encodes
         }
         files, vectors = product_files(spec, artifacts, Path(name))
         engines = make_engines(files) if files else []
@@ -368,7 +398,7 @@ def _build(
                 own,
                 {name: next(left) for name in stacks(spec.layer(block))},
                 _rotary(spec.layer(block), options.context_tokens),
-                options.slots,
+                1 if spec.encodes else options.slots,
                 options.context_tokens,
             )
             for block, own in vectors.items()
@@ -377,6 +407,10 @@ def _build(
         memory_bytes += sum(
             file.weights.codes.size + 2 * file.weights.steps.nbytes for file in files
         )
+        if spec.encodes:
+            whole, _, buffer_bytes = read_encoder(spec, artifacts, options)
+            host = HostEncoderLayers(layers, memory_bytes, resources.pop_all()) if layers else None
+            return EncoderStage(spec, whole, host, options, buffer_bytes)
         memory_bytes += sum(stage.memory_bytes for stage in ends.values())
         if layers:
             blocks = list(vectors)

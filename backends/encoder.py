@@ -15,9 +15,9 @@ import numpy as np
 
 from backends.base import Array, BackendError, Stage, StageOptions, Tokens
 from backends.checks import check_inputs
+from model import encoder_ends
 from model.artifact import Tensor, read_block, values_of
 from model.costs import stage_buffer_bytes
-from model.encoder_ends import embedded, result
 from model.spec import LayerSpec, ModelSpec
 from model.texts import Texts, pass_rows
 
@@ -34,8 +34,9 @@ class EncoderLayers(ABC):
     def run(self, hidden: Array, texts: Texts) -> Array:
         """Run rows [n, hidden] of whole texts: hidden float32 [n, hidden]. Raises BackendError."""
 
+    @abstractmethod
     def close(self) -> None:
-        """Free everything."""
+        """Free everything. Idempotent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,11 +99,13 @@ class EncoderStage(Stage):
             )
         rows = inputs
         if self._embedding is not None and self._table is not None:
-            rows = embedded(self._spec, self._table, self._embedding, np.asarray(inputs), texts)
+            rows = encoder_ends.embedded(
+                self._spec, self._table, self._embedding, np.asarray(inputs), texts
+            )
         if self._layers is not None:
             rows = self._layers.run(np.ascontiguousarray(rows, np.float32), texts)
         if self._head is not None:
-            rows = result(self._spec, self._head, rows, texts)
+            rows = encoder_ends.result(self._spec, self._head, rows, texts)
         answer: Array = np.asarray(rows, np.float32)
         if not np.isfinite(answer).all():
             raise BackendError(
@@ -167,7 +170,8 @@ def see(layer: LayerSpec, texts: Texts) -> Array:
     real = at < np.asarray(texts.lengths)[:, None]
     masks = np.where(seen & real[:, None, :], np.float32(0), np.float32(-np.inf))
     masks[:, :, 0] = np.where(real, masks[:, :, 0], 0)
-    return masks[:, None]
+    side: Array = masks[:, None]
+    return side
 
 
 def side_by_side(texts: Texts) -> tuple[Tokens, Tokens]:

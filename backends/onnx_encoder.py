@@ -58,9 +58,7 @@ def load_encoder(
 class OnnxEncoderLayers(EncoderLayers):
     """Layers in sessions of SEGMENT_BYTES, one after the other."""
 
-    def __init__(
-        self, spec: ModelSpec, files: Sequence[LayerFile], options: StageOptions
-    ) -> None:
+    def __init__(self, spec: ModelSpec, files: Sequence[LayerFile], options: StageOptions) -> None:
         self._memory_bytes = 0
         self._kinds = list(dict.fromkeys(_kind(file.layer) for file in files))
         self._layers = {_kind(file.layer): file.layer for file in files}
@@ -133,8 +131,7 @@ class EncoderGraph:
 
     def layer(self, layer: LayerSpec, weights: BlockWeights) -> None:
         """Append a layer."""
-        graph, before = self.graph, self._value
-        entered = before
+        entered = before = self._value
         inward = layer.norm_position in ("pre", "both")
         if inward and not layer.enters_plain:
             entered = self._norm(layer, weights, "attn_norm", before)
@@ -261,9 +258,7 @@ def _norm_weights(weights: BlockWeights, name: str) -> tuple[Array, Array | None
     return weights.vectors[f"{name}.weight"], weights.vectors.get(f"{name}.bias")
 
 
-def _weights(
-    file: LayerFile, containers: Mapping[int, int], *, as_bytes: bool
-) -> BlockWeights:
+def _weights(file: LayerFile, containers: Mapping[int, int], *, as_bytes: bool) -> BlockWeights:
     matrices: dict[str, Matrix] = {}
     vectors: dict[str, Array] = {}
     for name, tensor in file.tensors.items():

@@ -22,6 +22,7 @@ from backends.torch_capture import DEVICE
 from model.spec import ModelSpec
 
 if TYPE_CHECKING:
+    from backends.encoder import EncoderStage
     from backends.torch_stage import TorchStage
 
 GPU_CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8, 16: 16, 32: 32}
@@ -79,7 +80,7 @@ class TorchCudaBackend(Backend):
 
     def load(
         self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
-    ) -> TorchStage:
+    ) -> TorchStage | EncoderStage:
         check_blocks(spec, [block for block, _ in artifacts], options)
         torch = _torch("torch_cuda")
         check_gpu(torch)
@@ -96,7 +97,7 @@ class TorchCpuBackend(Backend):
 
     def load(
         self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
-    ) -> TorchStage:
+    ) -> TorchStage | EncoderStage:
         check_blocks(spec, [block for block, _ in artifacts], options)
         torch = _torch("torch_cpu")
         torch.set_num_threads(options.threads)
@@ -136,7 +137,11 @@ def _load(
     artifacts: Sequence[tuple[int, Path]],
     options: StageOptions,
     device: str,
-) -> TorchStage:
+) -> TorchStage | EncoderStage:
+    if spec.encodes:
+        from backends.torch_encoder import load_encoder
+
+        return load_encoder(spec, artifacts, options, torch.device(device))
     from backends.torch_stage import TorchStage
 
     return TorchStage(spec, artifacts, options, torch.device(device))

@@ -38,7 +38,7 @@ def embedded(
 
 
 def result(spec: ModelSpec, weights: Weights, hidden: Array, texts: Texts) -> Array:
-    """Return what ``spec.output`` says of hidden rows [n, hidden]: a row a text, or a row a token."""
+    """Return what ``spec.output`` says of hidden rows [n, hidden]: a row for each text or token."""
     output = spec.output
     if output is None:
         raise ValueError("the model generates text")

@@ -1,4 +1,4 @@
-"""A language model, decoder or encoder, as features, from which backends, cost formulas and plans are built.
+"""A language model as features, from which backends, cost formulas and plans are built.
 
 A family (``model.families``) maps config.json to these values once. No other code asks for a
 family's name. The unit of placement is the block:

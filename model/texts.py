@@ -41,12 +41,9 @@ class Texts:
     @property
     def are_sound(self) -> bool:
         """Whether the numbers can be true, as a peer may send any."""
-        return (
-            0 < len(self.lengths) == len(self.seconds)
-            and all(
-                0 <= second <= length and length > 0
-                for second, length in zip(self.seconds, self.lengths, strict=True)
-            )
+        return 0 < len(self.lengths) == len(self.seconds) and all(
+            0 <= second <= length and length > 0
+            for second, length in zip(self.seconds, self.lengths, strict=True)
         )
 
     def begins(self) -> npt.NDArray[np.int64]:
@@ -65,9 +62,7 @@ class Texts:
         )
 
 
-def pooled(
-    rows: npt.NDArray[np.float32], texts: Texts, pooling: str
-) -> npt.NDArray[np.float32]:
+def pooled(rows: npt.NDArray[np.float32], texts: Texts, pooling: str) -> npt.NDArray[np.float32]:
     """Return a row for each text [texts, hidden]: its first, its last, or the mean of all."""
     begins = texts.begins()
     if pooling == "first":

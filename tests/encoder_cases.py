@@ -1,4 +1,4 @@
-"""Random encoders and what transformers computed for them. ``tests/make_encoders.py`` makes them."""
+"""Random encoders, which ``tests/make_encoders.py`` makes, and what transformers computed."""
 
 from __future__ import annotations
 

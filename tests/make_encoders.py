@@ -27,8 +27,13 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import CONFIG_MAPPING, AutoModel, AutoModelForQuestionAnswering
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 ENCODERS = Path(__file__).parent / "encoders"
 VOCAB = 128

@@ -75,11 +75,11 @@ def _pooling(path: Path) -> Pooling:
 
 def _step(modules: Path, item: object) -> tuple[str, str]:
     """Return the type of a step, and its folder, which is inside the model's."""
-    if isinstance(item, dict):
-        kind, path = item.get("type"), item.get("path", "")
-        if isinstance(kind, str) and isinstance(path, str):
-            if path == "" or (path.isprintable() and not set(path) & set("/\\:.")):
-                return kind.rpartition(".")[2], path
+    kind, path = (item.get("type"), item.get("path", "")) if isinstance(item, dict) else ("", ".")
+    if isinstance(kind, str) and isinstance(path, str):
+        inside = path.isprintable() and not set(path) & set("/\\:.")
+        if kind and (path == "" or inside):
+            return kind.rpartition(".")[2], path
     raise CheckpointError(f"{modules}: not a list of steps with type and path; fetch it again")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack, closing
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,10 +11,14 @@ import numpy as np
 import pytest
 
 from backends.base import Array, Backend, BackendError, BackendUnavailable, StageOptions
+from backends.edgetpu import HostEncoderLayers
+from backends.edgetpu_host import HostLayer, stacks
 from backends.registry import backend_class
 from model.artifact import read_block
+from model.checkpoint import Checkpoint
 from model.quantize import Format
 from model.reference import ReferenceModel
+from model.rotary import rotary_table
 from model.spec import ModelSpec
 from model.texts import Texts
 from tests.encoder_cases import ENCODERS, NAMES, Golden, stored
@@ -126,3 +131,49 @@ def test_fast_prompts_of_onnx_are_near(tmp_path: Path) -> None:
         rows = stage.encode(golden.tokens, golden.texts)
     cosine = (rows * golden.output).sum(axis=1)
     assert cosine.min() > 0.98, ENCODERS
+
+
+@pytest.mark.parametrize("name", ["minilm", "modernbert", "bert-span", "qwen3-embed"])
+def test_the_host_part_of_a_chip_equals_the_reference(name: str) -> None:
+    """With exact products, all else is computed as by the reference."""
+    checkpoint, golden = Checkpoint.open(ENCODERS / name), Golden.load(name)
+    spec = checkpoint.spec
+    blocks = [checkpoint.block(block) for block in range(spec.block_count)]
+    rows = ReferenceModel(spec, blocks[:1]).encode(golden.tokens, golden.texts)
+    layers = []
+    for block in range(1, spec.head_block):
+        tensors, layer = blocks[block], spec.layer(block)
+        matrices = {
+            product: np.concatenate([tensors[f"{part}.weight"] for part in parts])
+            for product, parts in stacks(layer).items()
+        }
+        products = {key: partial(_multiplied, matrix) for key, matrix in matrices.items()}
+        rotary = None if layer.rope is None else rotary_table(layer.rope, layer.head_dim, 48)
+        layers.append(HostLayer(layer, tensors, products, rotary, 1, 48))
+    rows = HostEncoderLayers(layers, 0, ExitStack()).run(rows, golden.texts)
+    head = ReferenceModel(spec, blocks[-1:], first_block=spec.head_block)
+    np.testing.assert_allclose(head.encode(rows, golden.texts), golden.output, atol=ATOL)
+
+
+def _multiplied(matrix: Array, rows: Array) -> Array:
+    product: Array = rows @ matrix.T
+    return product
+
+
+@pytest.mark.parametrize("name", ["minilm", "bert-class", "distilbert-span", "modernbert"])
+def test_chips_run_encoders_with_products_of_8_bits(name: str, tmp_path: Path) -> None:
+    kind = backend_class("tflite_cpu")
+    try:
+        kind.probe()
+    except BackendUnavailable as unavailable:
+        pytest.skip(unavailable.reason)
+    checkpoint, artifacts = stored(name, Format.of(8, "rtn", 32), tmp_path)
+    golden = Golden.load(name)
+    expected = ReferenceModel.from_artifacts(checkpoint.spec, artifacts).encode(
+        golden.tokens, golden.texts
+    )
+    options = StageOptions(slots=1, context_tokens=48, threads=1)
+    with closing(kind().load(checkpoint.spec, artifacts, options)) as stage:
+        rows = stage.encode(golden.tokens, golden.texts)
+    error = np.linalg.norm(rows - expected) / np.linalg.norm(expected)
+    assert error < 0.25
