@@ -31,11 +31,11 @@ from agent.gauges import Gauges
 from agent.grammars import open_grammars, with_vocabulary
 from agent.integrity import Contents, Watch, load_whole
 from agent.links import Link, Measuring
+from agent.loaded import AnyRelay, encode, relay_of
 from agent.pace import PacedStage
 from agent.peers import Entrance, PeerServer, connect_peer, measure_link_steadily
 from agent.quality import StreamedModel, measure_quality
 from agent.quiet import Cancelled, Figures, QuietMoments
-from agent.relay import Relay
 from agent.team import LeadStage, Team
 from backends.base import Artifacts, Backend, BackendError, Stage, StageOptions, TeamSum
 from backends.registry import backend_class
@@ -66,6 +66,7 @@ from wire.messages import (
     DeviceMeasured,
     DevicesKnown,
     Done,
+    EncodeTexts,
     Endpoint,
     FileRef,
     FindBlocks,
@@ -151,7 +152,7 @@ class Agent:
         self._blocks = ""
         """The blocks of the stage in words."""
         self._told = ""
-        self._relay: Relay | None = None
+        self._relay: AnyRelay | None = None
         """Runs the stage, unless another member of its team leads."""
         self._team: Team | None = None
         self._paced: PacedStage | None = None
@@ -444,6 +445,8 @@ class Agent:
                         connection.send(SequenceFailed(message.epoch, message.sequence, reason))
                     else:
                         relay.start(message)
+                elif isinstance(message, EncodeTexts):
+                    encode(message, self._relay_of(message.epoch), connection)
                 elif isinstance(message, ReleaseSequence):
                     relay = self._relay_of(message.epoch)
                     if relay is not None:
@@ -721,16 +724,8 @@ class Agent:
         if team is not None:
             self._paced = team.paced
         if team is None or team.leads:
-            self._relay = Relay(
-                stage,
-                spec,
-                range(indices[0], indices[-1] + 1),
-                epoch=request.epoch,
-                slots=request.slots,
-                context_tokens=request.context_tokens,
-                hop_bits=request.hop_bits,
-                report=self._report,
-                grammars=open_grammars(request, self._cache),
+            self._relay = relay_of(
+                request, stage, spec, self._report, open_grammars(request, self._cache)
             )
             self._peers.entrance = Entrance(request.previous, request.hop_key, self._relay.deliver)
         names = dict.fromkeys((spec.block_name(indices[0]), spec.block_name(indices[-1])))
@@ -774,7 +769,7 @@ class Agent:
         def load(own: ModelSpec, blocks: Artifacts, team_sum: TeamSum | None = None) -> Stage:
             kinds = [(block, read_format(path)) for block, path in blocks]
             self._trials.require(own, kinds, waiting)
-            return backend.load(own, blocks, replace(options, team_sum=team_sum))
+            return backend.stage(own, blocks, replace(options, team_sum=team_sum))
 
         artifacts = [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks]
         if team is None:
@@ -786,7 +781,7 @@ class Agent:
     def _stop_damaged(
         self,
         epoch: int,
-        relay: Relay | None,
+        relay: AnyRelay | None,
         team: Team | None,
         path: Path,
     ) -> None:
@@ -839,7 +834,7 @@ class Agent:
     def _has_stage(self) -> bool:
         return self._relay is not None or self._team is not None
 
-    def _relay_of(self, epoch: int) -> Relay | None:
+    def _relay_of(self, epoch: int) -> AnyRelay | None:
         relay = self._relay
         return relay if relay is not None and relay.epoch == epoch else None
 

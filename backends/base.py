@@ -262,3 +262,12 @@ class Backend(ABC):
         BackendError if the blocks cannot be run, and model.errors.CheckpointError if an artifact is
         damaged.
         """
+
+    def load_encoder(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Stage:
+        """As ``load``, of a model that encodes whole texts. The stage has ``encode``."""
+        raise BackendError(f"{type(self).__name__} runs no encoders: use another backend")
+
+    def stage(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Stage:
+        """Load blocks of any model: by ``load_encoder`` if it encodes, else by ``load``."""
+        load = self.load_encoder if spec.encodes else self.load
+        return load(spec, artifacts, options)

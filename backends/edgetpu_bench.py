@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from backends.base import BackendError, Capabilities, Stage, StageOptions
-from backends.edgetpu import ON_CHIP_BYTES, TfliteCpuBackend, compile_stage
+from backends.base import BackendError, Capabilities, StageOptions
+from backends.edgetpu import ON_CHIP_BYTES, Int8Stage, TfliteCpuBackend, compile_stage
 from backends.edgetpu_compiler import (
     Compiled,
     Compiler,
@@ -56,7 +56,7 @@ class CompilingBackend(TfliteCpuBackend):
 
     def load(
         self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
-    ) -> Stage:
+    ) -> Int8Stage:
         layers = sum(spec.block_kind(block) == "layer" for block, _ in artifacts)
         if layers:
             what = f"measuring: {layers} of hidden {spec.hidden}, MLP {spec.layers[0].ffn}"

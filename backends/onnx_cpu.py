@@ -116,15 +116,21 @@ class OnnxCpuBackend(Backend):
 
     def load(
         self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
-    ) -> OnnxCpuStage | EncoderStage:
+    ) -> OnnxCpuStage:
         check_blocks(spec, [block for block, _ in artifacts], options)
-        if spec.encodes:
-            return load_encoder(spec, artifacts, options)
         for layer in spec.layers:
             if layer.head_dim % 2:
                 raise BackendError(f"head width {layer.head_dim} is odd, which no kernel takes")
         with translated("cannot load the stage"):
             stage = _Loader(spec, options).load(artifacts)
+        return_free_memory()
+        return stage
+
+    def load_encoder(
+        self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
+    ) -> EncoderStage:
+        check_blocks(spec, [block for block, _ in artifacts], options)
+        stage = load_encoder(spec, artifacts, options)
         return_free_memory()
         return stage
 

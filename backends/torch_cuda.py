@@ -80,11 +80,19 @@ class TorchCudaBackend(Backend):
 
     def load(
         self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
-    ) -> TorchStage | EncoderStage:
+    ) -> TorchStage:
         check_blocks(spec, [block for block, _ in artifacts], options)
         torch = _torch("torch_cuda")
         check_gpu(torch)
         return _load(torch, spec, artifacts, options, "cuda:0")
+
+    def load_encoder(
+        self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
+    ) -> EncoderStage:
+        check_blocks(spec, [block for block, _ in artifacts], options)
+        torch = _torch("torch_cuda")
+        check_gpu(torch)
+        return _load_encoder(torch, spec, artifacts, options, "cuda:0")
 
 
 class TorchCpuBackend(Backend):
@@ -97,11 +105,19 @@ class TorchCpuBackend(Backend):
 
     def load(
         self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
-    ) -> TorchStage | EncoderStage:
+    ) -> TorchStage:
         check_blocks(spec, [block for block, _ in artifacts], options)
         torch = _torch("torch_cpu")
         torch.set_num_threads(options.threads)
         return _load(torch, spec, artifacts, options, "cpu")
+
+    def load_encoder(
+        self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
+    ) -> EncoderStage:
+        check_blocks(spec, [block for block, _ in artifacts], options)
+        torch = _torch("torch_cpu")
+        torch.set_num_threads(options.threads)
+        return _load_encoder(torch, spec, artifacts, options, "cpu")
 
 
 def is_integrated(gpu: Any, device_tree: Path = _DEVICE_TREE) -> bool:
@@ -137,14 +153,22 @@ def _load(
     artifacts: Sequence[tuple[int, Path]],
     options: StageOptions,
     device: str,
-) -> TorchStage | EncoderStage:
-    if spec.encodes:
-        from backends.torch_encoder import load_encoder
-
-        return load_encoder(spec, artifacts, options, torch.device(device))
+) -> TorchStage:
     from backends.torch_stage import TorchStage
 
     return TorchStage(spec, artifacts, options, torch.device(device))
+
+
+def _load_encoder(
+    torch: Any,
+    spec: ModelSpec,
+    artifacts: Sequence[tuple[int, Path]],
+    options: StageOptions,
+    device: str,
+) -> EncoderStage:
+    from backends.torch_encoder import load_encoder
+
+    return load_encoder(spec, artifacts, options, torch.device(device))
 
 
 def _torch(backend: str) -> Any:

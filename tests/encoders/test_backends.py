@@ -45,7 +45,7 @@ def run(
     rows = golden.tokens
     with ExitStack() as resources:
         for backend, (begin, end) in zip(backends, pairwise(cuts), strict=True):
-            stage = backend.load(spec, artifacts[begin:end], OPTIONS)
+            stage = backend.stage(spec, artifacts[begin:end], OPTIONS)
             resources.enter_context(closing(stage))
             assert stage.memory_bytes > 0
             rows = stage.encode(rows, golden.texts)
@@ -85,7 +85,7 @@ def test_texts_that_share_a_pass_do_not_see_each_other(
     checkpoint, artifacts = stored(name, Format.of(32), tmp_path)
     golden = Golden.load(name)
     begins = golden.texts.begins()
-    with closing(backend.load(checkpoint.spec, artifacts, OPTIONS)) as stage:
+    with closing(backend.stage(checkpoint.spec, artifacts, OPTIONS)) as stage:
         alone = [
             stage.encode(golden.tokens[begin:end], Texts((end - begin,), (second,)))
             for (begin, end), second in zip(pairwise(begins), golden.texts.seconds, strict=True)
@@ -97,7 +97,7 @@ def test_texts_that_share_a_pass_do_not_see_each_other(
 
 def test_a_pass_that_does_not_fit_is_refused(backend: Backend, tmp_path: Path) -> None:
     checkpoint, artifacts = stored("minilm", Format.of(32), tmp_path)
-    with closing(backend.load(checkpoint.spec, artifacts, OPTIONS)) as stage:
+    with closing(backend.stage(checkpoint.spec, artifacts, OPTIONS)) as stage:
         tokens = np.zeros(49, np.int64)
         for texts, said in (
             (Texts.plain(49), "context of 48"),
@@ -118,7 +118,7 @@ def test_a_stage_between_the_ends_takes_and_gives_hidden_rows(
     spec = checkpoint.spec
     blocks = [read_block(path, spec, block)[1] for block, path in artifacts]
     rows = ReferenceModel(spec, blocks[:2]).encode(golden.tokens, golden.texts)
-    with closing(backend.load(spec, artifacts[2:4], OPTIONS)) as stage:
+    with closing(backend.stage(spec, artifacts[2:4], OPTIONS)) as stage:
         rows = stage.encode(rows, golden.texts)
     np.testing.assert_allclose(rows, golden.hidden, atol=ATOL)
 
@@ -127,7 +127,7 @@ def test_fast_prompts_of_onnx_are_near(tmp_path: Path) -> None:
     checkpoint, artifacts = stored("minilm", Format.of(8, "rtn", 32), tmp_path)
     golden = Golden.load("minilm")
     options = StageOptions(slots=1, context_tokens=48, threads=1, fast_prompts=True)
-    with closing(backend_class("onnx_cpu")().load(checkpoint.spec, artifacts, options)) as stage:
+    with closing(backend_class("onnx_cpu")().stage(checkpoint.spec, artifacts, options)) as stage:
         rows = stage.encode(golden.tokens, golden.texts)
     cosine = (rows * golden.output).sum(axis=1)
     assert cosine.min() > 0.98, ENCODERS
@@ -173,7 +173,7 @@ def test_chips_run_encoders_with_products_of_8_bits(name: str, tmp_path: Path) -
         golden.tokens, golden.texts
     )
     options = StageOptions(slots=1, context_tokens=48, threads=1)
-    with closing(kind().load(checkpoint.spec, artifacts, options)) as stage:
+    with closing(kind().stage(checkpoint.spec, artifacts, options)) as stage:
         rows = stage.encode(golden.tokens, golden.texts)
     error = np.linalg.norm(rows - expected) / np.linalg.norm(expected)
     assert error < 0.25
