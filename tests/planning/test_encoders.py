@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.planning.test_advice import profile
 
 from model import costs
 from model.families import load_spec
@@ -18,6 +17,7 @@ from planning.planner import solve
 from planning.problem import Objective, PlanningProblem
 from planning.request import DEFAULT_BITS, LoadRequest
 from tests.encoder_cases import ENCODERS
+from tests.planning.test_advice import profile
 from wire.profile import BlockTiming, LinkProfile
 
 SPEC = load_spec(ENCODERS / "bert-class")

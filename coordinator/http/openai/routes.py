@@ -36,6 +36,7 @@ from coordinator.http.openai.answers import ChatCompletions, Completions
 from coordinator.http.openai.api import Api, answered
 from coordinator.http.openai.events import Outcome, events
 from coordinator.http.openai.jobs import Job
+from coordinator.http.openai.kinds import require_generates
 from coordinator.http.openai.responses import Responses
 from coordinator.loading.models import Models
 from coordinator.loading.state import Loading, Replacing, Resuming, describe, name_of
@@ -81,6 +82,7 @@ class OpenAIRoutes:
             return server_sent_events(self._late_stream(api, _is_long(request)), api.form)
         self._models.require_soon()
         deployment = await while_connected(request, self._models.deployment())
+        require_generates(deployment)
         job = await while_connected(
             request, self.prepare(lambda: api.read(deployment), is_long=_is_long(request))
         )
@@ -92,6 +94,7 @@ class OpenAIRoutes:
         """Stream what the answer waits for, then the answer. Errors come in the stream."""
         yield f"{name_of(self._models.current)} is {describe(self._models.current)}"
         deployment = await self._models.deployment()
+        require_generates(deployment)
         job = await self.prepare(lambda: api.read(deployment), is_long=is_long)
         async with aclosing(self._stream(api, job)) as found:
             async for event in found:
