@@ -82,11 +82,18 @@ def windows(
 
 
 def best_spans(
-    context: str, texts: Sequence[EncodedText], scores: Sequence[Scores], top: int
+    context: str,
+    texts: Sequence[EncodedText],
+    scores: Sequence[Scores],
+    top: int,
+    *,
+    may_lack: bool = False,
 ) -> list[Span]:
     """Return the parts of a text that answer a question best, the best first.
 
     scores: of each window [tokens, 2], how well an answer begins and ends at a token.
+    may_lack: an empty answer is one of them, if the text may lack the answer, as in SQuAD 2.0. Its
+        score is that of each window's first token, in the window where that is least.
     """
     logits: dict[tuple[int, int], float] = {}
     for text, rows in zip(texts, scores, strict=True):
@@ -94,6 +101,8 @@ def best_spans(
             logits[start, end] = max(score, logits.get((start, end), -np.inf))
     if not logits:
         return []
+    if may_lack:
+        logits[0, 0] = min(float(rows[0, 0]) + float(rows[0, 1]) for rows in scores)
     values = np.array(list(logits.values()))
     shares = np.exp(values - values.max())
     shares /= shares.sum()

@@ -5,6 +5,7 @@ and a text, and returns the parts of the text that answer it best. Beyond that:
 
 - ``prompt_name`` puts one of the model's own prompts before each text (``query``, ``document``).
 - ``truncate`` cuts texts that are too long, which are refused otherwise.
+- ``may_lack`` lets an empty answer compete, where the text may not have one.
 """
 
 from __future__ import annotations
@@ -130,12 +131,13 @@ class EncoderRoutes:
         self, deployment: Deployment, body: Mapping[str, Any]
     ) -> dict[str, Any]:
         require_kind(deployment, "span")
-        check(body, {"question", "context", "top"})
+        check(body, {"question", "context", "top", "may_lack"})
         question, context = (_text(body, name) for name in ("question", "context"))
         top = int(number(body, "top", 1, 1, MOST_ANSWERS, whole=True))
         read = await self._prepared(lambda: _windows(deployment, question, context))
         scores = await self._encoders.encode(deployment, read.tokens)
-        found = best_spans(context, read.encoded, scores, top)
+        lacks = flag(body, "may_lack")
+        found = best_spans(context, read.encoded, scores, top, may_lack=lacks)
         answers = [_answer(span) for span in found]
         return {"object": "list", "data": answers, "model": deployment.name, "usage": read.usage}
 
