@@ -140,7 +140,7 @@ class Encoders:
         self._newest = 0
         """The number of the newest pass."""
         self._lines: dict[int, _Line] = {}
-        """By epoch."""
+        """Maps an epoch to its line."""
         self._tasks: set[asyncio.Task[None]] = set()
         roster.subscribe(self.on_event, lambda *_: None)  # Losses end passes by EndAnswers.
         models.carry_out(EndAnswers, self._end)
