@@ -397,8 +397,8 @@ def _devices(devices: argparse.ArgumentParser) -> Page:
     devices.add_argument(
         "--revoke",
         metavar="NAME",
-        help="Let this device join no more, and drop it at once. The coordinator must run with "
-        "--tls on this machine.",
+        help="Let this device join no more, and drop it at once. The coordinator must run "
+        "on this machine.",
     )
     tokens.add_book_argument(devices)
     devices.add_argument(
@@ -761,7 +761,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "compress": ("Make smaller models of one, and teach them with your text.", _compress),
     "edgetpu": ("Compile a model for a Coral Edge TPU, or check the one here.", _edgetpu),
     "key": ("Make, list and revoke API keys of this machine's coordinator.", _key),
-    "token": ("Make, list and revoke tokens by which devices join with TLS.", _token),
+    "token": ("Make, list and revoke tokens by which devices join.", _token),
     "ps": ("Show what is loaded, and what it waits for.", _ps),
     "events": ("Show the coordinator's last events.", _events),
     "trace": ("Show where the time of one request went, device by device.", _trace),

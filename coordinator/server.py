@@ -52,7 +52,6 @@ from coordinator.serving.requests import Requests
 from coordinator.story import Story
 from model.errors import ModelError
 from wire import admission, limits
-from wire.auth import Token
 from wire.chunks import file_chunks
 from wire.claim import Claim, Fingerprint
 from wire.connection import ACCEPT_AT_ONCE, AsyncConnection, serve
@@ -130,7 +129,7 @@ class Coordinator:
         self._service = service or ServiceManager()
         self._store = ArtifactStore(config.state_dir, config.storage_bytes)
         self._story = Story()
-        self._book = DeviceBook(config.state_dir) if config.tls else None
+        self._book = None if config.insecure else DeviceBook(config.state_dir)
         self.roster = Roster(config.cluster, NameBook(config.state_dir), self._story, self._book)
         self._models, turns = Models(self._story), Turns()
         self._models.progress = lambda: turns.progress
@@ -172,14 +171,14 @@ class Coordinator:
             ) from error
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         answerer = self._answerer()
-        fingerprint = answerer.identity.fingerprint if isinstance(answerer, Answerer) else None
+        fingerprint = None if answerer is None else answerer.identity.fingerprint
         http_socket = bind(config.http_host, config.http_port)
         # Accepted connections inherit this. The answer to a client that is dead or reads nothing
         # would hold a KV slot for ever.
         tune(http_socket, CLIENT_STALL_S)
         with http_socket:
             control, control_port = await serve(
-                config.control_host, config.control_port, self._handle, token=answerer
+                config.control_host, config.control_port, self._handle, answerer=answerer
             )
             self._feed.control_port = control_port
             ready = Ready(control_port, config.http_host, http_socket.getsockname()[1])
@@ -205,7 +204,7 @@ class Coordinator:
                     # A task of its own, because uvicorn raises the signal that stopped it again.
                     # So the signal ends this await, and not the first one of the cleaning up.
                     await asyncio.ensure_future(
-                        _serve_http(self._app(), http_socket, on_started, on_stop)
+                        _serve_http(self._app(fingerprint), http_socket, on_started, on_stop)
                     )
                 finally:
                     attendant.cancel()
@@ -213,16 +212,23 @@ class Coordinator:
                     self._service.stopping()
                     on_stop()
 
-    def _answerer(self) -> Token | Answerer | None:
+    def _answerer(self) -> Answerer | None:
         """Return what agents must show. Raises ConfigError."""
         if self._book is None:
-            return self._config.token
+            return None
         try:
             identity = own_identity(self._config.identity_path)
         except IdentityError as error:
             raise ConfigError(str(error)) from error
         purposes: frozenset[Purpose] = frozenset(("control", "blocks"))
         return Answerer(identity, COORDINATOR, purposes, self._book.admit)
+
+    def _inviting(self, fingerprint: Fingerprint | None) -> Callable[[], str] | None:
+        """Return what makes a token for one device, or None with --insecure."""
+        book = self._book
+        if book is None or fingerprint is None:
+            return None
+        return lambda: book.invite(fingerprint).text
 
     async def _attend(self) -> None:
         """Tell the service manager that the event loop runs, and what it serves."""
@@ -275,13 +281,13 @@ class Coordinator:
             await asyncio.shield(task)
             await asyncio.to_thread(advertisement.__exit__, None, None, None)
 
-    def _app(self) -> ASGIApp:
+    def _app(self, fingerprint: Fingerprint | None) -> ASGIApp:
         admin = AdminRoutes(
             self._config.cluster, self.roster, self._operations, self._models, self._story
         )
         openai = OpenAIRoutes(self._models, self._gateway)
         texts = TextRoutes(self._models, openai)
-        page = PageRoutes(self._config, self._feed)
+        page = PageRoutes(self._config, self._feed, self._inviting(fingerprint))
         health = HealthRoutes(self._models, self._requests)
         metrics = Metrics(self.roster, self._models, self._requests)
         traces = TraceRoutes(self._models, self._requests)

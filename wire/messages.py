@@ -36,7 +36,7 @@ class Endpoint:
     port: int
 
 
-# ---- every connection, where there is a token: wire.auth ----------------------------------------
+# ---- every encrypted connection: wire.introduction ----------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,6 @@ class AuthChallenge:
 @dataclass(frozen=True, slots=True)
 class AuthAnswer:
     nonce: bytes
-    proof: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class AuthProof:
-    proof: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -866,7 +860,6 @@ class BlockChunk:
 Message: TypeAlias = (
     AuthChallenge
     | AuthAnswer
-    | AuthProof
     | Introduction
     | DevicesKnown
     | AgentHello
@@ -948,7 +941,6 @@ CODES: dict[int, type[Message]] = {
     25: QualityMeasured,
     26: AuthChallenge,
     27: AuthAnswer,
-    28: AuthProof,
     29: LinkChanged,
     30: StartSequence,
     31: ReleaseSequence,

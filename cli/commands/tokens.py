@@ -16,7 +16,7 @@ from coordinator.roster.book import DEFAULT_TTL_S, BadBook, DeviceBook
 from wire.identity import IdentityError, own_identity
 
 ABOUT = (
-    "A new device joins a coordinator with --tls by a token, once. Then it is known by its key. "
+    "A new device joins by a token, once. Then it is known by its key. "
     "The token names the coordinator, so the device tells nothing to another one. A running "
     "coordinator sees each change at once."
 )

@@ -207,8 +207,8 @@ def test_the_page_finds_a_coordinator_again_that_stopped(
 
 
 def test_the_joining_line_is_copied_with_the_token(browser: Browser, shoal: GivenShoal) -> None:
-    token = "of-more-than-thirty-two-characters"  # noqa: S105 - made up
-    shoal.use_token(token.encode())
+    token = "shoal1.fingerprint.secret"  # noqa: S105 - made up
+    shoal.token = token
     browser.open(shoal.url)
     browser.click(".column-shoal .card:nth-of-type(2) .quiet-button")
     browser.until(".join code", "SHOAL_TOKEN=••••")

@@ -24,6 +24,10 @@ import httpx
 import psutil
 import pytest
 
+from coordinator.roster.book import DeviceBook
+from model.durable import replace_text
+from wire.identity import own_identity
+
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 TINY_OPT = ROOT / "examples" / "tiny-opt" / "model"
@@ -87,8 +91,9 @@ LOG_CHARACTERS = 6000
 class Cluster:
     """A coordinator and agents of this test, on the loopback interface.
 
-    Its agents share what they measure and try. They begin with what agents of earlier clusters of
-    this run have left, as one that is started again does. ``measures`` True: each has nothing.
+    The agents join by a token, unless a test brings its own, or says --insecure. They share what
+    they measure and try. They begin with what agents of earlier clusters of this run have left, as
+    one that is started again does. ``measures`` True: each has nothing.
     """
 
     def __init__(self, directory: Path, *, measures: bool = False) -> None:
@@ -112,7 +117,6 @@ class Cluster:
             "--port=0",
             "--http=127.0.0.1:0",
             f"--state-dir={self.directory / 'coordinator'}",
-            *self._token(options, "--tls", "--create-token"),
             *(options or ("--no-mdns",)),
         )
         assert process.stdout is not None
@@ -128,15 +132,30 @@ class Cluster:
             "--threads=1",
             f"--state-dir={self.directory / name}",
             *self.measurements(),
-            *self._token(options),
+            *self._joining(name, options),
             *(options or (f"--coordinator=127.0.0.1:{self.control_port}",)),
         )
 
-    def _token(self, options: Sequence[str], *others: str) -> tuple[str, ...]:
-        """With SHOAL_TEST_TLS, the options of a cluster with TLS. A test may bring its own."""
-        if "SHOAL_TEST_TLS" not in os.environ or any("token" in option for option in options):
+    def token(self) -> Path:
+        """A file with a token by which any number of devices join, also before it has started."""
+        path = self.directory / "token"
+        if not path.exists():
+            state_dir = self.directory / "coordinator"
+            state_dir.mkdir(parents=True, exist_ok=True)
+            fingerprint = own_identity(state_dir / "identity.pem").fingerprint
+            replace_text(path, self.book().invite(fingerprint, ttl_s=None, uses=None).text)
+        return path
+
+    def book(self) -> DeviceBook:
+        """The devices and tokens that the coordinator knows."""
+        return DeviceBook(self.directory / "coordinator")
+
+    def _joining(self, name: str, options: Sequence[str]) -> tuple[str, ...]:
+        """The options with which an agent joins, unless the test gives its own or it is known."""
+        is_known = (self.directory / name / "coordinator-fingerprint").exists()
+        if is_known or any("token" in option or option == "--insecure" for option in options):
             return ()
-        return (*others, f"--token-file={self.directory / 'token'}")
+        return (f"--token-file={self.token()}",)
 
     def measurements(self) -> tuple[str, ...]:
         """The option that lets an agent find what was measured before."""

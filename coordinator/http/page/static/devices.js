@@ -162,19 +162,19 @@ function joiningLine(shoal, answer, token) {
 }
 
 const UNTOLD =
-  "Put the token in its place: it is in the coordinator's token file. The page is told it with an " +
-  "API key, or if the coordinator's own user opens it on the same machine.";
+  "Put a token in its place: `shoal token create` makes one where the coordinator runs. The page is " +
+  "told one with an API key, or if the coordinator's own user opens it on the same machine.";
 
 function Join({ shoal, isFirst }) {
   const [answer, setAnswer] = useState(null);
   const [said, setSaid] = useState("");
   const [isShown, setShown] = useState(false);
 
-  // The addresses are no secret. The token comes along, and is shown only when asked for.
-  useEffect(() => void fetched().catch(() => {}), []);
+  // The addresses are no secret. A token is made only when it is asked for.
+  useEffect(() => void ask("/shoal/v1/join", {}).then(setAnswer, () => {}), []);
 
   async function fetched() {
-    const found = answer ?? (await ask("/shoal/v1/join", {}));
+    const found = answer?.token ? answer : await ask("/shoal/v1/join", { token: true });
     setAnswer(found);
     return found;
   }
