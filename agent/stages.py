@@ -97,7 +97,7 @@ class Stages:
 
     @property
     def words(self) -> str:
-        """What is loaded, in words."""
+        """All that is loaded, in words."""
         each = [f"{stage.blocks} of {stage.layers} layers" for stage in self]
         return "; ".join(each) or "no stage"
 

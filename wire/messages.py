@@ -180,7 +180,7 @@ class StageCounts:
 
 @dataclass(frozen=True, slots=True)
 class StageBeat:
-    """What an agent tells of one of its stages each HEARTBEAT_S.
+    """The state of one of an agent's stages, each HEARTBEAT_S.
 
     token_s: the mean seconds of its last passes of one row, without sums over a team. 0: there were
         too few passes.

@@ -145,7 +145,7 @@ class Member:
     """The share of its processor in use."""
     celsius: float | None = None
     beats: Mapping[int, StageBeat] = field(default_factory=dict)
-    """What its newest heartbeat tells of its stages, by epoch."""
+    """The state of each of its stages in the newest heartbeat, by epoch."""
     lost: AgentLost | None = None
     timings: dict[ModelSpec, dict[int, list[BlockTiming]]] = field(default_factory=dict)
     """The measured block times of each model, by bits."""
