@@ -42,12 +42,12 @@ def test_an_answer_goes_on_over_the_same_stages(
         assert len(undisturbed) == REQUEST["max_tokens"]
         with ThreadPoolExecutor(1) as pool:
             for _ in range(2):
-                begun, carried = threading.Event(), way.carried
+                begun = threading.Event()
                 answer = pool.submit(streamed_tokens, cluster, REQUEST, begun, 20)
                 assert begun.wait(60)
                 way.cut()
-                wait_for(lambda carried=carried: way.carried > carried, 30, "another connection")
                 assert answer.result(60) == undisturbed
+        assert way.carried >= 3
         told = [event["kind"] for event in cluster.get("/shoal/v1/events")["events"]]
         assert told.count("adopted") == 2
         assert "replaced" not in told
