@@ -306,7 +306,9 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Remove the loaded request and the record of its stages from the disk."""
+    """Remove the loaded request of a model and the record of its stages from the disk."""
+
+    name: str
 
 
 Action: TypeAlias = EndAnswers | Place | StopPlacing | Keep | Record | Forget
@@ -430,7 +432,7 @@ def _end(state: State, event: Unloaded | Stopped) -> Next:
     if isinstance(state, (Resuming, Replacing, Broken)):
         actions.append(StopPlacing(name_of(state)))
     if isinstance(event, Unloaded):
-        actions.append(Forget())
+        actions.append(Forget(name_of(state)))
     return Nothing(event.error), tuple(actions)
 
 
