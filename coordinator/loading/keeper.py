@@ -85,7 +85,7 @@ class Keeper:
         models.carry_out(states.Forget, lambda _: kept.forget())
         self._record = kept.record.read()
         """The stages that agents may still have from before the start of this coordinator."""
-        roster.kept_epoch = 0 if self._record is None else self._record.epoch
+        roster.keeps = frozenset(() if self._record is None else (self._record.epoch,))
 
     def resume(self) -> None:
         """Load the model that was loaded before the restart, once its devices join."""
@@ -124,7 +124,7 @@ class Keeper:
                 self._models.apply(name, Lost(error))
 
     def _on_event(self, member: Member, message: Message) -> None:
-        if isinstance(message, (StageDamaged, PeerLost)) and message.epoch == member.kept_epoch:
+        if isinstance(message, (StageDamaged, PeerLost)) and message.epoch in member.kept:
             self._record = None  # This stage cannot be taken over. It is loaded again.
         if isinstance(message, StageDamaged):
             self._on_damage(member, message)
@@ -154,7 +154,7 @@ class Keeper:
 
     def _forget_stages(self) -> None:
         """Take no stages over. Agents that join from now on unload them."""
-        self._record, self._roster.kept_epoch = None, 0
+        self._record, self._roster.keeps = None, frozenset()
 
     def _stop_placing(self, action: StopPlacing) -> None:
         self._forget_stages()
@@ -249,7 +249,7 @@ class Keeper:
             elif isinstance(state, states.Nothing):
                 raise state.error
             else:
-                await unload([one for one in self._roster.members if one.kept_epoch])
+                await unload([one for one in self._roster.members if one.kept])
                 # Files of older versions have names in place of ids.
                 request = states.request_of(state).identified(self._roster.names.device)
                 placed = await self._operations.place(request)
