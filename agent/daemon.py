@@ -91,8 +91,9 @@ from wire.versions import Stranger, shoal_version
 
 log = logging.getLogger(__name__)
 
-RETRY_S = (0.5, 1.0, 2.0, 5.0)
-"""The pauses between attempts to join. The last one repeats."""
+RETRY_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+"""The pauses between attempts to join. The last one repeats. The first is short, because a
+coordinator waits a moment for a device of which only the connection ended."""
 
 KEPT_S = 600.0
 """A stage is kept for so long without a coordinator. It holds memory that others may need."""

@@ -49,6 +49,8 @@ log = logging.getLogger(__name__)
 
 KEY_BYTES = 16
 
+DeploymentKey = tuple[int, int]
+
 Team = tuple[Member, ...]
 """The devices of a stage, the lead first. A device that is alone is a team of one."""
 
@@ -119,6 +121,13 @@ class Deployment:
     """The fingerprint of the checkpoint from which the stages were made."""
     newest_sequence: int = 0
     """The newest sequence that its stages knew when this coordinator took them over."""
+    takeover: int = 0
+    """How often a device's connection ended, and its stage was still there afterwards."""
+
+    @property
+    def key(self) -> DeploymentKey:
+        """Two deployments have the same key only if answers of one are answers of the other."""
+        return self.epoch, self.takeover
 
     @property
     def name(self) -> str:

@@ -490,7 +490,7 @@ class Roster:
         except ProtocolError as error:
             self._lose(member, AgentLost(member.name, str(error), broke_protocol=True))
         except WireError as error:
-            self._lose(member, AgentLost(member.name, str(error)))
+            self._lose(member, AgentLost(member.name, str(error), may_return=True))
         finally:
             heartbeat.cancel()
             self._lose(member, AgentLost(member.name, "its connection ended"))
@@ -551,7 +551,7 @@ class Roster:
                     )
                 )
                 return False
-            self._lose(previous, AgentLost(previous.name, "it joined again"))
+            self._lose(previous, AgentLost(previous.name, "it joined again", may_return=True))
         if self._closed:  # It may have been closed during the awaits above.
             await connection.send(JoinRefused("the coordinator stops"))
         return not self._closed
