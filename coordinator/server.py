@@ -154,6 +154,7 @@ class Coordinator:
         self._gateway = Gateway(
             self.roster, self._models, Shortcuts(config.prefix_cache, config.drafts)
         )
+        self._operations.mover.warm = self._gateway.warm
         self._requests = Requests()
         self._feed = StateFeed(
             config, self.roster, self._models, turns, self._requests, self._story

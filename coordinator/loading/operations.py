@@ -27,10 +27,12 @@ from coordinator.loading.deployment import (
     Deployment,
     Planned,
     deploy,
+    fetch,
     unload,
     wanted_artifacts,
 )
 from coordinator.loading.models import UNLOADED, Models
+from coordinator.loading.moving import Mover
 from coordinator.loading.paces import slowness_of
 from coordinator.loading.rebalance import (
     Choice,
@@ -47,7 +49,6 @@ from coordinator.loading.state import (
     FilesMended,
     LoadBegan,
     LoadFailed,
-    MoveBegan,
     Placed,
     StepBegan,
     Unloaded,
@@ -131,6 +132,7 @@ class Operations:
         self._quality_meter = QualityMeter(store, quality)
         self._vocabulary: tuple[Tokenizer | None, Vocabulary | None] = None, None
         """The vocabulary of the tokenizer that was loaded last."""
+        self.mover = Mover(roster, models, self.carry_out)
         self._damaged_epochs: set[int] = set()
         """Epochs that were being loaded when one of their stages was found damaged."""
 
@@ -177,8 +179,8 @@ class Operations:
             compared = await self.compare(deployment)
             verdict = judge_alone(compared.choice)
             if moves and verdict.moves:
-                await self.prepare(compared.planned)
-                self._models.apply(deployment.name, MoveBegan(Moved(), compared.planned))
+                await self.prepare(compared.planned, deployment)
+                await self.mover.move(deployment, compared.planned, Moved())
             return deployment, compared, verdict
 
     async def compare(
@@ -223,12 +225,17 @@ class Operations:
         present = revalued(deployment.plan, planned.problem)
         return Compared(planned, present, choice, slow_now)
 
-    async def prepare(self, planned: Planned) -> None:
-        """Make all files of a plan, so that answers do not wait for them.
+    async def prepare(self, planned: Planned, before: Deployment) -> None:
+        """Make the files of a plan for a loaded model, and have its devices fetch them.
 
-        The caller holds the turn. Raises CoordinatorError, ModelError.
+        Then answers do not wait for them. The caller holds the turn. Raises CoordinatorError,
+        ModelError.
         """
-        await self._quantize(planned)
+        blocks = await self._quantize(planned)
+        vocabulary = await asyncio.to_thread(
+            self._vocabulary_of, before.tokenizer, planned.checkpoint.spec
+        )
+        await fetch(planned, blocks, self._roster.members, self._report, vocabulary)
 
     async def measure(self, name: str, on_step: Callable[[Step], None]) -> Member:
         """Measure the device ``name`` again, and its links to devices without a stage.
@@ -570,17 +577,26 @@ class Operations:
         blocks: Mapping[str, Sequence[BlockRef]],
         members: Sequence[Member],
         vocabulary: Vocabulary | None = None,
+        keeps: tuple[int, ...] = (),
     ) -> Deployment:
         self._damaged_epochs.clear()
         while True:  # This ends, because a device fetches or makes damaged files again.
             epoch = secrets.randbits(62)  # Hard to guess, and not repeated after a restart.
             on_loaded = partial(self._on_loaded, model_name(planned.request.model))
             deployment = await deploy(
-                planned, tokenizer, blocks, members, epoch, self._report, on_loaded, vocabulary
+                planned,
+                tokenizer,
+                blocks,
+                members,
+                epoch,
+                self._report,
+                on_loaded,
+                vocabulary,
+                keeps,
             )
             if epoch not in self._damaged_epochs:
                 return deployment
-            await asyncio.shield(unload(deployment.devices))
+            await asyncio.shield(unload(deployment.devices, epoch))
 
     def _on_loaded(self, name: str, member: Member, loaded: StageLoaded) -> None:
         if loaded.damaged_files:
@@ -607,9 +623,12 @@ class Operations:
         # The next recovery begins from the whole request.
         return replace(deployment, request=request)
 
-    async def carry_out(self, planned: Planned, before: Deployment) -> Deployment:
-        """Deploy a plan in place of a deployment that was unloaded. The caller holds the turn.
+    async def carry_out(
+        self, planned: Planned, before: Deployment, keeps: tuple[int, ...] = ()
+    ) -> Deployment:
+        """Deploy a plan in place of a deployment. The caller holds the turn.
 
+        keeps: the epochs of deployments whose stages stay beside the new ones.
         Raises CoordinatorError, ModelError, PlanError.
         """
         blocks = await self._quantize(planned)
@@ -617,7 +636,9 @@ class Operations:
             self._vocabulary_of, before.tokenizer, planned.checkpoint.spec
         )
         members = self._roster.members
-        deployment = await self._deploy(planned, before.tokenizer, blocks, members, vocabulary)
+        deployment = await self._deploy(
+            planned, before.tokenizer, blocks, members, vocabulary, keeps
+        )
         # The next recovery begins from the whole request.
         return replace(deployment, request=before.request)
 

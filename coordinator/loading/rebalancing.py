@@ -28,7 +28,7 @@ from coordinator.loading.rebalance import (
     judge,
 )
 from coordinator.loading.remeasuring import LinkCosts, Remeasuring, run_while
-from coordinator.loading.state import MoveBegan, Serving
+from coordinator.loading.state import Serving
 from coordinator.loading.tempo import Tempo, in_common
 from coordinator.loading.turns import Turns
 from coordinator.roster.members import Member, Roster
@@ -235,17 +235,19 @@ class Rebalancer:
         await self._move(watched, trial.back, move, Moved(f"the model moves back: {took}"))
         return True
 
+    async def _carry_out(self, deployment: Deployment, planned: Planned, reason: Moved) -> None:
+        await self._operations.prepare(planned, deployment)
+        await self._operations.mover.move(deployment, planned, reason)
+
     async def _move(self, watched: _Watched, planned: Planned, move: _Move, reason: Moved) -> None:
-        """Begin a move. The keeper carries it out."""
+        """Move to a plan, or let the keeper carry it out where memory is short."""
         deployment = watched.deployment
+        watched.begun = move
         try:
-            async with self._turns.unasked("a move to a better plan is being prepared"):
+            async with self._turns.unasked("a move to a better plan is under way"):
                 await run_while(
-                    lambda: self._answers(deployment), self._operations.prepare(planned)
+                    lambda: self._answers(deployment), self._carry_out(deployment, planned, reason)
                 )
-                if self._answers(deployment):
-                    watched.begun = move
-                    self._models.apply(deployment.name, MoveBegan(reason, planned))
         except FAILURES as error:
             log.warning("%s is not moved: %s", deployment.name, error)
             watched.memory = watched.memory.moved(self._clock())

@@ -47,10 +47,12 @@ from wire import limits
 from wire.connection import AsyncConnection, serve
 from wire.messages import (
     AgentHello,
+    BlocksFetched,
     ConnectStage,
     ConnectTeam,
     Done,
     Endpoint,
+    FetchBlocks,
     Heartbeat,
     KeptStage,
     LinkMeasured,
@@ -212,6 +214,8 @@ class Shoal:
                     await agent.send(RequestFailed(message.request, "busy"))
                 else:
                     await agent.send(TeamMeasured(message.request, 0.25e-3, 32, 4e-3))
+            elif isinstance(message, FetchBlocks):
+                await agent.send(BlocksFetched(message.request, 0))
             elif isinstance(message, UnloadStage):
                 await agent.send(Done(message.request))
             elif isinstance(message, MeasureModel) and name not in self.busy:
