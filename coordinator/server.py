@@ -38,6 +38,7 @@ from coordinator.loading.keeper import Keeper
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
 from coordinator.loading.paces import Paces
+from coordinator.loading.rebalancing import Rebalancer
 from coordinator.loading.recovery import LoadedFile
 from coordinator.loading.stalls import Stalls
 from coordinator.loading.state import Serving, describe
@@ -146,9 +147,13 @@ class Coordinator:
         )
         self._paces = Paces(self.roster, self._models, self._story)
         self._stalls = Stalls(self.roster, self._models)
+        self._rebalancer = Rebalancer(
+            self.roster, self._models, turns, self._operations, self._story
+        )
         self._gateway = Gateway(
             self.roster, self._models, Shortcuts(config.prefix_cache, config.drafts)
         )
+        self._operations.mover.warm = self._gateway.warm
         self._requests = Requests()
         self._feed = StateFeed(
             config, self.roster, self._models, turns, self._requests, self._story
@@ -198,8 +203,12 @@ class Coordinator:
                     self._feed.close()
 
                 self._keeper.resume()
-                attendant = asyncio.create_task(self._attend())
-                watch = asyncio.create_task(self._keeper.watch_links())
+                tasks = [
+                    asyncio.create_task(self._attend()),
+                    asyncio.create_task(self._keeper.watch_links()),
+                ]
+                if config.rebalances:
+                    tasks.append(asyncio.create_task(self._rebalancer.follow()))
                 try:
                     # A task of its own, because uvicorn raises the signal that stopped it again.
                     # So the signal ends this await, and not the first one of the cleaning up.
@@ -207,8 +216,8 @@ class Coordinator:
                         _serve_http(self._app(fingerprint), http_socket, on_started, on_stop)
                     )
                 finally:
-                    attendant.cancel()
-                    watch.cancel()
+                    for task in tasks:
+                        task.cancel()
                     self._service.stopping()
                     on_stop()
 

@@ -146,6 +146,14 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         "hold the model. Default: %(default)g.",
     )
     parser.add_argument(
+        "--rebalance",
+        choices=("off", "auto"),
+        default="off",
+        help="With auto, a model moves by itself when another plan has been better for a minute. "
+        "It moves back if its tokens then take longer. With off, only `shoal rebalance` moves it. "
+        "Default: %(default)s.",
+    )
+    parser.add_argument(
         "--no-prefix-cache",
         action="store_true",
         help="Compute every prompt from its first token, and not on from what a slot has kept.",
@@ -310,6 +318,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
             insecure=options.insecure,
             storage_bytes=options.storage,
             recovery_wait_s=options.recovery_wait,
+            rebalances=options.rebalance == "auto",
             insecure_http=options.insecure_http,
             cors_origins=tuple(options.cors_origin),
             most_waiting=options.queue,

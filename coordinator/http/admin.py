@@ -21,9 +21,9 @@ from starlette.routing import Route
 from coordinator.http.common import json_lines, model_state, read_json, while_connected
 from coordinator.loading.deployment import Deployment, Planned, Team
 from coordinator.loading.models import Models
-from coordinator.loading.operations import Operations
-from coordinator.loading.paces import slow_devices, slowness_of, token_s
-from coordinator.loading.rebalance import Verdict, choice_of, revalued
+from coordinator.loading.operations import Compared, Operations
+from coordinator.loading.paces import slow_devices, token_s
+from coordinator.loading.rebalance import Verdict
 from coordinator.loading.state import (
     Loading,
     Present,
@@ -227,10 +227,10 @@ class AdminRoutes:
             raise RequestInvalid("dry_run: expected true or false", "dry_run")
 
         async def work(emit: Emit) -> dict[str, Any]:
-            deployment, planned, verdict = await self._operations.rebalance(
+            deployment, compared, verdict = await self._operations.rebalance(
                 _emitter(emit), moves=not dry_run
             )
-            answer = _comparison(deployment, planned, verdict)
+            answer = _comparison(deployment, compared, verdict)
             if verdict.moves and not dry_run:
                 moved = await self._models.latest(deployment)
                 answer["moved_to"] = [team[0].name for team in moved.teams]
@@ -305,13 +305,12 @@ def _planned(planned: Planned) -> dict[str, Any]:
     return answer
 
 
-def _comparison(deployment: Deployment, planned: Planned, verdict: Verdict) -> dict[str, Any]:
+def _comparison(deployment: Deployment, compared: Compared, verdict: Verdict) -> dict[str, Any]:
     """The JSON of the present plan and the best one, both by the present figures.
 
     moves, why: whether the rule moves the model, if this lasts, and the reason.
     """
-    choice = choice_of(planned.problem, deployment.plan, planned.plan, deployment.load_s)
-    present = revalued(deployment.plan, planned.problem)
+    planned, choice = compared.planned, compared.choice
     spec, slots = deployment.spec, deployment.slots.total
     return {
         "model": deployment.name,
@@ -320,8 +319,8 @@ def _comparison(deployment: Deployment, planned: Planned, verdict: Verdict) -> d
         "gain": choice.gain,
         "loss_gain": choice.loss_gain,
         "pause_s": choice.move_s,
-        "slower_than_planned": slowness_of(deployment),
-        "present": describe_plan(spec, present, slots),
+        "slower_than_planned": {one.name: factor for one, factor in compared.slow.items()},
+        "present": describe_plan(spec, compared.present, slots),
         "plan": describe_plan(spec, planned.plan, slots),
     }
 

@@ -47,6 +47,7 @@ _KINDS = {
     states.LoadFailed: "load failed",
     states.Lost: "lost",
     states.MoveBegan: "moving",
+    states.MovedOver: "moved",
     states.StageFoundDamaged: "damaged",
     states.AttemptFailed: "not placed",
     states.WaitEnded: "broken",
@@ -222,6 +223,8 @@ def _text(event: Event) -> str:
     """The story's details of an event."""
     if isinstance(event, states.Placed):
         return f"on {event.deployment.where}"
+    if isinstance(event, states.MovedOver):
+        return f"to {event.deployment.where}: {event.error}"
     if isinstance(event, states.Adopted):
         return f"still loaded on {event.deployment.where}"
     if isinstance(event, states.ResumeBegan):

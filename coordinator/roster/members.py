@@ -35,6 +35,7 @@ from wire.hygiene import (
 )
 from wire.messages import (
     AgentHello,
+    BlocksFetched,
     BlocksFound,
     CancelRequest,
     CoordinatorWelcome,
@@ -89,6 +90,7 @@ _ANSWERS = (
     LinkMeasured,
     QualityMeasured,
     HopMeasured,
+    BlocksFetched,
     BlocksFound,
     FilesMade,
     StageLoaded,
@@ -699,6 +701,8 @@ def _is_possible(message: Message) -> bool:
             return False
     elif isinstance(message, StageLoaded):
         sizes, figures = (message.memory_bytes, message.fetched_bytes), (message.load_s,)
+    elif isinstance(message, BlocksFetched):
+        sizes = (message.fetched_bytes,)
     elif isinstance(message, TeamMeasured):
         sizes, figures = (message.chunk_rows,), (message.row_s, message.chunk_s)
     elif isinstance(message, TraceTaken):
