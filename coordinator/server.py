@@ -49,6 +49,7 @@ from coordinator.roster.names import NameBook
 from coordinator.serving.admission import Admission
 from coordinator.serving.gateway import Gateway, Shortcuts
 from coordinator.serving.requests import Requests
+from coordinator.serving.standstills import Standstills
 from coordinator.story import Story
 from model.errors import ModelError
 from wire import admission, limits
@@ -150,6 +151,7 @@ class Coordinator:
         self._gateway = Gateway(
             self.roster, self._models, Shortcuts(config.prefix_cache, config.drafts)
         )
+        self._standstills = Standstills(self.roster, self._models, self._gateway)
         self._requests = Requests()
         self._feed = StateFeed(
             config, self.roster, self._models, turns, self._requests, self._story

@@ -596,7 +596,7 @@ class Roster:
                 raise ProtocolError(f"it has {wrong}")
             member.load, member.celsius = message.load, message.celsius
             member.counts = message.stage
-            if message.token_s or (message.stage is not None and message.stage.running_us):
+            if message.token_s or message.stage is not None:
                 self._tell(member, message)
         elif isinstance(message, _ANSWERS):
             if not _is_possible(message):
