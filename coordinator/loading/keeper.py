@@ -87,7 +87,7 @@ class Keeper:
         models.carry_out(states.Forget, self._forget)
         self._record = kept.record.read()
         """The stages that agents may still have from before the start of this coordinator."""
-        roster.kept_epoch = 0 if self._record is None else self._record.epoch
+        roster.keeps = frozenset(() if self._record is None else (self._record.epoch,))
 
     def resume(self) -> None:
         """Load the model that was loaded before the restart, once its devices join."""
@@ -126,7 +126,7 @@ class Keeper:
                 self._models.apply(name, Lost(error))
 
     def _on_event(self, member: Member, message: Message) -> None:
-        if isinstance(message, (StageDamaged, PeerLost)) and message.epoch == member.kept_epoch:
+        if isinstance(message, (StageDamaged, PeerLost)) and message.epoch in member.kept:
             self._record = None  # This stage cannot be taken over. It is loaded again.
         if isinstance(message, StageDamaged):
             self._on_damage(member, message)
@@ -157,15 +157,15 @@ class Keeper:
     def _note(self, action: states.Record) -> None:
         """Keep on disk where the stages are. Agents that join again from now on keep theirs."""
         self._kept.record.keep(action.deployment)
-        self._roster.kept_epoch = action.deployment.epoch
+        self._roster.keeps |= {action.deployment.epoch}
 
     def _forget(self, action: states.Forget) -> None:
         self._kept.forget()
-        self._roster.kept_epoch = 0
+        self._roster.keeps = frozenset()
 
     def _forget_stages(self) -> None:
         """Take no stages over. Agents that join from now on unload them."""
-        self._record, self._roster.kept_epoch = None, 0
+        self._record, self._roster.keeps = None, frozenset()
 
     def _stop_placing(self, action: StopPlacing) -> None:
         self._forget_stages()
@@ -209,7 +209,7 @@ class Keeper:
                 log.warning("the stages of %s are not taken over: %s", name, error)
                 self._record = None
                 return False
-            self._record, self._roster.kept_epoch = None, adopted.epoch
+            self._record = None
             self._models.apply(name, Adopted(adopted))
         log.warning("%s is still loaded, on %s", name, adopted.where)
         return True
@@ -258,8 +258,8 @@ class Keeper:
             state = self._models[name]
             broken = states.deployment_of(state)
             if broken is not None:
-                self._roster.kept_epoch = 0
-                back = [one for one in self._roster.members if one.kept_epoch]
+                self._roster.keeps -= {broken.epoch}
+                back = [one for one in self._roster.members if broken.epoch in one.kept]
                 await unload([*broken.devices, *back])
                 wanted = state.wanted if isinstance(state, Replacing) else None
                 if wanted is not None:
@@ -269,7 +269,7 @@ class Keeper:
             elif isinstance(state, states.Nothing):
                 raise state.error
             else:
-                await unload([one for one in self._roster.members if one.kept_epoch])
+                await unload([one for one in self._roster.members if one.kept])
                 # Files of older versions have names in place of ids.
                 request = states.request_of(state).identified(self._roster.names.device)
                 placed = await self._operations.place(request)

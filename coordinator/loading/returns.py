@@ -57,7 +57,7 @@ class Returns:
         """Whether a lost device is back without its stage."""
         here = {member.device: member for member in self._roster.members}
         lost = [member.device for member in broken.devices if member.lost is not None]
-        return any(device in here and here[device].kept_epoch != broken.epoch for device in lost)
+        return any(device in here and broken.epoch not in here[device].kept for device in lost)
 
     def _teams(self, broken: Deployment) -> tuple[Team, ...] | None:
         """Return the members that have the stages now, or None while one is missing."""
@@ -71,7 +71,7 @@ def _taken_over(broken: Deployment, teams: tuple[Team, ...]) -> Deployment:
     """Return the same stages as another deployment. Its slots keep no rows."""
     for team in teams:
         for member in team:
-            member.kept_epoch = 0
+            member.kept.pop(broken.epoch, None)
     return replace(
         broken, teams=teams, slots=Slots(broken.slots.total), takeover=broken.takeover + 1
     )

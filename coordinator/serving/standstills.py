@@ -64,10 +64,11 @@ class Standstills:
         roster.subscribe(self._on_event, lambda *_: None)
 
     def _on_event(self, member: Member, message: Message) -> None:
-        if isinstance(message, Heartbeat) and message.stage is not None:
-            deployment = self._models.of_epoch(message.epoch)
-            if deployment is not None and member in deployment.leads:
-                self._look(deployment, member, message.stage)
+        if isinstance(message, Heartbeat):
+            for stage in message.stages:
+                deployment = self._models.of_epoch(stage.epoch)
+                if deployment is not None and member in deployment.leads and stage.counts:
+                    self._look(deployment, member, stage.counts)
 
     def _look(self, deployment: Deployment, member: Member, counts: StageCounts) -> None:
         epoch = deployment.epoch

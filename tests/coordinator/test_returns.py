@@ -66,7 +66,7 @@ def test_nothing_is_loaded_again_and_the_answer_goes_on(
             assert last is not None
             await lose(shoal, lost)
             shoal.told.clear()
-            await shoal.join(lost, kept=(before.epoch, number))
+            await shoal.join(lost, kept=[(before.epoch, number)])
             after = await serving_after(shoal, last)
             await shoal.until(lambda: len(shoal.of(StartSequence)) == len(parts))
         assert (after.epoch, after.where, after.plan) == (before.epoch, before.where, before.plan)
@@ -81,7 +81,7 @@ def test_nothing_is_loaded_again_and_the_answer_goes_on(
         told = [event.kind for event in shoal.story.after()]
         assert told.count("adopted") == 3
         assert "replaced" not in told
-        assert not any(member.kept_epoch for member in shoal.roster.members)
+        assert not any(member.kept for member in shoal.roster.members)
 
     run(test)
 
@@ -118,8 +118,8 @@ def test_a_device_whose_stage_is_gone_is_not_awaited(run: Run, goes: Gone) -> No
         after = await serving_after(shoal, before)
         assert after.where == "c"
         # Whoever is late with its stage unloads it.
-        await shoal.join("b", kept=(before.epoch, 1))
-        assert shoal.member("b").kept_epoch == 0
+        await shoal.join("b", kept=[(before.epoch, 1)])
+        assert shoal.member("b").kept == {}
 
     run(test)
 
@@ -144,7 +144,7 @@ def test_stages_that_are_back_are_unloaded_if_another_one_stays_away(run: Run) -
         shoal.operations.plans = [plan_of(ELSEWHERE)]
         await lose(shoal, "a")
         await lose(shoal, "d")
-        await shoal.join("a", kept=(before.epoch, 1))
+        await shoal.join("a", kept=[(before.epoch, 1)])
         assert isinstance(shoal.models.current, Replacing)
         await shoal.join("d")
         assert (await serving_after(shoal, before)).where == "c"
@@ -158,8 +158,8 @@ def test_an_unload_ends_the_waiting(run: Run, tmp_path: Path) -> None:
         before = await shoal.load(plan_of(ALONE))
         await lose(shoal, "d")
         await shoal.operations.unload()
-        await shoal.join("d", kept=(before.epoch, 1))
-        assert shoal.member("d").kept_epoch == 0
+        await shoal.join("d", kept=[(before.epoch, 1)])
+        assert shoal.member("d").kept == {}
         assert shoal.models.serving is None
 
     run(test)

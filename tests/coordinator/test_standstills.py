@@ -21,7 +21,7 @@ from tests.coordinator.test_teams import (
     plan_of,
     run,
 )
-from wire.messages import Heartbeat, StageCounts, StartSequence, TokenSampled
+from wire.messages import Heartbeat, StageBeat, StageCounts, StartSequence, TokenSampled
 
 __all__ = ["run"]
 
@@ -38,8 +38,10 @@ def idle(_: int) -> StageCounts:
 async def beat(shoal: Shoal, deployment: Deployment, *, first: Counts = idle) -> None:
     """Let both leads send enough heartbeats, the first stage with these counts."""
     for number in range(LEAST_BEATS + 1):
-        await shoal.said("a", Heartbeat(1, deployment.epoch, stage=first(number)))
-        await shoal.said("d", Heartbeat(1, deployment.epoch, stage=COUNTS))
+        await shoal.said(
+            "a", Heartbeat(1, stages=(StageBeat(deployment.epoch, 0.0, first(number)),))
+        )
+        await shoal.said("d", Heartbeat(1, stages=(StageBeat(deployment.epoch, 0.0, COUNTS),)))
     await asyncio.gather(*(shoal.member(name).lives() for name in "ad"))
 
 
@@ -112,7 +114,7 @@ def test_a_shoal_that_waits_for_nobody_is_no_standstill(run: Run) -> None:
         await beat(shoal, deployment)
         answer = asyncio.ensure_future(collect(shoal))
         await shoal.until(lambda: starts(shoal))
-        await shoal.said("a", Heartbeat(1, deployment.epoch, stage=COUNTS))
+        await shoal.said("a", Heartbeat(1, stages=(StageBeat(deployment.epoch, 0.0, COUNTS),)))
         await shoal.member("a").lives()
         assert len(starts(shoal)) == 1
         answer.cancel()
@@ -136,7 +138,7 @@ def test_an_answer_that_the_others_pass_runs_again(
             await shoal.said("d", TokenSampled(deployment.epoch, fast, index, 5, ""))
             await shoal.member("d").lives()
             assert len(starts(shoal)) == 2
-        await shoal.said("a", Heartbeat(1, deployment.epoch, stage=COUNTS))
+        await shoal.said("a", Heartbeat(1, stages=(StageBeat(deployment.epoch, 0.0, COUNTS),)))
         await shoal.until(lambda: len(starts(shoal)) == 3)
         assert starts(shoal)[2].sequence > fast > slow
         for answer in answers:
