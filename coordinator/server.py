@@ -68,6 +68,7 @@ from wire.messages import (
     BlockDamaged,
     BlocksHello,
     Done,
+    Endpoint,
     FetchBlock,
     FilesMade,
     Heartbeat,
@@ -256,12 +257,14 @@ class Coordinator:
         if not self._config.advertise:
             yield
             return
+        loop = asyncio.get_running_loop()
         advertisement = Advertisement(
             self._config.cluster,
             f"shoal-{self._config.cluster}-{port}",
             self._config.control_host,
             port,
             fingerprint,
+            lambda other: loop.call_soon_threadsafe(self._tell_of_other, other),
         )
 
         async def announce() -> None:
@@ -276,6 +279,17 @@ class Coordinator:
         finally:
             await asyncio.shield(task)
             await asyncio.to_thread(advertisement.__exit__, None, None, None)
+
+    def _tell_of_other(self, other: Endpoint) -> None:
+        """Tell of another coordinator of this cluster."""
+        cluster, where = self._config.cluster, f"{other.host}:{other.port}"
+        self._story.tell("second coordinator", cluster, f"at {where}")
+        log.warning(
+            "another coordinator of cluster %r answers at %s: agents that search by mDNS may join "
+            "either of them; stop one, or give it another --cluster",
+            cluster,
+            where,
+        )
 
     def _app(self) -> ASGIApp:
         admin = AdminRoutes(

@@ -60,7 +60,7 @@ class Standstills:
         self._models = models
         self._gateway = gateway
         self._quiet: dict[int, _Quiet] = {}
-        """By the epoch of a deployment with answers that wait."""
+        """Maps the epochs of deployments with answers that wait."""
         roster.subscribe(self._on_event, lambda *_: None)
 
     def _on_event(self, member: Member, message: Message) -> None:
