@@ -50,6 +50,7 @@ from coordinator.roster.names import NameBook
 from coordinator.serving.admission import Admission
 from coordinator.serving.gateway import Gateway, Shortcuts
 from coordinator.serving.requests import Requests
+from coordinator.serving.standstills import Standstills
 from coordinator.story import Story
 from model.errors import ModelError
 from wire import admission, limits
@@ -67,6 +68,7 @@ from wire.messages import (
     BlockDamaged,
     BlocksHello,
     Done,
+    Endpoint,
     FetchBlock,
     FilesMade,
     Heartbeat,
@@ -154,6 +156,7 @@ class Coordinator:
             self.roster, self._models, Shortcuts(config.prefix_cache, config.drafts)
         )
         self._operations.mover.warm = self._gateway.warm
+        self._standstills = Standstills(self.roster, self._models, self._gateway)
         self._requests = Requests()
         self._feed = StateFeed(
             config, self.roster, self._models, turns, self._requests, self._story
@@ -269,12 +272,14 @@ class Coordinator:
         if not self._config.advertise:
             yield
             return
+        loop = asyncio.get_running_loop()
         advertisement = Advertisement(
             self._config.cluster,
             f"shoal-{self._config.cluster}-{port}",
             self._config.control_host,
             port,
             fingerprint,
+            lambda other: loop.call_soon_threadsafe(self._tell_of_other, other),
         )
 
         async def announce() -> None:
@@ -289,6 +294,17 @@ class Coordinator:
         finally:
             await asyncio.shield(task)
             await asyncio.to_thread(advertisement.__exit__, None, None, None)
+
+    def _tell_of_other(self, other: Endpoint) -> None:
+        """Tell of another coordinator of this cluster."""
+        cluster, where = self._config.cluster, f"{other.host}:{other.port}"
+        self._story.tell("second coordinator", cluster, f"at {where}")
+        log.warning(
+            "another coordinator of cluster %r answers at %s: agents that search by mDNS may join "
+            "either of them; stop one, or give it another --cluster",
+            cluster,
+            where,
+        )
 
     def _app(self, fingerprint: Fingerprint | None) -> ASGIApp:
         admin = AdminRoutes(

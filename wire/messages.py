@@ -156,6 +156,7 @@ class StageCounts:
     round_trip_us: the newest measured round trip to the next device. 0: none was measured.
     held_rows, most_rows: rows in the KV cache that sequences hold now, and those that fit.
     running_us, running_rows: how long the pass of this moment has computed, and its rows. 0: none.
+    busy: whether rows run, wait or are sent at this moment, or are not acknowledged yet.
     """
 
     passes: int
@@ -170,6 +171,7 @@ class StageCounts:
     most_rows: int
     running_us: int = 0
     running_rows: int = 0
+    busy: bool = False
 
 
 @dataclass(frozen=True, slots=True)

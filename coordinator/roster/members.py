@@ -595,7 +595,7 @@ class Roster:
                 raise ProtocolError(f"it has {wrong}")
             member.load, member.celsius = message.load, message.celsius
             member.beats = {stage.epoch: stage for stage in message.stages}
-            if any(map(_is_at_work, message.stages)):
+            if message.stages:
                 self._tell(member, message)
         elif isinstance(message, _ANSWERS):
             if not _is_possible(message):
@@ -684,11 +684,6 @@ class Roster:
 def _addresses(source: Member, target: Member) -> tuple[str, ...]:
     """The ``host:port`` texts where ``source`` looks for ``target``."""
     return tuple(f"{item.host}:{item.port}" for item in target.endpoints_for(source))
-
-
-def _is_at_work(stage: StageBeat) -> bool:
-    """Whether a stage has run tokens, or runs a pass now."""
-    return stage.token_s > 0 or (stage.counts is not None and stage.counts.running_us > 0)
 
 
 def _is_possible(message: Message) -> bool:
