@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import resource
@@ -19,6 +20,7 @@ from cli.argument_types import CONTROL_PORT, HTTP_PORT
 from cli.errors import CommandFailed, Unavailable, UsageError
 from cli.render import Screen
 from cli.service.install import add_service_actions
+from cli.service.running import Running, told
 from cli.shared_arguments import add_memory_argument, add_threads_argument, add_watts_argument
 from coordinator.config import (
     DEFAULT_MOST_WAITING,
@@ -32,6 +34,7 @@ from wire.messages import Endpoint
 from wire.service import ServiceManager, default_state_dir
 
 if TYPE_CHECKING:
+    from coordinator.server import Ready
     from wire.auth import Token
     from wire.invite import Invite
 
@@ -57,7 +60,7 @@ AGENT_EXAMPLES = (
     "  shoal agent\n"
     "  shoal agent --name pi-1 --memory 3G --storage 8G\n"
     "  shoal agent --coordinator 192.168.1.10    # where multicast is blocked\n"
-    "  shoal agent --token-file ~/shoal.token    # a copy of the coordinator's file\n"
+    "  shoal agent --token-file -                # asks for a token\n"
     "  shoal agent --list-backends\n"
     "\nin a container that publishes port 7430 of the host 192.168.1.20:\n"
     "  shoal agent --port 7430 --advertise 192.168.1.20\n"
@@ -258,12 +261,15 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
     from cli.service.making import LocalMakers
-    from coordinator.server import Coordinator, Ready
+    from coordinator.server import Coordinator
     from wire.auth import TokenError, create_token, read_token
 
     _set_log_level(options)
 
+    state = contextlib.ExitStack()
+
     def on_ready(ready: Ready) -> None:
+        state.enter_context(told(config.state_dir, _running(config, ready)))
         _tell_about_keys(config, screen)
         if options.json:
             screen.json(
@@ -308,9 +314,21 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
             config, screen.note, ServiceManager.from_environment(), LocalMakers()
         )
         _follow_parent(options, lambda: os.kill(os.getpid(), signal.SIGINT))
-        asyncio.run(coordinator.run(on_ready))
+        with state:
+            asyncio.run(coordinator.run(on_ready))
     except (ConfigError, TokenError, WireError) as error:
         raise CommandFailed(str(error)) from error
+
+
+def _running(config: CoordinatorConfig, ready: Ready) -> Running:
+    return Running(
+        os.getpid(),
+        config.control_host,
+        ready.control_port,
+        config.cluster,
+        _url(ready.http_host, ready.http_port),
+        "",
+    )
 
 
 def _make_tls_token(options: argparse.Namespace) -> None:
@@ -340,9 +358,12 @@ def _make_tls_token(options: argparse.Namespace) -> None:
 
 def _token_or_invite(path: Path | None) -> Token | Invite | None:
     """Read a token of either kind from a file or SHOAL_TOKEN. Raises TokenError."""
+    from cli.service.token_input import STANDARD_INPUT, given_invite
     from wire.auth import read_token
     from wire.invite import PREFIX, read_invite
 
+    if path == STANDARD_INPUT:
+        return given_invite(path)
     token = read_token(path)
     if token is None or not token.startswith(PREFIX.encode() + b"."):
         return token
@@ -440,8 +461,8 @@ def _add_token(parser: argparse.ArgumentParser) -> None:
         "--token-file",
         type=Path,
         metavar="FILE",
-        help="A file with the shoal's token. Only devices that have it may join. "
-        "Default: $SHOAL_TOKEN, else no token.",
+        help="A file with the token of `shoal token create`, or - to be asked for it. A device "
+        "needs it once. Default: $SHOAL_TOKEN.",
     )
 
 

@@ -44,12 +44,16 @@ def test_devices_join_by_a_token_and_are_known_by_their_keys_then(cluster: Clust
     for item in last_json(shoal("token", "list", "--json", state))["tokens"]:
         assert item["uses"] is None
         last_json(shoal("token", "revoke", "--json", state, item["id"]))
-    last_json(shoal("devices", "--revoke", "one", "--json", state))
+    assert last_json(cluster.run("devices", "revoke", "one", "--json"))["revoked"] == "one"
     cluster.wait_for_agents("two")
+    unknown = cluster.run("devices", "revoke", "one")
+    assert (unknown.returncode, "there is no device one; known: two" in unknown.stderr) == (1, True)
     wait_for(partial(says, cluster, "one", "does not know the token"), 20, "a line of one")
 
     # A token of one use lets it in again, with the key that it has.
     made = last_json(shoal("token", "create", "--json", state))
+    where_now = f"--coordinator 127.0.0.1:{cluster.control_port}"
+    assert made["join"] == f"shoal agent {where_now} --token-file -"
     again = cluster.directory / "again.token"
     again.write_text(made["token"])
     again.chmod(0o600)
@@ -58,4 +62,15 @@ def test_devices_join_by_a_token_and_are_known_by_their_keys_then(cluster: Clust
     one.wait(20)
     cluster.start_agent("one", where, limit, f"--token-file={again}")
     cluster.wait_for_agents("one", "two")
+    keys = {
+        item["name"]: item["key"] for item in last_json(cluster.run("devices", "--json"))["devices"]
+    }
+    assert len(set(keys.values())) == 2
+    one = cluster.processes["one"]
+    one.terminate()
+    one.wait(20)
+    cluster.wait_for_agents("two")
+    (absent,) = last_json(cluster.run("devices", "--json"))["absent"]
+    assert (absent["name"], absent["key"]) == ("one", keys["one"])
+    assert f"not here: one (key {absent['key']})" in cluster.run("devices").stdout
     assert last_json(shoal("token", "list", "--json", state)) == {"tokens": []}
