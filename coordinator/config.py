@@ -49,6 +49,12 @@ class CoordinatorConfig:
     """The token that agents must know to join. None lets every agent join."""
     tls: bool = False
     """Encrypt the connections of agents. Devices join by invites, and are known by their keys."""
+    http_tls: bool = False
+    """Encrypt HTTP."""
+    http_cert: Path | None = None
+    """A PEM file with the certificate that HTTP shows. None: that of the coordinator itself."""
+    http_key: Path | None = None
+    """A PEM file with its key. None: it is in the same file."""
     insecure_http: bool = False
     """Ask no HTTP client for an API key, wherever HTTP listens."""
     cors_origins: tuple[str, ...] = ()

@@ -115,6 +115,24 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         "create`, once, and is known by its key then. Agents without TLS cannot join.",
     )
     parser.add_argument(
+        "--http-tls",
+        action="store_true",
+        help="Encrypt HTTP with the coordinator's own key, or with --http-cert. The shoal command "
+        "asks once whether a key is the right one. A browser warns of the coordinator's own.",
+    )
+    parser.add_argument(
+        "--http-cert",
+        type=Path,
+        metavar="FILE",
+        help="A certificate for HTTP with its chain, in PEM. A renewed file is noticed.",
+    )
+    parser.add_argument(
+        "--http-key",
+        type=Path,
+        metavar="FILE",
+        help="The certificate's key. Default: it is in the file of --http-cert.",
+    )
+    parser.add_argument(
         "--insecure-http",
         action="store_true",
         help="Ask for no API key. Otherwise clients need one if --http is not this machine's "
@@ -263,26 +281,32 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
     from cli.service.making import LocalMakers
     from coordinator.server import Coordinator
     from wire.auth import TokenError, create_token, read_token
+    from wire.claim import shown
 
     _set_log_level(options)
+    if options.http_key is not None and options.http_cert is None:
+        raise UsageError("--http-key needs the certificate: name it with --http-cert FILE")
 
     state = contextlib.ExitStack()
 
     def on_ready(ready: Ready) -> None:
-        state.enter_context(told(config.state_dir, _running(config, ready)))
+        running = _running(config, ready)
+        state.enter_context(told(config.state_dir, running))
         _tell_about_keys(config, screen)
+        if running.http_fingerprint:
+            screen.note(f"HTTPS shows the key {shown(bytes.fromhex(running.http_fingerprint))}")
         if options.json:
             screen.json(
                 {
                     "event": "ready",
                     "control_port": ready.control_port,
-                    "http": _url(ready.http_host, ready.http_port),
+                    "http": running.http,
                 }
             )
         else:
             screen.out.print(
                 f"cluster {options.cluster}: agents join at port {ready.control_port}, "
-                f"page and API at {_url(ready.http_host, ready.http_port)}"
+                f"page and API at {running.http}"
             )
 
     _raise_descriptor_limit()
@@ -304,6 +328,9 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
             tls=options.tls,
             storage_bytes=options.storage,
             recovery_wait_s=options.recovery_wait,
+            http_tls=options.http_tls or options.http_cert is not None,
+            http_cert=options.http_cert,
+            http_key=options.http_key,
             insecure_http=options.insecure_http,
             cors_origins=tuple(options.cors_origin),
             most_waiting=options.queue,
@@ -326,9 +353,23 @@ def _running(config: CoordinatorConfig, ready: Ready) -> Running:
         config.control_host,
         ready.control_port,
         config.cluster,
-        _url(ready.http_host, ready.http_port),
-        "",
+        _url(ready.http_host, ready.http_port, encrypted=config.http_tls),
+        _http_fingerprint(config).hex(),
     )
+
+
+def _http_fingerprint(config: CoordinatorConfig) -> bytes:
+    """The fingerprint of the certificate that HTTP shows. Empty without TLS."""
+    import ssl
+
+    from wire.claim import fingerprint_of
+
+    if not config.http_tls:
+        return b""
+    text = (config.http_cert or config.identity_path).read_text(encoding="ascii", errors="replace")
+    begin = text.index("-----BEGIN CERTIFICATE-----")
+    end = text.index("-----END CERTIFICATE-----") + len("-----END CERTIFICATE-----")
+    return fingerprint_of(ssl.PEM_cert_to_DER_cert(text[begin:end]))
 
 
 def _make_tls_token(options: argparse.Namespace) -> None:
@@ -512,8 +553,9 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _url(host: str, port: int, *, encrypted: bool) -> str:
+    at = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return f"http{'s' * encrypted}://{at}"
 
 
 def _required_token_file(options: argparse.Namespace) -> Path:
