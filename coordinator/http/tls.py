@@ -101,7 +101,8 @@ class EncryptedProtocol(guard.GuardedProtocol):
     def connection_made(self, transport: Any) -> None:
         host = transport.get_extra_info("peername") or ("",)
         self.lobby.enter(self, host[0], transport.abort)
-        transport.pause_reading()
+        # The task runs before the loop looks for data, and start_tls pauses reading. To pause here
+        # would not hold in Python 3.10.
         self._opening = self.loop.create_task(self._open(transport))
 
     async def _open(self, transport: Any) -> None:
