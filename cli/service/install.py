@@ -81,7 +81,9 @@ def add_service_actions(parser: argparse.ArgumentParser) -> None:
     kind = parser.prog.rpartition(" ")[2]
     settings = settings_of(parser)
     settings.pop("state_dir", None)
-    actions = parser.add_subparsers(dest="action", metavar="install | uninstall")
+    is_coordinator = kind == "coordinator"
+    more = " | export | import" if is_coordinator else ""
+    actions = parser.add_subparsers(dest="action", metavar=f"install | uninstall{more}")
     install = actions.add_parser(
         "install",
         help=f"Make the {kind} a systemd service of this machine, or upgrade it.",
@@ -133,6 +135,11 @@ def add_service_actions(parser: argparse.ArgumentParser) -> None:
         )
         # It changes the settings file, and does not obey it.
         sub.set_defaults(run=run, kind=kind, parser=parser, config=None)
+    if is_coordinator:
+        # It needs packages that a machine with an agent alone does not have.
+        from cli.service.state_archive import add_archive_actions
+
+        add_archive_actions(actions)
 
 
 def run_install(options: argparse.Namespace, screen: Screen) -> None:
