@@ -59,7 +59,7 @@ _ABOUT = {
         "Take another coordinator's place, from a file of `shoal coordinator export`.",
         "The coordinator of this machine must be stopped. Agents that look for it by mDNS then "
         "join by themselves. Others need the new address.",
-        "  sudo systemctl stop shoal-coordinator\n  sudo shoal coordinator import nano.tar\n",
+        "  sudo shoal coordinator import nano.tar  # stop the one of this machine before\n",
     ),
 }
 
