@@ -18,6 +18,7 @@ from coordinator.loading.doubts import Doubts
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
 from coordinator.loading.recovery import LoadedFile, awaited, recover
+from coordinator.loading.returns import Returns
 from coordinator.loading.state import (
     NO_MODEL,
     Adopted,
@@ -77,15 +78,16 @@ class Keeper:
         self._placing: dict[str, asyncio.Task[None]] = {}
         """The task that places a model, by the model's name."""
         self._doubts = Doubts(roster, models)
+        self._returns = Returns(roster)
         roster.subscribe(self._on_event, self._on_lost)
         models.carry_out(Place, self._place)
         models.carry_out(StopPlacing, self._stop_placing)
         models.carry_out(states.Keep, self._keep)
-        models.carry_out(states.Record, lambda action: kept.record.keep(action.deployment))
-        models.carry_out(states.Forget, lambda _: kept.forget())
+        models.carry_out(states.Record, self._note)
+        models.carry_out(states.Forget, self._forget)
         self._record = kept.record.read()
         """The stages that agents may still have from before the start of this coordinator."""
-        roster.kept_epoch = 0 if self._record is None else self._record.epoch
+        roster.keeps = frozenset(() if self._record is None else (self._record.epoch,))
 
     def resume(self) -> None:
         """Load the model that was loaded before the restart, once its devices join."""
@@ -124,7 +126,7 @@ class Keeper:
                 self._models.apply(name, Lost(error))
 
     def _on_event(self, member: Member, message: Message) -> None:
-        if isinstance(message, (StageDamaged, PeerLost)) and message.epoch == member.kept_epoch:
+        if isinstance(message, (StageDamaged, PeerLost)) and message.epoch in member.kept:
             self._record = None  # This stage cannot be taken over. It is loaded again.
         if isinstance(message, StageDamaged):
             self._on_damage(member, message)
@@ -152,9 +154,18 @@ class Keeper:
         ids = {member.name: member.device for member in action.deployment.devices}
         self._kept.keep(action.deployment.request, list(ids), ids)
 
+    def _note(self, action: states.Record) -> None:
+        """Keep on disk where the stages are. Agents that join again from now on keep theirs."""
+        self._kept.record.keep(action.deployment)
+        self._roster.keeps = frozenset((action.deployment.epoch,))
+
+    def _forget(self, action: states.Forget) -> None:
+        self._kept.forget()
+        self._roster.keeps = frozenset()
+
     def _forget_stages(self) -> None:
         """Take no stages over. Agents that join from now on unload them."""
-        self._record, self._roster.kept_epoch = None, 0
+        self._record, self._roster.keeps = None, frozenset()
 
     def _stop_placing(self, action: StopPlacing) -> None:
         self._forget_stages()
@@ -198,7 +209,7 @@ class Keeper:
                 log.warning("the stages of %s are not taken over: %s", name, error)
                 self._record = None
                 return False
-            self._forget_stages()
+            self._record, self._roster.keeps = None, frozenset((adopted.epoch,))
             self._models.apply(name, Adopted(adopted))
         log.warning("%s is still loaded, on %s", name, adopted.where)
         return True
@@ -207,8 +218,15 @@ class Keeper:
         """Place a model that lost a device or link on the remaining devices."""
         # The roster has logged why a device is lost.
         cause = f"without {state.cause.name}" if isinstance(state.cause, AgentLost) else state.cause
-        log.warning("placing %s anew: %s", name_of(state), cause)
-        await self._until_placed(name_of(state), self._wait_s)
+        name = name_of(state)
+        if isinstance(state.cause, AgentLost) and state.cause.may_return:
+            whole = await self._returns.whole(state.deployment)
+            if whole is not None and isinstance(self._models[name], Replacing):
+                self._models.apply(name, Adopted(whole))
+                log.warning("%s is back with its stage: %s goes on", state.cause.name, name)
+                return
+        log.warning("placing %s anew: %s", name, cause)
+        await self._until_placed(name, self._wait_s)
 
     async def _until_placed(self, name: str, wait_s: float) -> None:
         """Try to place the model until that works. After ``wait_s``, answers no longer wait."""
@@ -240,7 +258,9 @@ class Keeper:
             state = self._models[name]
             broken = states.deployment_of(state)
             if broken is not None:
-                await unload(broken.devices)
+                self._roster.keeps = frozenset()
+                back = [one for one in self._roster.members if one.kept]
+                await unload([*broken.devices, *back])
                 wanted = state.wanted if isinstance(state, Replacing) else None
                 if wanted is not None:
                     placed = await self._operations.carry_out(wanted, broken)
@@ -249,7 +269,7 @@ class Keeper:
             elif isinstance(state, states.Nothing):
                 raise state.error
             else:
-                await unload([one for one in self._roster.members if one.kept_epoch])
+                await unload([one for one in self._roster.members if one.kept])
                 # Files of older versions have names in place of ids.
                 request = states.request_of(state).identified(self._roster.names.device)
                 placed = await self._operations.place(request)

@@ -167,8 +167,8 @@ class Models:
         state = self[deployment.name]
         if not _continues(state, deployment):
             return state.error if isinstance(state, Nothing) else NotLoaded(UNLOADED)
-        if deployment.epoch in past_of(state).ended:
-            return past_of(state).ended[deployment.epoch]
+        if deployment.key in past_of(state).ended:
+            return past_of(state).ended[deployment.key]
         return state.error if isinstance(state, (Replacing, Broken)) else None
 
     def is_replaced(self, deployment: Deployment) -> bool:
@@ -183,9 +183,9 @@ class Models:
 def _continues(state: State, deployment: Deployment) -> bool:
     """Whether ``state`` has ``deployment`` or one that replaced it."""
     present = deployment_of(state)
-    return (
-        present is not None and present.epoch == deployment.epoch
-    ) or deployment.epoch in past_of(state).ended
+    return (present is not None and present.key == deployment.key) or deployment.key in past_of(
+        state
+    ).ended
 
 
 def _is_news(before: State, event: Event, after: State) -> bool:

@@ -209,7 +209,7 @@ class Operations:
             deployment = deployment_of(state)
             members += () if deployment is None else deployment.devices
             self._models.apply(name, Unloaded(NotLoaded(UNLOADED)))
-        members += (member for member in self._roster.members if member.kept_epoch)
+        members += (member for member in self._roster.members if member.kept)
         return tuple(dict.fromkeys(members))
 
     def note_damage(self, epoch: int) -> None:
@@ -548,8 +548,7 @@ class Operations:
         if teams is None:
             raise NotLoaded("a device was lost")
         members = tuple(itertools.chain.from_iterable(teams))
-        for member in members:
-            member.kept_epoch = 0
+        newest = max(member.kept.pop(record.epoch) for member in members)
         return Deployment(
             request=request,
             spec=checkpoint.spec,
@@ -565,7 +564,7 @@ class Operations:
             weights=record.weights,
             vocabulary=vocabulary,
             fingerprint=record.fingerprint,
-            newest_sequence=max(member.kept_sequence for member in members),
+            newest_sequence=newest,
         )
 
     # ---- progress ------------------------------------------------------------------------------

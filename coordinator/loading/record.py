@@ -69,7 +69,7 @@ class DeploymentRecord:
 
     def teams(self, members: Sequence[Member]) -> tuple[Team, ...] | None:
         """Return the members that have kept all stages, or None while one stage is missing."""
-        kept = {member.device: member for member in members if member.kept_epoch == self.epoch}
+        kept = {member.device: member for member in members if self.epoch in member.kept}
         if not set(self.devices.values()) <= kept.keys():
             return None
         return tuple(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +53,7 @@ from wire.messages import (
     Done,
     Endpoint,
     Heartbeat,
+    KeptStage,
     LoadStage,
     MeasureTeam,
     Message,
@@ -61,6 +62,7 @@ from wire.messages import (
     RequestFailed,
     Sampling,
     SequenceFailed,
+    StageBeat,
     StageLoaded,
     StartSequence,
     TeamMeasured,
@@ -164,14 +166,14 @@ class Shoal:
         assert isinstance(message, AgentHello)
         await self.roster.serve(message, connection)
 
-    async def join(self, *names: str, kept: tuple[int, int] = (0, 0)) -> None:
-        """``kept``: the epoch of the stage that the agents still have, and its newest sequence."""
+    async def join(self, *names: str, kept: Sequence[tuple[int, int]] = ()) -> None:
+        """``kept``: epochs of stages that the agents still have, and their newest sequences."""
         for name in names:
             reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
             agent = self.agents[name] = AsyncConnection(reader, writer)
             ports = (Endpoint("127.0.0.1", 1000 + ord(name)),)
             hello = AgentHello(f"id-of-{name}", name, "1", ports, PROFILE)
-            await agent.send(replace(hello, kept_epoch=kept[0], kept_sequence=kept[1]))
+            await agent.send(replace(hello, kept=tuple(itertools.starmap(KeptStage, kept))))
             await agent.receive(5)
             self.playing[name] = asyncio.ensure_future(self.play(name, agent))
 
@@ -280,8 +282,9 @@ async def shown_model(shoal: Shoal) -> dict[str, Any]:
 async def report_pace(shoal: Shoal, name: str, epoch: int, token_s: float) -> None:
     """Send a heartbeat, and wait until the coordinator has read it."""
     member = shoal.member(name)
-    await shoal.said(name, Heartbeat(1, epoch, token_s))
-    while member.pace != (epoch, token_s):
+    beat = StageBeat(epoch, token_s)
+    await shoal.said(name, Heartbeat(1, stages=(beat,)))
+    while member.beats != {epoch: beat}:
         member.heard.clear()
         await member.heard.wait()
 

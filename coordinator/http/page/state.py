@@ -22,6 +22,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.errors import AgentLost
 from coordinator.http.admin import model_view
 from coordinator.loading.models import Models
+from coordinator.loading.paces import counts_of
 from coordinator.loading.state import Present, deployment_of
 from coordinator.loading.turns import Turns
 from coordinator.roster.members import Member, Roster
@@ -239,7 +240,7 @@ class StateFeed:
         trips_us = self._trips_us.get(epoch) or [deque(maxlen=ROUND_TRIPS) for _ in leads]
         self._trips_us = {epoch: trips_us}
         for stage, lead, known in zip(view["stages"], leads, trips_us, strict=True):
-            counts = lead.counts if lead.pace[0] == epoch else None
+            counts = counts_of(deployment, lead)
             if counts and counts.round_trip_us and counts.round_trip_us not in known:
                 known.append(counts.round_trip_us)
             stage["hop_s"] = statistics.median(known) / 2e6 if known else None
