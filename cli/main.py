@@ -79,26 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ---- commands ----------------------------------------------------------------------------------
 
 
-def run_devices(options: argparse.Namespace, screen: Screen) -> None:
-    if options.revoke is not None:
-        from cli.commands import tokens
-
-        tokens.revoke_device(options, options.revoke, screen)
-        return
-    with _client(options) as client:
-        if options.measure is None:
-            answer = client.get("/shoal/v1/devices")
-        else:
-            with screen.progress() as on_step:
-                answer = client.operate("/shoal/v1/measure", {"device": options.measure}, on_step)
-    if options.json:
-        screen.json(answer)
-    elif answer["devices"]:
-        screen.devices(answer)
-    else:
-        screen.out.print("no agent has joined yet: start `shoal agent` on each device")
-
-
 def run_plan(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import planning
     from cli.commands.model_names import model_to_plan
@@ -400,29 +380,11 @@ def _doctor(parser: argparse.ArgumentParser) -> Page:
     return Page(command.run_doctor, command.EXAMPLES, command.ABOUT)
 
 
-def _devices(devices: argparse.ArgumentParser) -> Page:
-    from cli.commands import tokens
+def _devices(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import devices
 
-    devices.add_argument(
-        "--revoke",
-        metavar="NAME",
-        help="Let this device join no more, and drop it at once. The coordinator must run "
-        "on this machine.",
-    )
-    tokens.add_book_argument(devices)
-    devices.add_argument(
-        "--measure",
-        metavar="NAME",
-        help="First measure this device's block times and links again.",
-    )
-    add_url_argument(devices)
-    return Page(
-        run_devices,
-        "  shoal devices\n"
-        "  shoal devices --measure pi-3  # again, now that nothing else runs there\n"
-        "  sudo shoal devices --revoke pi-3  # it is sold, or was stolen\n"
-        "  shoal devices --json | jq '.devices[].name'\n",
-    )
+    devices.add_devices_arguments(parser)
+    return Page(devices.run_devices, devices.EXAMPLES, devices.ABOUT)
 
 
 MODEL_HELP = "A model's folder or GGUF file, or its name on the hub as ORG/NAME."
@@ -773,7 +735,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "coordinator": ("Run the coordinator: agents join it, users talk to it.", _coordinator),
     "agent": ("Run the agent, which lets this device compute part of a model.", _agent),
     "doctor": ("Check what this machine can do for shoal, and what it lacks.", _doctor),
-    "devices": ("Show the devices that have joined, and their measured links.", _devices),
+    "devices": ("Show the devices that have joined and their links, or revoke one.", _devices),
     "pull": ("Fetch a model from the hub, or go on fetching it.", _pull),
     "models": ("List the models on this machine, and which would fit.", _cached_models),
     "rm": ("Remove a model that was fetched.", _rm),

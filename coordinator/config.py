@@ -48,6 +48,12 @@ class CoordinatorConfig:
     """The most tokens that the first stage may guess ahead of an answer. 0: none."""
     insecure: bool = False
     """Do not encrypt the connections of agents, and let everybody join."""
+    http_tls: bool = False
+    """Encrypt HTTP."""
+    http_cert: Path | None = None
+    """A PEM file with the certificate that HTTP shows. None: that of the coordinator itself."""
+    http_key: Path | None = None
+    """A PEM file with its key. None: it is in the same file."""
     insecure_http: bool = False
     """Ask no HTTP client for an API key, wherever HTTP listens."""
     cors_origins: tuple[str, ...] = ()

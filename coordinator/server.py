@@ -31,6 +31,7 @@ from coordinator.http.openai.routes import OpenAIRoutes
 from coordinator.http.openai.texts import TextRoutes
 from coordinator.http.page.routes import PageRoutes
 from coordinator.http.page.state import StateFeed
+from coordinator.http.tls import HttpTls, encrypted_protocol, http_tls
 from coordinator.http.traces import TraceRoutes
 from coordinator.http.tracking import REQUEST_ID, Answering, Tracking
 from coordinator.keys import KeyBook
@@ -180,6 +181,11 @@ class Coordinator:
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         answerer = self._answerer()
         fingerprint = None if answerer is None else answerer.identity.fingerprint
+        tls = (
+            http_tls(config.http_cert, config.http_key, config.identity_path)
+            if config.http_tls
+            else None
+        )
         http_socket = bind(config.http_host, config.http_port)
         # Accepted connections inherit this. The answer to a client that is dead or reads nothing
         # would hold a KV slot for ever.
@@ -216,7 +222,7 @@ class Coordinator:
                     # A task of its own, because uvicorn raises the signal that stopped it again.
                     # So the signal ends this await, and not the first one of the cleaning up.
                     await asyncio.ensure_future(
-                        _serve_http(self._app(fingerprint), http_socket, on_started, on_stop)
+                        _serve_http(self._app(fingerprint), http_socket, tls, on_started, on_stop)
                     )
                 finally:
                     for task in tasks:
@@ -468,16 +474,18 @@ def _require_introduced(hello: Message, claim: Claim | None) -> None:
 async def _serve_http(
     app: ASGIApp,
     http_socket: socket.socket,
+    tls: HttpTls | None,
     on_started: Callable[[], None],
     on_stop: Callable[[], None],
 ) -> None:
+    lobby = Lobby("HTTP", MOST_HTTP_WAITING, MOST_HTTP_OF_ONE)
     config = uvicorn.Config(
         app,
         log_level="critical",  # coordinator.http.common.HANDLERS report errors once.
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=2,
-        http=guarded_protocol(Lobby("HTTP", MOST_HTTP_WAITING, MOST_HTTP_OF_ONE)),
+        http=guarded_protocol(lobby) if tls is None else encrypted_protocol(lobby, tls),
         ws="none",
         backlog=ACCEPT_AT_ONCE,
     )

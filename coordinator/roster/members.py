@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass, field, replace
 from typing import TypeVar
 
 from coordinator.errors import AgentFailed, AgentLost, NoAgents
-from coordinator.roster.book import BadBook, DeviceBook
+from coordinator.roster.book import BadBook, Device, DeviceBook
 from coordinator.roster.links import Failure, Links
 from coordinator.roster.names import NameBook
 from coordinator.story import Story
@@ -519,6 +519,20 @@ class Roster:
                 task = asyncio.create_task(_tell(member, known))
                 self._tellings.add(task)
                 task.add_done_callback(self._tellings.discard)
+
+    def known(self) -> tuple[Device, ...]:
+        """All devices that may join, oldest first. None without TLS. Raises BadBook."""
+        return () if self._book is None else self._book.devices()
+
+    def revoke(self, name: str) -> Device:
+        """Let a device of this name or id join no more, and drop it. Raises BadBook, OSError."""
+        if self._book is None:
+            raise BadBook(
+                "this coordinator runs with --insecure: any device may join, so none can be revoked"
+            )
+        gone = self._book.revoke_device(name)
+        self.tell_known()
+        return gone
 
     def _name_in(self, book: DeviceBook, member: Member) -> None:
         """Note a member's name, by which people revoke it."""
