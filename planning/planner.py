@@ -53,7 +53,7 @@ _SAME = 5e-7
 # program closes no gap that the search left. If counts + hops are more than _WRITTEN, writing the
 # program takes seconds.
 SMALL_COUNTS, _CLOSED, _WRITTEN = 600, 2_000, 15_000
-# In place of SMALL_COUNTS, for prompts: with the slowest stage beside the sum the program is slower.
+# In place of SMALL_COUNTS, for prompts: the program is slower with the slowest stage in it.
 _SMALL_REQUEST = 100
 _ALONE_SHARE = {"request": 0.3, "throughput": 0.6}
 """Part of the time for a plan without teams, before a large problem with teams is searched.

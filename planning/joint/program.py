@@ -79,6 +79,7 @@ class JointProgram:
         self._terms = [
             Terms(self.parts.get(m), plan, uses.get(m)) for m, plan in enumerate(problem.fixed)
         ]
+        self._over: dict[str, tuple[Any, int]] = {}
         excess = [self._limit(name, short=aim == "memory") for name in self._names]
         self._unit_s = 1.0
         if aim == "memory":
@@ -118,6 +119,10 @@ class JointProgram:
             found[variable.name] = times_s[m] / self._unit_s
         return found
 
+    def excess(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Bytes of memory that devices lack in a solution for the aim ``memory``."""
+        return {name: scale * values[over.name] for name, (over, scale) in self._over.items()}
+
     def _limit(self, name: str, *, short: bool) -> Any:
         """Add rows by which all models together keep a device's limits. Returns the excess."""
         excess: list[Any] = []
@@ -132,7 +137,8 @@ class JointProgram:
                     scale = max(scale, float(limit))
                     parts.append(part)
             if short and kind == "memory":
-                over = self.program.add_variable(f"over_{name}", 0)
+                over = self.program.add_variable(f"over_{len(self._over)}", 0)
+                self._over[name] = over, int(scale)
                 self.program += pulp.lpSum(parts) <= 1 + over
                 excess.append(scale * 1e-6 * over)
             elif len(parts) > 1:
