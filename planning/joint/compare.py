@@ -22,8 +22,8 @@ MOST_ORDERS = 6
 class Turn:
     """Models loaded one after the other: each with the best plan that those before it leave.
 
-    ``together_s`` (in the problem's order of models) and ``value`` are as in JointPlan. They are None
-    if one of the models finds no room.
+    ``together_s`` (in the problem's order of models) and ``value`` are as in JointPlan. They are
+    None if one of the models finds no room.
     """
 
     order: tuple[str, ...]
@@ -35,8 +35,8 @@ class Turn:
 class Shared:
     """One device: the memory that each model takes, and its computing seconds for one request.
 
-    ``memory_part``: of the device's limit, by all models. ``wait_s``: how long each model waits here
-    for others during one of its requests, at most.
+    ``memory_part``: of the device's limit, by all models. ``wait_s``: how long each model waits
+    here for others during one of its requests, at most.
     """
 
     device: str

@@ -1,6 +1,6 @@
 """Plans of several models as one file that a person can read, edit and load.
 
-``plans`` has a plan of each model as ``planning.saved`` writes it, and ``weights`` says how much each
+``plans`` has a plan of each model as ``planning.saved`` writes it. ``weights`` says how much each
 counts. Figures are recomputed when it is read.
 """
 
@@ -103,7 +103,7 @@ def read_plans(path: Path) -> SavedPlans:
 
 
 def parse_plans(text: str | bytes, source: str) -> SavedPlans:
-    """The plans in a text; ``source`` names it in messages. Raises PlanError like ``read_plans``."""
+    """The plans in a text, which ``source`` names. Raises PlanError like ``read_plans``."""
     try:
         values = json.loads(text)
     except json.JSONDecodeError as error:
