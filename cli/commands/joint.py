@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.commands.described import Described, read_described
@@ -17,8 +18,6 @@ from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from planning.joint.plan import JointPlan
     from planning.joint.problem import JointProblem
     from planning.plan import Plan
@@ -40,28 +39,35 @@ def weights_of(options: argparse.Namespace, count: int) -> tuple[float, ...]:
 def run_offline_joint(options: argparse.Namespace, screen: Screen) -> None:
     """Run ``shoal plan A B --devices LAB.yaml``, without a coordinator. Raises CommandFailed."""
     from model.errors import ModelError
-    from planning.joint.compare import explain_joint
+    from planning.joint.compare import (
+        JointExplanation,
+        better_of,
+        one_after_the_other,
+        shared_devices,
+    )
     from planning.labs.lab import LabError, times_of
     from planning.plan import PlanError
+    from planning.request import model_name
 
     _check(options)
     try:
         with _several(options, screen) as each:
             described = [read_described(one, screen) for one in each]
-            names = [_name(one, source) for one, source in zip(each, _given(options), strict=True)]
+            names = [model_name(Path(one.model).absolute()) for one in each]
         problem = _problem(options, names, described)
         plan = _best(options, screen, problem, described)
         explanation = None
         if options.explain:
             with screen.progress() as on_step:
-                explanation = explain_joint(
+                turns = one_after_the_other(
                     problem,
-                    plan,
                     time_limit_s=EXPLAIN_LIMIT_S,
                     on_trial=lambda what, done, total: on_step(
                         _step("trying orders", what, done, total)
                     ),
                 )
+            plan = better_of(plan, turns)
+            explanation = JointExplanation(shared_devices(problem, plan), turns)
         members = [one.device for own in plan.plans for s in own.stages for one in s.members]
         shown = Shown(
             problem,
@@ -189,14 +195,6 @@ def _several(options: argparse.Namespace, screen: Screen) -> Iterator[list[argpa
             stack.enter_context(model_to_plan(own, screen))
             found.append(own)
         yield found
-
-
-def _name(options: argparse.Namespace, given: tuple[str | None, str | None]) -> str:
-    from pathlib import Path
-
-    from planning.request import model_name
-
-    return given[1] or model_name(Path(options.model).absolute())
 
 
 def _problem(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from planning.exact.solver import SolverName
@@ -22,13 +22,19 @@ MOST_ORDERS = 6
 class Turn:
     """Models loaded one after the other: each with the best plan that those before it leave.
 
-    ``together_s`` (in the problem's order of models) and ``value`` are as in JointPlan. They are
-    None if one of the models finds no room.
+    ``plan`` is None if one of the models finds no room.
     """
 
     order: tuple[str, ...]
-    together_s: tuple[float, ...] | None
-    value: float | None
+    plan: JointPlan | None
+
+    @property
+    def together_s(self) -> tuple[float, ...] | None:
+        return None if self.plan is None else self.plan.together_s
+
+    @property
+    def value(self) -> float | None:
+        return None if self.plan is None else self.plan.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +59,29 @@ class JointExplanation:
     devices: tuple[Shared, ...]
     turns: tuple[Turn, ...]
 
-    @property
-    def best_turn(self) -> Turn | None:
-        known = [turn for turn in self.turns if turn.value is not None]
-        return min(known, key=lambda turn: turn.value or 0.0, default=None)
-
     def to_dict(self) -> dict[str, Any]:
-        plain: dict[str, Any] = to_plain(self)
-        return plain
+        """Plain values, as JSON has them."""
+        return {
+            "devices": to_plain(self.devices),
+            "one_after_the_other": [
+                {"order": list(turn.order), "together_s": turn.together_s, "mean_s": turn.value}
+                for turn in self.turns
+            ],
+        }
+
+
+def better_of(plan: JointPlan, turns: Sequence[Turn]) -> JointPlan:
+    """The plan, or that of a turn which is better, with the bound that holds for all plans.
+
+    A turn is better only where time ended before the best plan was found.
+    """
+    best = min(
+        (plan, *(turn.plan for turn in turns if turn.plan is not None)), key=lambda one: one.value
+    )
+    if best is plan:
+        return plan
+    bound = min(plan.least, best.value)
+    return replace(best, proof=replace(plan.proof, bound=bound), least=bound)
 
 
 def one_after_the_other(
@@ -78,9 +99,7 @@ def one_after_the_other(
         if on_trial is not None:
             on_trial(", ".join(names), at, len(orders))
         plan = in_turn(problem, order, time_limit_s=time_limit_s / len(orders), solver=solver)
-        found.append(
-            Turn(names, None, None) if plan is None else Turn(names, plan.together_s, plan.value)
-        )
+        found.append(Turn(names, plan))
     return tuple(found)
 
 
@@ -119,18 +138,3 @@ def shared_devices(problem: JointProblem, plan: JointPlan) -> tuple[Shared, ...]
             )
         )
     return tuple(found)
-
-
-def explain_joint(
-    problem: JointProblem,
-    plan: JointPlan,
-    *,
-    time_limit_s: float,
-    solver: SolverName | None = None,
-    on_trial: Callable[[str, int, int], None] | None = None,
-) -> JointExplanation:
-    """What the plan does on each device, and what one after the other would give."""
-    turns = one_after_the_other(
-        problem, time_limit_s=time_limit_s, solver=solver, on_trial=on_trial
-    )
-    return JointExplanation(shared_devices(problem, plan), turns)

@@ -29,7 +29,7 @@ from planning.problem import BlockOption, PlanningProblem
 from planning.prompt import prompt_s, turns
 from planning.together import row_s
 
-_ROUNDS = 400
+_ROUNDS = 5000
 _CHANGE = 1e-13
 
 

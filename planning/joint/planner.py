@@ -189,7 +189,8 @@ class _Search:
         return best
 
     def _with_bound(self, plan: JointPlan, bound: float, solver: str) -> JointPlan:
-        return replace(plan, proof=Proof(solver, 0.0, min(bound, plan.value)))
+        proof = Proof(solver, 0.0, min(bound, plan.value))
+        return replace(plan, proof=proof, least=min(self.least, plan.value))
 
     def _left_s(self) -> float:
         return max(0.0, self.deadline_s - now_s())

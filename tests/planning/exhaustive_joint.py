@@ -187,7 +187,11 @@ def exhaustive_at(problem: JointProblem, paces_s: Sequence[float]) -> float:
     """The least mean time of a request at these paces over all plans that fit; inf without any."""
     total = sum(problem.weights)
     best = math.inf
-    for ways in itertools.product(*(ways_of(with_teams(one)) for one in problem.problems)):
+    known = [
+        ways_of(with_teams(one)) if plan is None else list(_ways(one, plan))
+        for one, plan in zip(problem.problems, problem.fixed, strict=True)
+    ]
+    for ways in itertools.product(*known):
         devices = range(len(ways[0].memory))
         if any(sum(way.memory[i] for way in ways) > 1 + 1e-12 for i in devices):
             continue
