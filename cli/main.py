@@ -83,8 +83,16 @@ def run_plan(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import planning
     from cli.commands.model_names import model_to_plan
 
-    if (options.model is None) == (options.shape is None):
-        raise UsageError("give one MODEL, or --shape NAME with --devices LAB.yaml")
+    given = [*options.models, *(options.shape or ())]
+    if not given:
+        raise UsageError("give a MODEL, or --shape NAME with --devices LAB.yaml")
+    if len(given) > 1:
+        _plan_several(options, screen)
+        return
+    if options.weights is not None:
+        raise UsageError("--weights is for several models: name them, or drop it")
+    options.model = options.models[0] if options.models else None
+    options.shape = options.shape[0] if options.shape else None
     if options.devices is not None:
         with model_to_plan(options, screen):
             planning.run_offline_plan(options, screen)
@@ -93,6 +101,14 @@ def run_plan(options: argparse.Namespace, screen: Screen) -> None:
         raise UsageError("--shape has no files for a coordinator to read: add --devices LAB.yaml")
     with _client(options) as client:
         planning.run_live_plan(options, screen, client)
+
+
+def _plan_several(options: argparse.Namespace, screen: Screen) -> None:
+    from cli.commands import joint
+
+    if options.devices is None:
+        raise UsageError("several models are planned together with --devices LAB.yaml")
+    joint.run_offline_joint(options, screen)
 
 
 def run_load(options: argparse.Namespace, screen: Screen) -> None:
@@ -403,11 +419,15 @@ def _add_bits(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_model(sub: argparse.ArgumentParser, **model: Any) -> None:
-    """The arguments that ``plan`` and ``load`` share. ``model`` adds to those of MODEL."""
+def _add_model(sub: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """The arguments that ``plan`` and ``load`` share."""
     from cli.commands import plan_arguments
 
-    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP, **model)
+    if several:
+        sub.add_argument("models", metavar="MODEL", nargs="*", help=MODEL_HELP)
+        plan_arguments.add_weights_argument(sub)
+    else:
+        sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     _add_bits(sub)
     plan_arguments.add_quality_arguments(sub, with_plan=True)
     plan_arguments.add_hop_argument(sub, with_budget=True)
@@ -417,7 +437,7 @@ def _add_model(sub: argparse.ArgumentParser, **model: Any) -> None:
 def _plan(plan: argparse.ArgumentParser) -> Page:
     from cli.commands import plan_arguments
 
-    _add_model(plan, nargs="?")
+    _add_model(plan, several=True)
     plan_arguments.add_planning_arguments(plan)
     add_url_argument(plan)
     return Page(
@@ -427,7 +447,8 @@ def _plan(plan: argparse.ArgumentParser) -> Page:
         "  shoal plan ./opt-350m --save plan.json --plot plan.svg\n"
         "  shoal plan ./opt-350m --quality-budget 0.02 --check-quality\n"
         "  shoal plan ./opt-350m --devices examples/labs/home-4-pis.yaml\n"
-        "  shoal plan --shape llama-1b --devices examples/labs/home-4-pis.yaml\n",
+        "  shoal plan --shape llama-1b --devices examples/labs/home-4-pis.yaml\n"
+        "  shoal plan ./llama-1b ./qwen3-0.6b --weights 1,3 --devices lab.yaml --explain\n",
         "The coordinator measures what it does not know yet, and solves an integer program. "
         "Nothing is loaded. With --devices no coordinator is needed.",
     )
