@@ -28,6 +28,7 @@ from agent.credentials import Credentials
 from agent.files import FileExchange
 from agent.gauges import Gauges
 from agent.links import Link, Measuring
+from agent.loaded import encode
 from agent.loading import Source, StageLoader
 from agent.peers import PeerServer, connect_peer, measure_link_steadily
 from agent.quality import StreamedModel, measure_quality
@@ -60,6 +61,7 @@ from wire.messages import (
     DeviceMeasured,
     DevicesKnown,
     Done,
+    EncodeTexts,
     Endpoint,
     FetchBlocks,
     FindBlocks,
@@ -426,6 +428,8 @@ class Agent:
                         connection.send(SequenceFailed(message.epoch, message.sequence, reason))
                     else:
                         relay.start(message)
+                elif isinstance(message, EncodeTexts):
+                    encode(message, self._stages.relay_of(message.epoch), connection)
                 elif isinstance(message, ReleaseSequence):
                     relay = self._stages.relay_of(message.epoch)
                     if relay is not None:

@@ -194,12 +194,18 @@ SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty",
 
 def run_prompt(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import chat
+    from cli.encoding import encode
     from cli.generation import generate
 
     if options.prompt is None:
         chat.require_terminal()
     with _client(options) as client:
-        name, defaults = _ensure_loaded(client, options, screen)
+        name, defaults, output = _ensure_loaded(client, options, screen)
+        if output is not None:
+            encode(client, screen, name, output, options.prompt, options.question)
+            return
+        if options.question is not None:
+            raise UsageError(f"--question: {name} generates text; ask in the prompt")
         given = {field: getattr(options, field) for field in SAMPLING}
         sampling = {field: value for field, value in given.items() if value is not None}
         if "temperature" not in defaults:
@@ -214,6 +220,7 @@ def run_prompt(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_chat(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import chat
+    from cli.encoding import require_generates
 
     chat.require_terminal()
     with _client(options) as client:
@@ -221,9 +228,10 @@ def run_chat(options: argparse.Namespace, screen: Screen) -> None:
             models = _models(client.get("/shoal/v1/ps"))
             if not models:
                 raise CommandFailed("no model is loaded: name one, or run `shoal load MODEL`")
-            name, _ = _name_and_defaults(models[0])
+            name, _, output = _name_and_defaults(models[0])
         else:
-            name, _ = _ensure_loaded(client, options, screen)
+            name, _, output = _ensure_loaded(client, options, screen)
+        require_generates(name, output)
         chat.chat(client, screen, chat.Conversation(name))
 
 
@@ -250,8 +258,8 @@ def _models(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _ensure_loaded(
     client: Any, options: argparse.Namespace, screen: Screen
-) -> tuple[str, Mapping[str, float]]:
-    """The name of the model MODEL, and its defaults of sampling.
+) -> tuple[str, Mapping[str, float], str | None]:
+    """The name of the model MODEL, its defaults of sampling, and what it returns if it encodes.
 
     It is loaded with the defaults of `shoal load` if it is not loaded.
     """
@@ -289,9 +297,9 @@ def _ensure_loaded(
     return _name_and_defaults(answer)
 
 
-def _name_and_defaults(model: Mapping[str, Any]) -> tuple[str, Mapping[str, float]]:
+def _name_and_defaults(model: Mapping[str, Any]) -> tuple[str, Mapping[str, float], str | None]:
     """An older coordinator sends no defaults, nor does one that still loads the model."""
-    return str(model["model"]), model.get("sampling_defaults") or {}
+    return str(model["model"]), model.get("sampling_defaults") or {}, model.get("output")
 
 
 # ---- arguments ---------------------------------------------------------------------------------
@@ -638,6 +646,11 @@ def _run(run: argparse.ArgumentParser) -> Page:
         "--chat",
         action="store_true",
         help="Send the prompt as a chat message, with the model's template.",
+    )
+    run.add_argument(
+        "--question",
+        metavar="TEXT",
+        help="Ask a model for questions about a text, which PROMPT is.",
     )
     run.add_argument("--max-tokens", default=256, **_MAX_TOKENS)
     run.add_argument(

@@ -27,6 +27,7 @@ from coordinator.http.guard import HostGuard, guarded_protocol
 from coordinator.http.health import HealthRoutes
 from coordinator.http.keys import KeyGuard
 from coordinator.http.metrics import Metrics
+from coordinator.http.openai.encoders import EncoderRoutes
 from coordinator.http.openai.routes import OpenAIRoutes
 from coordinator.http.openai.texts import TextRoutes
 from coordinator.http.page.routes import PageRoutes
@@ -49,6 +50,7 @@ from coordinator.roster.book import DeviceBook
 from coordinator.roster.members import Roster
 from coordinator.roster.names import NameBook
 from coordinator.serving.admission import Admission
+from coordinator.serving.encoding import Encoders
 from coordinator.serving.gateway import Gateway, Shortcuts
 from coordinator.serving.requests import Requests
 from coordinator.serving.standstills import Standstills
@@ -158,6 +160,7 @@ class Coordinator:
         )
         self._operations.mover.warm = self._gateway.warm
         self._standstills = Standstills(self.roster, self._models, self._gateway)
+        self._encoders = Encoders(self.roster, self._models)
         self._requests = Requests()
         self._feed = StateFeed(
             config, self.roster, self._models, turns, self._requests, self._story
@@ -318,6 +321,7 @@ class Coordinator:
         )
         openai = OpenAIRoutes(self._models, self._gateway, self._admission.require_room)
         texts = TextRoutes(self._models, openai)
+        encoders = EncoderRoutes(self._models, openai, self._encoders)
         page = PageRoutes(self._config, self._feed, self._inviting(fingerprint))
         health = HealthRoutes(self._models, self._requests)
         metrics = Metrics(self.roster, self._models, self._requests)
@@ -326,6 +330,7 @@ class Coordinator:
             routes=[
                 *openai.routes(),
                 *texts.routes(),
+                *encoders.routes(),
                 *document_routes(),
                 *admin.routes(),
                 *health.routes(),

@@ -440,6 +440,7 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
             stage["measured_sum"] = figures
     return {
         "context_tokens": deployment.context_tokens,
+        "output": None if deployment.spec.output is None else deployment.spec.output.kind,
         "scheme": deployment.request.scheme,
         "scheme_text_sha256": text_sha256(deployment.request.scheme_text),
         "group_size": deployment.request.group_size,

@@ -52,6 +52,7 @@ from wire.messages import (
     LinkMeasured,
     Message,
     ModelMeasured,
+    PassFailed,
     PeerLost,
     Progress,
     PromptScored,
@@ -62,6 +63,7 @@ from wire.messages import (
     StageDamaged,
     StageLoaded,
     TeamMeasured,
+    TextsEncoded,
     TokenSampled,
     TraceTaken,
 )
@@ -100,6 +102,17 @@ _ANSWERS = (
     Progress,
     RequestFailed,
 )
+
+_REPORTS = (
+    TokenSampled,
+    PromptScored,
+    SequenceFailed,
+    TextsEncoded,
+    PassFailed,
+    PeerLost,
+    StageDamaged,
+)
+"""The messages that answer no request, for the subscribers of members."""
 
 Answer = TypeVar("Answer", bound=Message)
 OnProgress = Callable[[Progress], None]
@@ -628,9 +641,7 @@ class Roster:
                 member.take_better(message)
             except AgentFailed as error:
                 raise ProtocolError(str(error)) from error
-        elif isinstance(
-            message, (TokenSampled, PromptScored, SequenceFailed, PeerLost, StageDamaged)
-        ):
+        elif isinstance(message, _REPORTS):
             self._tell(member, message)
         else:
             raise ProtocolError(f"{member.name} sent an unexpected {type(message).__name__}")
