@@ -24,6 +24,10 @@ import httpx
 import psutil
 import pytest
 
+from model.errors import ModelError
+from model.families import load_spec
+from tests.system import made_up
+
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 TINY_OPT = ROOT / "examples" / "tiny-opt" / "model"
@@ -88,7 +92,8 @@ class Cluster:
     """A coordinator and agents of this test, on the loopback interface.
 
     Its agents share what they measure and try. They begin with what agents of earlier clusters of
-    this run have left, as one that is started again does. ``measures`` True: each has nothing.
+    this run have left, as one that is started again does, and with made-up figures of the device
+    and of the models in ``run``'s arguments. ``measures`` True: each has nothing.
     """
 
     def __init__(self, directory: Path, *, measures: bool = False) -> None:
@@ -98,6 +103,9 @@ class Cluster:
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self.control_port = 0
         self.url = ""
+        self._made_up = set[str]()
+        """The names of made-up figures, which are not kept for other clusters."""
+        self._known_models = set[Path]()
 
     def start_coordinator(self, *options: str) -> None:
         losses = self.directory / "coordinator" / "losses"
@@ -148,6 +156,7 @@ class Cluster:
             with _kept_stores() as stores:
                 for path in stores:
                     shutil.copy(path, directory)
+            self._made_up |= made_up.add_device(directory / "calibration.json")
         return (f"--measurements-dir={directory}",)
 
     def command(self, name: str) -> list[str]:
@@ -176,7 +185,20 @@ class Cluster:
     def wait_for_agents(self, *names: str, timeout_s: float = START_TIMEOUT_S) -> None:
         wait_for(lambda: self.names() == sorted(names), timeout_s, f"agents {names}")
 
+    def know(self, model: Path) -> None:
+        """Spare the agents to measure this model, if it is one."""
+        directory = self.directory / "measurements"
+        if self.measures or model in self._known_models or not directory.exists():
+            return
+        self._known_models.add(model)
+        with contextlib.suppress(ModelError, OSError):  # A test may have damaged it.
+            spec = load_spec(model)
+            self._made_up |= made_up.add_model(directory / "calibration.json", spec)
+
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        for argument in arguments:
+            if (Path(argument) / "config.json").exists():
+                self.know(Path(argument))
         return shoal(*arguments, f"--url={self.url}", command=self.command("coordinator"))
 
     def load(self, model: Path, *options: str) -> Any:
@@ -193,7 +215,8 @@ class Cluster:
                 known = kept.get(path.name, {})
                 for key, value in json.loads(path.read_bytes()).items():
                     if key in MERGED:
-                        known[key] = {**known.get(key, {}), **value}
+                        new = {name: of for name, of in value.items() if name not in self._made_up}
+                        known[key] = {**known.get(key, {}), **new}
                     elif key != "models":  # They would be measured again in quiet moments.
                         known[key] = value
                 (_kept / path.name).write_text(json.dumps(known))
