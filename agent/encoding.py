@@ -19,6 +19,7 @@ from agent.hop import Hop, HopCounts
 from agent.links import Link, Measuring
 from agent.meter import StageMeter
 from agent.sequences import Rows, Sequence, Turn
+from agent.turnstile import Ticket, Turnstile
 from backends.base import Array, BackendError, Stage, Tokens
 from model.spec import ModelSpec
 from model.texts import Texts, pass_rows
@@ -76,8 +77,10 @@ class EncoderRelay:
         context_tokens: int,
         hop_bits: HopBits,
         report: Callable[[Message], None],
+        turnstile: Turnstile | None = None,
+        weight: float = 1.0,
     ) -> None:
-        """Run ``stage``, whose rows leave at ``hop_bits`` a value; ``report`` as of Relay."""
+        """Run ``stage``, whose rows leave at ``hop_bits`` a value. The rest is as of Relay."""
         self.epoch = epoch
         self.newest = 0
         """No sequence is ever started here."""
@@ -88,6 +91,8 @@ class EncoderRelay:
         self._context_tokens = context_tokens
         self._hop_bits = hop_bits
         self._report = report
+        self._turnstile = turnstile or Turnstile()
+        self._ticket = Ticket(weight)
         self._hop: Hop | None = None
         self._hop_lost: PeerLost | None = None
         self._changed = threading.Condition()
@@ -242,7 +247,7 @@ class EncoderRelay:
                 if isinstance(content, tuple)
                 else content
             )
-            output = self._stage.encode(inputs, one.texts)
+            output = self._computed(inputs, one.texts)
         finally:
             self._meter.ends()
         self._meter.ran(turns, started_s, time.monotonic())
@@ -256,6 +261,14 @@ class EncoderRelay:
             )
             self._hop.send(message, encode_rows(output, self._hop_bits))
         self._meter.sent(one.number, rows)
+
+    def _computed(self, inputs: Tokens | Array, texts: Texts) -> Array:
+        """Compute a pass when the other stages of this device let it."""
+        self._turnstile.enter(self._ticket)
+        try:
+            return self._stage.encode(inputs, texts)
+        finally:
+            self._turnstile.leave(self._ticket)
 
     def _tell(self, number: int, output: Array) -> None:
         """Tell the coordinator the result in messages of RESULT_BYTES, each of whole rows."""

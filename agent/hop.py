@@ -125,6 +125,11 @@ class Hop:
         """Whether a chunk can be sent without waiting for one before it."""
         return len(self._waiting) < QUEUED_CHUNKS
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether anything waits to be sent, or is not acknowledged by the next machine."""
+        return bool(self._waiting) or self._connection.unacknowledged_bytes > 0
+
     def send(self, message: _Sent, payload: memoryview = NO_PAYLOAD) -> None:
         """Send a token's row and its guesses now; queue a chunk and later rows of its sequence.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from agent.encoding import EncoderRelay
 from agent.relay import Relay
+from agent.turnstile import Turnstile
 from backends.base import Stage
 from model.grammar_process import GrammarProcess
 from model.spec import ModelSpec
@@ -21,8 +22,9 @@ def relay_of(
     spec: ModelSpec,
     report: Callable[[Message], None],
     grammars: GrammarProcess | None,
+    turnstile: Turnstile | None,
 ) -> AnyRelay:
-    """Return the relay that runs the stage of this request."""
+    """Return the relay that runs the stage of this request. ``turnstile`` as of Relay."""
     blocks = range(request.blocks[0].block, request.blocks[-1].block + 1)
     if spec.encodes:
         return EncoderRelay(
@@ -33,6 +35,8 @@ def relay_of(
             context_tokens=request.context_tokens,
             hop_bits=request.hop_bits,
             report=report,
+            turnstile=turnstile,
+            weight=request.weight,
         )
     return Relay(
         stage,
@@ -44,6 +48,8 @@ def relay_of(
         hop_bits=request.hop_bits,
         report=report,
         grammars=grammars,
+        turnstile=turnstile,
+        weight=request.weight,
     )
 
 

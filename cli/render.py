@@ -49,6 +49,10 @@ PHASES = {
 }
 
 
+KEY_CHARACTERS = 9
+"""The shown beginning of a device's key: enough to tell devices apart."""
+
+
 class Screen:
     """The output of a command. With ``json_output``, stdout gets only JSON."""
 
@@ -160,6 +164,9 @@ class Screen:
         table.add_column("backend", no_wrap=True)
         for column in ("threads", "memory", "storage", "GB/s"):
             table.add_column(column, justify="right", no_wrap=True)
+        has_keys = any(device.get("key") for device in answer["devices"])
+        if has_keys:
+            table.add_column("key", no_wrap=True)
         for device in answer["devices"]:
             table.add_row(
                 escape(device["name"]) + (NOISY if device.get("noise") else ""),
@@ -169,6 +176,7 @@ class Screen:
                 format_size(device["memory_bytes"]),
                 format_size(device["storage_bytes"]),
                 f"{device['memory_read_bytes_per_s'] / 1e9:.1f}",
+                *([str(device.get("key", ""))[:KEY_CHARACTERS]] if has_keys else []),
             )
         self.table(table)
         self._versions(answer)

@@ -63,7 +63,7 @@ class Node:
 
     def connect(self, other: Node) -> None:
         endpoint = Endpoint("127.0.0.1", other.listener.port)
-        other.peers.entrance = Entrance(self.device, HOP_KEY, other.relay.deliver)
+        other.peers.entrances = (Entrance(self.device, HOP_KEY, other.relay.deliver),)
         connection = connect_peer(self.device, other.device, [endpoint], hop_key=HOP_KEY)
         self.relay.connect(connection, Link(other.device), Measuring())
 

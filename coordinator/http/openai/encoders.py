@@ -83,8 +83,9 @@ class EncoderRoutes:
     ) -> Route:
         async def handle(request: Request) -> Response:
             body = await read_json(request)
-            self._models.require_soon()
-            deployment = await while_connected(request, self._models.deployment())
+            name = self._models.named(body.get("model"))
+            self._models.require_soon(name)
+            deployment = await while_connected(request, self._models.deployment(name))
             check_model(deployment, body)
             return JSONResponse(await while_connected(request, answer(deployment, body)))
 
