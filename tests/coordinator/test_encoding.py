@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from coordinator.errors import AgentFailed, AgentLied, AgentLost, NotLoaded
+from coordinator.errors import AgentFailed, AgentLied, AgentLost, NotLoaded, TextsWait
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.state import LoadBegan, Lost, Place, Placed, Unloaded
+from coordinator.serving import encoding
 from coordinator.serving.encoding import Encoders, Result, TextTokens
 from model.families import load_spec
 from planning.request import LoadRequest
@@ -206,6 +207,39 @@ def test_an_unloaded_model_ends_what_waits(run: Callable[..., None]) -> None:
             with pytest.raises(NotLoaded):
                 await task
         assert texts.encoders.waiting == 0
+
+    run(test)
+
+
+def test_a_request_without_a_name_means_a_model_that_can_answer_it(
+    run: Callable[..., None],
+) -> None:
+    async def test(texts: Texts) -> None:
+        models = texts.cluster.models
+        texts.cluster.deploy(epoch=EPOCH + 1)  # It generates.
+        assert models.named(None, "vector") == "minilm"
+        assert models.named(None, None) == "llama"
+        assert models.named("minilm", None) == "minilm"
+        assert models.named("unknown", "vector") == "minilm"
+        assert models.named(None, "span") in ("minilm", "llama")
+
+    run(test)
+
+
+def test_the_line_is_bounded(run: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "MOST_WAITING", 4)
+
+    async def test(texts: Texts) -> None:
+        early = [texts.ask(3) for _ in range(3)]
+        orders = [await texts.order() for _ in early]
+        waiting = texts.ask(1, 2, 3, 4)
+        await asyncio.sleep(0)
+        with pytest.raises(TextsWait):
+            await texts.ask(5)
+        for order in orders:
+            await texts.answer(order)
+        await texts.answer(await texts.order())
+        assert len(await waiting) == 4
 
     run(test)
 

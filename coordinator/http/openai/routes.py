@@ -84,7 +84,7 @@ class OpenAIRoutes:
 
     async def _answer(self, request: Request, make: type[Api]) -> Response:
         api = make(await read_json(request))
-        name = self._models.named(api.body.get("model"))
+        name = self._models.named(api.body.get("model"), None)
         self._require_room(name)
         state = self._models[name]
         if api.wants_stream and isinstance(state, (Resuming, Loading, Replacing)):
