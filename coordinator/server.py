@@ -45,6 +45,7 @@ from coordinator.loading.state import Serving, describe
 from coordinator.loading.turns import Turns
 from coordinator.quality.store import QualityStore
 from coordinator.roster.book import DeviceBook
+from coordinator.roster.holders import holders
 from coordinator.roster.members import Roster
 from coordinator.roster.names import NameBook
 from coordinator.serving.admission import Admission
@@ -66,10 +67,12 @@ from wire.lobby import Lobby
 from wire.messages import (
     AgentHello,
     BlockDamaged,
+    BlocksHeld,
     BlocksHello,
     Done,
     FetchBlock,
     FilesMade,
+    FindHolders,
     Heartbeat,
     MakeFiles,
     Message,
@@ -346,6 +349,9 @@ class Coordinator:
                     await self._workshop.take(device, request, connection)
                 case BlockDamaged():
                     await self._repair(request, connection)
+                case FindHolders():
+                    found = await holders(self.roster, device, request.sha256s)
+                    await connection.send(BlocksHeld(found))
                 case FetchBlock():
                     if not await self._send(request, connection):
                         self._rare_log.warning(

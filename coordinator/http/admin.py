@@ -464,6 +464,7 @@ def _stage(deployment: Deployment, team: Team, loaded: tuple[StageLoaded, ...]) 
             "device": member.name,
             "memory_bytes": one.memory_bytes,
             "fetched_bytes": one.fetched_bytes,
+            "from_peers_bytes": one.from_peers_bytes,
             "load_s": one.load_s,
             "token_s": token_s(deployment, member),
         }
@@ -473,6 +474,7 @@ def _stage(deployment: Deployment, team: Team, loaded: tuple[StageLoaded, ...]) 
         "device": team[0].name,
         "memory_bytes": sum(one.memory_bytes for one in loaded),
         "fetched_bytes": sum(one.fetched_bytes for one in loaded),
+        "from_peers_bytes": sum(one.from_peers_bytes for one in loaded),
         "load_s": max(one.load_s for one in loaded),
         "token_s": max((part["token_s"] or 0.0 for part in parts), default=0.0) or None,
         "members": parts if len(team) > 1 else [],

@@ -712,7 +712,9 @@ def _is_possible(message: Message) -> bool:
         if message.unit not in ("bytes", "steps"):
             return False
     elif isinstance(message, StageLoaded):
-        sizes, figures = (message.memory_bytes, message.fetched_bytes), (message.load_s,)
+        figures = (message.load_s,)
+        rest_bytes = message.fetched_bytes - message.from_peers_bytes
+        sizes = message.memory_bytes, message.fetched_bytes, message.from_peers_bytes, rest_bytes
     elif isinstance(message, TeamMeasured):
         sizes, figures = (message.chunk_rows,), (message.row_s, message.chunk_s)
     elif isinstance(message, TraceTaken):
