@@ -103,6 +103,9 @@ bench-throughput: $(VENV)/run.stamp ## measure several generations at once over 
 bench-serve: $(VENV)/run.stamp ## measure chats, repeated text and a long prompt beside streams, on emulated hosts (root)
 	$(BIN)/python -m benchmarks.serve $(ARGS)
 
+bench-peer-loading: $(VENV)/run.stamp ## measure loading blocks from other devices instead of the coordinator (root)
+	$(BIN)/python -m benchmarks.peer_loading $(ARGS)
+
 bench-recovery: $(VENV)/run.stamp ## measure how much later an answer ends when a device is lost (root)
 	$(BIN)/python -m benchmarks.recovery $(ARGS)
 
