@@ -22,7 +22,6 @@ from model.artifact import SHA256, file_sha256
 from model.durable import remove
 from model.errors import CheckpointError
 from model.partial import PartialFile
-from wire.auth import Token
 from wire.connection import Connection
 from wire.errors import ProtocolError
 from wire.hygiene import clean
@@ -95,7 +94,7 @@ class BlockCache:
         device: str,
         on_progress: Callable[[int, int], None],
         *,
-        token: Token | Caller | None = None,
+        caller: Caller | None = None,
         keep: Collection[str] = (),
         hashed: set[Path] | None = None,
         holders: Holders | None = None,
@@ -127,7 +126,7 @@ class BlockCache:
             on_progress(present, total)
             if not missing:
                 return 0
-            with _Source(coordinator, device, token) as source:
+            with _Source(coordinator, device, caller) as source:
                 if holders is not None and total - present >= LEAST_BYTES:
                     holders.take(source.holders(missing))
                 for ref in missing:
@@ -267,9 +266,9 @@ class BlockCache:
 class _Source:
     """The coordinator as a source of files, over a connection that can be replaced. A context."""
 
-    def __init__(self, coordinator: Endpoint, device: str, token: Token | Caller | None) -> None:
+    def __init__(self, coordinator: Endpoint, device: str, caller: Caller | None) -> None:
         """Raises WireError."""
-        self._coordinator, self._device, self._token = coordinator, device, token
+        self._coordinator, self._device, self._caller = coordinator, device, caller
         self._connection = self._connect()
         self._used_s = time.monotonic()
 
@@ -316,7 +315,7 @@ class _Source:
                 raise ProtocolError(f"{ref}: unexpected answer to a report of damage")
 
     def _connect(self) -> Connection:
-        connection = Connection.connect(self._coordinator, token=self._token)
+        connection = Connection.connect(self._coordinator, caller=self._caller)
         connection.set_receive_timeout(30.0)
         connection.send(BlocksHello(self._device))
         return connection

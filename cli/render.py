@@ -259,13 +259,18 @@ class Screen:
         proof = "optimal" if plan["proven_optimal"] else f"within {plan['gap']:.1%} of the optimum"
         if times is not None:
             proof += f" for {'assumed' if times['assumed'] else 'described'} times"
-        ms = plan["predicted_ms_per_token"]
+        ms, tokens = plan["predicted_ms_per_token"], plan["prompt_tokens"]
+        encodes = plan.get("encodes", False)
+        speed = f"{ms:.2f} ms per token ({1e3 / ms:.1f} tokens/s)"
+        if encodes:
+            each = f"{1e3 * tokens / ms:.0f} tokens/s one after the other"
+            speed = f"{ms:.2f} ms for texts of {tokens} tokens in one pass ({each})"
         self.out.print(
-            f"predicted: {ms:.2f} ms per token ({1e3 / ms:.1f} tokens/s), proven {proof} "
+            f"predicted: {speed}, proven {proof} "
             f"by {plan['proof']['solver']} in {plan['proof']['solve_s']:.2f} s",
             soft_wrap=True,
         )
-        if tokens := plan["prompt_tokens"]:
+        if tokens and not encodes:
             self.out.print(
                 f"predicted: {plan['predicted_prompt_s']:.3g} s for a prompt of {tokens} tokens,"
                 f" its first token after {plan['predicted_first_token_s']:.3g} s",
@@ -273,7 +278,7 @@ class Screen:
             )
         if times is not None:
             self.out.print(f"times: {escape(times['text'])}", soft_wrap=True)
-        if plan["slots"] > 1:
+        if plan["slots"] > 1 and not encodes:
             self.out.print(
                 f"predicted for {plan['slots']} sequences at once: "
                 f"{plan['predicted_tokens_per_s']:.1f} tokens/s in all"

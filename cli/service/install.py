@@ -26,7 +26,7 @@ from cli.render import Screen
 from cli.service.settings import parse_toml, settings_of
 from cli.service.token_input import given_invite
 from model.durable import replace_text
-from wire.auth import TokenError
+from wire.invite import TokenError
 from wire.messages import Endpoint
 from wire.sizes import parse_size
 

@@ -11,8 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from wire.auth import LARGEST_TOKEN_FILE_BYTES, TokenError
-from wire.invite import PREFIX, Invite, parse_invite, read_invite
+from wire.invite import LARGEST_FILE_BYTES, PREFIX, Invite, TokenError, parse_invite, read_invite
 
 STANDARD_INPUT = Path("-")
 
@@ -30,7 +29,7 @@ def given_invite(path: Path | None) -> Invite | None:
     if sys.stdin.isatty():
         text = getpass.getpass("Paste the token (it is not shown): ")
     else:
-        text = sys.stdin.read(LARGEST_TOKEN_FILE_BYTES)
+        text = sys.stdin.read(LARGEST_FILE_BYTES)
     found = set(_TOKEN.findall(text))
     if len(found) > 1:
         raise TokenError("standard input: several tokens: give one")

@@ -21,9 +21,9 @@ from starlette.routing import Route
 from coordinator.http.common import json_lines, model_state, read_json, while_connected
 from coordinator.loading.deployment import Deployment, Planned, Team
 from coordinator.loading.models import Models
-from coordinator.loading.operations import Operations
-from coordinator.loading.paces import slow_devices, slowness_of, token_s
-from coordinator.loading.rebalance import Verdict, choice_of, revalued
+from coordinator.loading.operations import Compared, Operations
+from coordinator.loading.paces import slow_devices, token_s
+from coordinator.loading.rebalance import Verdict
 from coordinator.loading.state import (
     Loading,
     Present,
@@ -165,7 +165,7 @@ class AdminRoutes:
     async def ps(self, request: Request) -> Response:
         models = [model_view(state) for _, state in self._models.present()]
         answer: dict[str, Any] = {"model": models[0] if models else None}
-        if models[1:]:  # A model that is being loaded in place of the first.
+        if models[1:]:
             answer["beside"] = models[1:]
         return JSONResponse(answer)
 
@@ -265,10 +265,10 @@ class AdminRoutes:
             raise RequestInvalid("dry_run: expected true or false", "dry_run")
 
         async def work(emit: Emit) -> dict[str, Any]:
-            deployment, planned, verdict = await self._operations.rebalance(
+            deployment, compared, verdict = await self._operations.rebalance(
                 _emitter(emit), moves=not dry_run
             )
-            answer = _comparison(deployment, planned, verdict)
+            answer = _comparison(deployment, compared, verdict)
             if verdict.moves and not dry_run:
                 moved = await self._models.latest(deployment)
                 answer["moved_to"] = [team[0].name for team in moved.teams]
@@ -277,8 +277,12 @@ class AdminRoutes:
         return json_lines(work)
 
     async def unload(self, request: Request) -> Response:
-        await read_json(request)
-        return JSONResponse({"unloaded": await self._operations.unload()})
+        """Unload the model ``model``, or all. The answer's ``models`` has their names."""
+        name = (await read_json(request)).get("model")
+        if name is not None and not isinstance(name, str):
+            raise RequestInvalid("model: give the name of a loaded model", "model")
+        names = await self._operations.unload(name)
+        return JSONResponse({"unloaded": names[0] if names else None, "models": names})
 
 
 def _hub_name(text: object) -> HubName:
@@ -343,13 +347,12 @@ def _planned(planned: Planned) -> dict[str, Any]:
     return answer
 
 
-def _comparison(deployment: Deployment, planned: Planned, verdict: Verdict) -> dict[str, Any]:
+def _comparison(deployment: Deployment, compared: Compared, verdict: Verdict) -> dict[str, Any]:
     """The JSON of the present plan and the best one, both by the present figures.
 
     moves, why: whether the rule moves the model, if this lasts, and the reason.
     """
-    choice = choice_of(planned.problem, deployment.plan, planned.plan, deployment.load_s)
-    present = revalued(deployment.plan, planned.problem)
+    planned, choice = compared.planned, compared.choice
     spec, slots = deployment.spec, deployment.slots.total
     return {
         "model": deployment.name,
@@ -358,8 +361,8 @@ def _comparison(deployment: Deployment, planned: Planned, verdict: Verdict) -> d
         "gain": choice.gain,
         "loss_gain": choice.loss_gain,
         "pause_s": choice.move_s,
-        "slower_than_planned": slowness_of(deployment),
-        "present": describe_plan(spec, present, slots),
+        "slower_than_planned": {one.name: factor for one, factor in compared.slow.items()},
+        "present": describe_plan(spec, compared.present, slots),
         "plan": describe_plan(spec, planned.plan, slots),
     }
 
@@ -437,6 +440,7 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
             stage["measured_sum"] = figures
     return {
         "context_tokens": deployment.context_tokens,
+        "output": None if deployment.spec.output is None else deployment.spec.output.kind,
         "scheme": deployment.request.scheme,
         "scheme_text_sha256": text_sha256(deployment.request.scheme_text),
         "group_size": deployment.request.group_size,

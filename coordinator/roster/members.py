@@ -35,6 +35,7 @@ from wire.hygiene import (
 )
 from wire.messages import (
     AgentHello,
+    BlocksFetched,
     BlocksFound,
     CancelRequest,
     CoordinatorWelcome,
@@ -51,6 +52,7 @@ from wire.messages import (
     LinkMeasured,
     Message,
     ModelMeasured,
+    PassFailed,
     PeerLost,
     Progress,
     PromptScored,
@@ -61,6 +63,7 @@ from wire.messages import (
     StageDamaged,
     StageLoaded,
     TeamMeasured,
+    TextsEncoded,
     TokenSampled,
     TraceTaken,
 )
@@ -89,6 +92,7 @@ _ANSWERS = (
     LinkMeasured,
     QualityMeasured,
     HopMeasured,
+    BlocksFetched,
     BlocksFound,
     FilesMade,
     StageLoaded,
@@ -98,6 +102,17 @@ _ANSWERS = (
     Progress,
     RequestFailed,
 )
+
+_REPORTS = (
+    TokenSampled,
+    PromptScored,
+    SequenceFailed,
+    TextsEncoded,
+    PassFailed,
+    PeerLost,
+    StageDamaged,
+)
+"""The messages that answer no request, for the subscribers of members."""
 
 Answer = TypeVar("Answer", bound=Message)
 OnProgress = Callable[[Progress], None]
@@ -607,7 +622,7 @@ class Roster:
                 raise ProtocolError(f"it has {wrong}")
             member.load, member.celsius = message.load, message.celsius
             member.beats = {stage.epoch: stage for stage in message.stages}
-            if any(map(_is_at_work, message.stages)):
+            if message.stages:
                 self._tell(member, message)
         elif isinstance(message, _ANSWERS):
             if not _is_possible(message):
@@ -626,9 +641,7 @@ class Roster:
                 member.take_better(message)
             except AgentFailed as error:
                 raise ProtocolError(str(error)) from error
-        elif isinstance(
-            message, (TokenSampled, PromptScored, SequenceFailed, PeerLost, StageDamaged)
-        ):
+        elif isinstance(message, _REPORTS):
             self._tell(member, message)
         else:
             raise ProtocolError(f"{member.name} sent an unexpected {type(message).__name__}")
@@ -698,11 +711,6 @@ def _addresses(source: Member, target: Member) -> tuple[str, ...]:
     return tuple(f"{item.host}:{item.port}" for item in target.endpoints_for(source))
 
 
-def _is_at_work(stage: StageBeat) -> bool:
-    """Whether a stage has run tokens, or runs a pass now."""
-    return stage.token_s > 0 or (stage.counts is not None and stage.counts.running_us > 0)
-
-
 def _is_possible(message: Message) -> bool:
     """Whether an answer's figures are plausible. Block times and links are checked elsewhere."""
     sizes: tuple[int, ...] = ()
@@ -713,8 +721,9 @@ def _is_possible(message: Message) -> bool:
             return False
     elif isinstance(message, StageLoaded):
         figures = (message.load_s,)
-        rest_bytes = message.fetched_bytes - message.from_peers_bytes
-        sizes = message.memory_bytes, message.fetched_bytes, message.from_peers_bytes, rest_bytes
+        sizes = message.memory_bytes, *_parted(message)
+    elif isinstance(message, BlocksFetched):
+        sizes = _parted(message)
     elif isinstance(message, TeamMeasured):
         sizes, figures = (message.chunk_rows,), (message.row_s, message.chunk_s)
     elif isinstance(message, TraceTaken):
@@ -724,6 +733,12 @@ def _is_possible(message: Message) -> bool:
     return all(0 <= size <= hygiene.MAX_BYTES for size in sizes) and all(
         0 <= figure <= hygiene.MAX_SECONDS for figure in figures
     )
+
+
+def _parted(message: StageLoaded | BlocksFetched) -> tuple[int, int, int]:
+    """The fetched bytes, those of them that devices sent, and the rest."""
+    from_peers_bytes = message.from_peers_bytes
+    return message.fetched_bytes, from_peers_bytes, message.fetched_bytes - from_peers_bytes
 
 
 async def _tell(member: Member, message: Message) -> None:

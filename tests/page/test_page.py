@@ -209,8 +209,8 @@ def test_the_page_finds_a_coordinator_again_that_stopped(
 def test_the_joining_line_has_no_token_and_the_page_makes_one(
     browser: Browser, shoal: GivenShoal
 ) -> None:
-    token = "of-more-than-thirty-two-characters"  # noqa: S105 - made up
-    shoal.use_token(token.encode())
+    token = "shoal1.fingerprint.secret"  # noqa: S105 - made up
+    shoal.token = token
     browser.open(shoal.url)
     browser.click(".column-shoal .card:nth-of-type(2) .quiet-button")
     line = "shoal agent --coordinator 127.0.0.1:7420 --cluster attic --token-file -"

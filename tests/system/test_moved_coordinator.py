@@ -10,7 +10,7 @@ PROMPT = "The lamp is in the attic. Where is the lamp?"
 def test_agents_follow_a_coordinator_to_another_machine(cluster: Cluster) -> None:
     """They need no new token, and the model that was loaded is loaded there again."""
     token, archive = cluster.directory / "token", cluster.directory / "old.tar"
-    cluster.start_coordinator("--no-mdns", "--tls", "--create-token", f"--token-file={token}")
+    cluster.start_coordinator("--no-mdns", "--create-token", f"--token-file={token}")
     where = f"--coordinator=127.0.0.1:{cluster.control_port}"
     for name in ("one", "two"):
         cluster.start_agent(name, where, "--memory=4500000", f"--token-file={token}")
@@ -27,7 +27,7 @@ def test_agents_follow_a_coordinator_to_another_machine(cluster: Cluster) -> Non
     assert process.stdout is not None
     process.stdout.close()
     assert shoal("coordinator", "import", str(archive), new).returncode == 0
-    cluster.start_coordinator("--no-mdns", "--tls", f"--port={cluster.control_port}", new)
+    cluster.start_coordinator("--no-mdns", f"--port={cluster.control_port}", new)
     cluster.wait_for_agents("one", "two")
 
     def is_ready() -> bool:

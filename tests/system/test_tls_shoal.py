@@ -23,17 +23,16 @@ def says(cluster: Cluster, name: str, text: str) -> bool:
 def test_devices_join_by_a_token_and_are_known_by_their_keys_then(cluster: Cluster) -> None:
     token, old = cluster.directory / "token", cluster.directory / "old.token"
     old.write_text("x" * 40)
-    cluster.start_coordinator("--no-mdns", "--tls", "--create-token", f"--token-file={token}")
+    old.chmod(0o600)
+    cluster.start_coordinator("--no-mdns", "--create-token", f"--token-file={token}")
     where = f"--coordinator=127.0.0.1:{cluster.control_port}"
     limit = "--memory=4500000"
     assert token.stat().st_mode & 0o777 == 0o600
     for name in ("one", "two"):
         cluster.start_agent(name, where, limit, f"--token-file={token}")
     cluster.start_agent("old", where, f"--token-file={old}")
-    cluster.start_agent("none", where)
     cluster.wait_for_agents("one", "two")
-    for name in ("old", "none"):
-        wait_for(partial(says, cluster, name, "shoal token create"), 20, f"a line of {name}")
+    wait_for(partial(says, cluster, "old", "shoal token create"), 20, "a line of old")
     loaded = cluster.load(TINY_OPT, "--bits=8", "--max-weight-error=none")
     assert len(loaded["plan"]["stages"]) == 2
     answer = last_json(cluster.run("run", loaded["model"], PROMPT, "--json"))
