@@ -70,7 +70,7 @@ class Agents(Cluster):
 
 
 def sent_bytes(bed: Testbed, host: str) -> int:
-    """What a host's port has sent so far."""
+    """The bytes that a host's port has sent so far."""
     table = bed.inside(host, Path("/proc/thread-self/net/dev").read_text)
     line = next(line for line in table.splitlines() if line.strip().startswith("eth0:"))
     return int(line.split()[9])

@@ -56,10 +56,9 @@ AGENT_ABOUT = (
     "It finds the coordinator by itself if multicast works in the network."
 )
 AGENT_EXAMPLES = (
-    "  shoal agent --token-file ~/shoal.token    # of `shoal token create`, for the first start\n"
+    "  shoal agent --token-file -                # for the first start; it asks for the token\n"
     "  shoal agent --name pi-1 --memory 3G --storage 8G\n"
     "  shoal agent --coordinator 192.168.1.10    # where multicast is blocked\n"
-    "  shoal agent --token-file -                # asks for a token\n"
     "  shoal agent --list-backends\n"
     "\nin a container that publishes port 7430 of the host 192.168.1.20:\n"
     "  shoal agent --port 7430 --advertise 192.168.1.20\n"

@@ -15,7 +15,7 @@ from wire.messages import BlocksFound, FindBlocks, Holder
 ANSWER_S = 2.0
 """The time for a device to look into its cache. One that is slower is not waited for."""
 
-LEAST_SHARE = 0.5
+LEAST_SHARE = 0.25
 """A device is named if its link is at least this share of the best measured link into the asking
 one. The coordinator itself, whose link is not measured, may be nearer than a slower one."""
 
@@ -64,7 +64,7 @@ def _near(roster: Roster, asking: Member) -> list[Member]:
 
 
 async def _held(member: Member, wanted: frozenset[str]) -> tuple[str, ...]:
-    """Those of the files that a device says it has. It may lie: whoever fetches them checks."""
+    """The files that a device says it has. It may lie: whoever fetches them checks."""
     request = member.request(partial(FindBlocks, sha256s=tuple(wanted)), BlocksFound)
     try:
         answer = await asyncio.wait_for(request, ANSWER_S)

@@ -100,8 +100,8 @@ def test_the_nearest_come_first() -> None:
     async def test(shoal: Shoal) -> None:
         for name, rate in (("c", 6e6), ("d", 11e6), ("e", 8e6)):
             shoal.link(name, "x", rate)
-        # Over a link below half of the best one, the coordinator may be nearer.
-        shoal.link("f", "x", 5e6)
+        # Over a link below a quarter of the best one, the coordinator may be nearer.
+        shoal.link("f", "x", 2e6)
         assert await shoal.found() == [("d", {A}), ("e", {B}), ("c", {A, B})]
         (first, *_) = await holders(shoal.roster, "id-of-x", [A])
         assert first == Holder("id-of-d", (Endpoint("127.0.0.1", ord("d")),), (A,))
