@@ -182,6 +182,15 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         help="Compute every prompt from its first token, and not on from what a slot has kept.",
     )
     parser.add_argument(
+        "--answer-cache",
+        type=argument_types.size,
+        default=0,
+        metavar="SIZE",
+        help="The memory for answers that are kept. A request at temperature 0 that was answered "
+        'before gets the same answer at once, unless it says `"cache_prompt": false`. '
+        "Default: none are kept.",
+    )
+    parser.add_argument(
         "--speculate",
         type=argument_types.guesses,
         default=limits.DRAFT_TOKENS,
@@ -357,6 +366,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
             insecure_http=options.insecure_http,
             cors_origins=tuple(options.cors_origin),
             most_waiting=options.queue,
+            answer_cache_bytes=options.answer_cache,
             prefix_cache=not options.no_prefix_cache,
             drafts=options.speculate,
         )

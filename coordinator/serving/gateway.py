@@ -37,6 +37,7 @@ from coordinator.loading.state import EndAnswers, Lost
 from coordinator.roster.measurements import together
 from coordinator.roster.members import Member, Roster
 from coordinator.serving import requests
+from coordinator.serving.kept_answers import KeptAnswers
 from model.spec import ModelSpec
 from model.tokenizer import StreamDecoder
 from planning.errors import RequestInvalid
@@ -135,6 +136,8 @@ class Timing:
     """Tokens that the first stage guessed ahead."""
     accepted_tokens: int = 0
     """Guesses that were right."""
+    kept_tokens: int = 0
+    """Tokens of the answer that an identical request had got before."""
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
@@ -240,8 +243,13 @@ class Gateway:
         roster: Roster,
         models: Models,
         shortcuts: Shortcuts = ALL_SHORTCUTS,
+        kept: KeptAnswers | None = None,
     ) -> None:
-        """Answer with the deployments of ``models``, by no other shortcuts than these."""
+        """Answer with the deployments of ``models``, by no other shortcuts than these.
+
+        kept: answers that identical requests get again. None keeps none.
+        """
+        self._kept = kept or KeptAnswers(0)
         self._models = models
         self._shortcuts = shortcuts
         self._newest = 0
@@ -252,7 +260,7 @@ class Gateway:
         roster.subscribe(self.on_event, lambda *_: None)  # Losses end answers by EndAnswers.
         models.carry_out(EndAnswers, self._end)
 
-    async def generate(
+    def generate(
         self,
         deployment: Deployment,
         prompt: Sequence[int],
@@ -276,9 +284,34 @@ class Gateway:
         Closing the iterator cancels the sequence on every stage. Raises RequestInvalid,
         CoordinatorError.
         """
+        timing = timing or Timing()
+        pieces = self._generate(
+            deployment, prompt, sampling, stop, timing, withdrawable, markers, shortcuts
+        )
+        if not shortcuts.cache_prompt:
+            return pieces
+        key = self._kept.key(deployment.epoch, prompt, sampling, stop, markers)
+        if key is None:
+            return pieces
+        answer = self._kept.find(key)
+        if answer is None:
+            return self._kept.record(key, pieces)
+        return _again(answer, deployment.name, len(prompt), timing)
+
+    async def _generate(
+        self,
+        deployment: Deployment,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        stop: Sequence[str],
+        timing: Timing,
+        withdrawable: bool,
+        markers: Collection[str],
+        shortcuts: Shortcuts,
+    ) -> AsyncGenerator[Piece, None]:
+        """Yield the pieces of an answer that is computed, as ``generate`` says."""
         room = room_for_answer(len(prompt), deployment.context_tokens, deployment.spec)
         limit = min(sampling.max_tokens, room)
-        timing = timing or Timing()
         timing.prompt_tokens = len(prompt)
         taken = shortcuts.within(self._shortcuts)
         request = requests.current()
@@ -544,6 +577,20 @@ def _piece(event: TokenSampled, decoder: StreamDecoder, text: _StopFilter, timin
         more, stopped = text.feed(decoder.finish())
         return Piece(shown + more + text.rest(), (event.token,), "stop" if stopped else "length")
     return Piece(shown, (event.token,), "")
+
+
+async def _again(
+    answer: Sequence[Piece], model: str, prompt_tokens: int, timing: Timing
+) -> AsyncGenerator[Piece, None]:
+    """Yield an answer that was kept. Nothing of its prompt runs."""
+    timing.prompt_tokens = timing.cached_tokens = prompt_tokens
+    request = requests.current()
+    request.asks(model, prompt_tokens)
+    request.cached_tokens += prompt_tokens
+    for piece in answer:
+        timing.kept_tokens += len(piece.tokens)
+        request.answers(len(piece.tokens))
+        yield piece
 
 
 def _with_logprobs(piece: Piece, event: TokenSampled, sampling: Sampling, vocab: int) -> Piece:

@@ -15,7 +15,8 @@ def load(cluster: Cluster, *order: str) -> dict[str, Any]:
     """Load with two layers or more on each device, in this order."""
     pins = [f"--pin=layers={2 * place}-{2 * place + 1}:{name}" for place, name in enumerate(order)]
     wide = ("--bits=32", "--hop-bits=32")  # So the blocks are large enough to be worth a question.
-    return cluster.load(TINY_OPT, *wide, *pins)
+    loaded: dict[str, Any] = cluster.load(TINY_OPT, *wide, *pins)
+    return loaded
 
 
 def answer(cluster: Cluster) -> list[int]:
