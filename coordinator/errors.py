@@ -10,6 +10,7 @@
     ├── LinkFailed              two agents live, and one cannot reach the other
     ├── AnswerWithdrawn         text that was shown came from a damaged stage
     ├── Stalled                 the devices are alive, but no token comes
+    │   └── RowsLost            ... because rows were lost between them
     ├── Busy                    another plan, load, unload or measurement is under way
     ├── NotLoaded               no model is loaded, or its deployment is broken
     ├── NotReady                the model is being loaded or resumed
@@ -66,18 +67,26 @@ class AgentLost(AgentFailed):
     code = "device_lost"
 
     def __init__(
-        self, name: str, cause: str, alone: str | None = None, *, broke_protocol: bool = False
+        self,
+        name: str,
+        cause: str,
+        alone: str | None = None,
+        *,
+        broke_protocol: bool = False,
+        may_return: bool = False,
     ) -> None:
         """Make the message.
 
         alone: why the other devices cannot take its place, once that was tried.
         broke_protocol: the agent is alive, but the coordinator dropped it for what it sent.
+        may_return: perhaps only its connection ended, and its stage is well.
         """
         rest = "" if alone is None else f"; the others cannot take its place: {alone}"
         advice = UPDATE if broke_protocol else "check its power, network and agent"
         super().__init__(name, f"device lost ({cause}); {advice}{rest}")
         self.cause = cause
         self.broke_protocol = broke_protocol
+        self.may_return = may_return
 
     def unplaced(self, why: str) -> CoordinatorError:
         return AgentLost(self.name, self.cause, why, broke_protocol=self.broke_protocol)
@@ -89,8 +98,8 @@ class Moved(CoordinatorError):
     status = 503
     code = "model_moving"
 
-    def __init__(self) -> None:
-        super().__init__("the model moves to a better plan")
+    def __init__(self, why: str = "the model moves to a better plan") -> None:
+        super().__init__(why)
 
 
 class LinkFailed(CoordinatorError):
@@ -154,6 +163,16 @@ class Stalled(CoordinatorError):
 
     status = 504
     code = "stalled"
+
+
+class RowsLost(Stalled):
+    """Rows of an answer were lost between two devices that are both well."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no token comes although all devices are well: rows were lost between them, see the "
+            "agents' logs"
+        )
 
 
 class Busy(CoordinatorError):

@@ -236,6 +236,11 @@ class Connection:
     ) -> None:
         self.close()
 
+    @property
+    def unacknowledged_bytes(self) -> int:
+        """The sent bytes that the other machine has not acknowledged, or 0 if unknown."""
+        return self._transport.unacknowledged_bytes()
+
     def _prove(self) -> None:
         """Complete the handshake within HANDSHAKE_TIMEOUT_S. Raises WireError."""
         if self._framer.is_proving:

@@ -72,6 +72,17 @@ class Introduction:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptStage:
+    """A stage that an agent kept when it lost its last coordinator.
+
+    newest_sequence: the newest sequence that was started on it. 0: none, or another member leads.
+    """
+
+    epoch: int
+    newest_sequence: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class AgentHello:
     """Agent to coordinator, first message: identity, abilities and addresses for peers."""
 
@@ -92,22 +103,19 @@ class AgentHello:
     """The port at which it listens on every address of its machine. 0 means only ``endpoints``."""
     advertised: tuple[Endpoint, ...] = ()
     """The addresses that its user configured for peers. They are tried first."""
-    kept_epoch: int = 0
-    """The epoch of the stage that it kept when it lost its last coordinator. 0: it has none."""
-    kept_sequence: int = 0
-    """The newest sequence that was started on that stage. 0: none, or another member leads."""
+    kept: tuple[KeptStage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorWelcome:
     """Coordinator's answer. ``name`` is the agent's name made unique in the cluster.
 
-    keeps_stage: the agent goes on with the stage that it kept. Otherwise it unloads the stage.
+    keeps: the epochs of stages that the agent goes on with. It unloads its other stages.
     """
 
     cluster: str
     name: str
-    keeps_stage: bool = False
+    keeps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +156,7 @@ class StageCounts:
     round_trip_us: the newest measured round trip to the next device. 0: none was measured.
     held_rows, most_rows: rows in the KV cache that sequences hold now, and those that fit.
     running_us, running_rows: how long the pass of this moment has computed, and its rows. 0: none.
+    busy: whether rows run, wait or are sent at this moment, or are not acknowledged yet.
     """
 
     passes: int
@@ -162,25 +171,36 @@ class StageCounts:
     most_rows: int
     running_us: int = 0
     running_rows: int = 0
+    busy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StageBeat:
+    """The state of one of an agent's stages, each HEARTBEAT_S.
+
+    token_s: the mean seconds of its last passes of one row, without sums over a team. 0: there were
+        too few passes.
+    counts: None if another member of its team leads.
+    """
+
+    epoch: int
+    token_s: float = 0.0
+    counts: StageCounts | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
     """Either side, each HEARTBEAT_S.
 
-    epoch, token_s: an agent's stage, and the mean seconds of its last passes of one row, without
-        sums over a team. 0: there is no stage, or there were too few passes.
     load: the share of the machine's processor that is used, by all programs.
     celsius: the temperature of its hottest part, or None if it is not known.
-    stage: None without a stage.
+    stages: the loaded stages of an agent, oldest first.
     """
 
     memory_available_bytes: int = 0
-    epoch: int = 0
-    token_s: float = 0.0
     load: float = 0.0
     celsius: float | None = None
-    stage: StageCounts | None = None
+    stages: tuple[StageBeat, ...] = ()
 
 
 # ---- control: requests and their answers -------------------------------------------------------
@@ -302,7 +322,10 @@ class BlockRef(FileRef):
 
 @dataclass(frozen=True, slots=True)
 class LoadStage:
-    """Fetch these contiguous blocks, and load them as the stage of deployment ``epoch``."""
+    """Fetch these contiguous blocks, and load them as the stage of deployment ``epoch``.
+
+    keeps: the epochs of stages that stay beside it. All others are unloaded first.
+    """
 
     request: int
     epoch: int
@@ -329,6 +352,9 @@ class LoadStage:
     """The width of the partial rows that members exchange."""
     vocabulary: FileRef | None = None
     """The bytes of each token (model.token_bytes), for a stage that samples. None: not known."""
+    keeps: tuple[int, ...] = ()
+    weight: float = 1.0
+    """Its part of the device's time, against the weights of other stages there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -461,7 +487,27 @@ class TeamMeasured:
 
 @dataclass(frozen=True, slots=True)
 class UnloadStage:
+    """Unload the stage of deployment ``epoch``, or all stages if it is 0."""
+
     request: int
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FetchBlocks:
+    """Fetch files into the block cache for a later LoadStage. Files of loaded stages stay."""
+
+    request: int
+    blocks: tuple[BlockRef, ...]
+    vocabulary: FileRef | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksFetched:
+    """``fetched_bytes`` came over the network. The other files were there."""
+
+    request: int
+    fetched_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -810,6 +856,60 @@ class PromptScored:
     logprobs: bytes
 
 
+# ---- whole texts through an encoder -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeTexts:
+    """Coordinator to the first stage: run these whole texts through all stages in one pass.
+
+    number: of the pass. Passes of an epoch have different numbers.
+    tokens: of all texts, one behind the other.
+    lengths: the tokens of each text.
+    seconds: where the second part of each text begins: its length if it has none.
+    """
+
+    epoch: int
+    number: int
+    tokens: tuple[int, ...]
+    lengths: tuple[int, ...]
+    seconds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextRows:
+    """Hidden rows of a pass, stage to stage. The payload is that of Activation."""
+
+    epoch: int
+    number: int
+    bits: HopBits
+    lengths: tuple[int, ...]
+    seconds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextsEncoded:
+    """Last stage to coordinator: some rows of a pass's result, from row ``first`` on.
+
+    The result is one row for each text, or for each token. All rows are told, in order.
+    values: float32 little-endian [rows, width].
+    """
+
+    epoch: int
+    number: int
+    first: int
+    values: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PassFailed:
+    """Any stage to coordinator: a pass of texts has ended without a result."""
+
+    epoch: int
+    number: int
+    reason: str
+
+
 @dataclass(frozen=True, slots=True)
 class ProbePing:
     """Link probe. The peer answers ProbePong at once. The payload is ignored."""
@@ -887,6 +987,8 @@ Message: TypeAlias = (
     | MeasureTeam
     | TeamMeasured
     | UnloadStage
+    | FetchBlocks
+    | BlocksFetched
     | FindBlocks
     | BlocksFound
     | MeasureQuality
@@ -910,6 +1012,10 @@ Message: TypeAlias = (
     | Activation
     | TokenSampled
     | PromptScored
+    | EncodeTexts
+    | TextRows
+    | TextsEncoded
+    | PassFailed
     | ProbePing
     | ProbePong
     | BlocksHello
@@ -948,6 +1054,8 @@ CODES: dict[int, type[Message]] = {
     33: PeerLost,
     34: HopMeasured,
     35: ConnectTeam,
+    36: FetchBlocks,
+    37: BlocksFetched,
     40: PeerHello,
     41: PeerWelcome,
     42: Activation,
@@ -964,6 +1072,10 @@ CODES: dict[int, type[Message]] = {
     54: FilesMade,
     60: StageDamaged,
     61: BlockDamaged,
+    81: EncodeTexts,
+    82: TextRows,
+    83: TextsEncoded,
+    84: PassFailed,
     85: MeasureDevice,
     86: DeviceMeasured,
     87: FiguresChanged,
@@ -981,6 +1093,6 @@ CODES: dict[int, type[Message]] = {
 """The message codes on the wire. Never reuse a number."""
 
 WITH_PAYLOAD: frozenset[type[Message]] = frozenset(
-    {Activation, ProbePing, BlockChunk, TeamPass, TeamPart, TeamLogits}
+    {Activation, TextRows, ProbePing, BlockChunk, TeamPass, TeamPart, TeamLogits}
 )
 """The messages that may carry raw bytes behind the header."""

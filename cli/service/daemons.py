@@ -13,12 +13,14 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cli import argument_types
 from cli.argument_types import CONTROL_PORT, HTTP_PORT
 from cli.errors import CommandFailed, Unavailable, UsageError
 from cli.render import Screen
 from cli.service.install import add_service_actions
+from cli.service.running import Running, told
 from cli.shared_arguments import add_memory_argument, add_threads_argument, add_watts_argument
 from coordinator.config import (
     DEFAULT_MOST_WAITING,
@@ -31,6 +33,9 @@ from wire.addresses import is_loopback
 from wire.errors import WireError
 from wire.messages import Endpoint
 from wire.service import ServiceManager, default_state_dir
+
+if TYPE_CHECKING:
+    from coordinator.server import Ready
 
 MOST_DESCRIPTORS = 65_536
 """More than all admitted connections and all files."""
@@ -54,6 +59,7 @@ AGENT_EXAMPLES = (
     "  shoal agent --token-file ~/shoal.token    # of `shoal token create`, for the first start\n"
     "  shoal agent --name pi-1 --memory 3G --storage 8G\n"
     "  shoal agent --coordinator 192.168.1.10    # where multicast is blocked\n"
+    "  shoal agent --token-file -                # asks for a token\n"
     "  shoal agent --list-backends\n"
     "\nin a container that publishes port 7430 of the host 192.168.1.20:\n"
     "  shoal agent --port 7430 --advertise 192.168.1.20\n"
@@ -108,6 +114,24 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         "Agents need --insecure, too. For a network that you alone use.",
     )
     parser.add_argument(
+        "--http-tls",
+        action="store_true",
+        help="Encrypt HTTP with the coordinator's own key, or with --http-cert. The shoal command "
+        "asks once whether a key is the right one. A browser warns of the coordinator's own.",
+    )
+    parser.add_argument(
+        "--http-cert",
+        type=Path,
+        metavar="FILE",
+        help="A certificate for HTTP with its chain, in PEM. A renewed file is noticed.",
+    )
+    parser.add_argument(
+        "--http-key",
+        type=Path,
+        metavar="FILE",
+        help="The certificate's key. Default: it is in the file of --http-cert.",
+    )
+    parser.add_argument(
         "--insecure-http",
         action="store_true",
         help="Ask for no API key. Otherwise clients need one if --http is not this machine's "
@@ -144,6 +168,14 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="How many seconds answers wait for a lost device, if the remaining devices cannot "
         "hold the model. Default: %(default)g.",
+    )
+    parser.add_argument(
+        "--rebalance",
+        choices=("off", "auto"),
+        default="off",
+        help="With auto, a model moves by itself when another plan has been better for a minute. "
+        "It moves back if its tokens then take longer. With off, only `shoal rebalance` moves it. "
+        "Default: %(default)s.",
     )
     parser.add_argument(
         "--no-prefix-cache",
@@ -249,8 +281,8 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
         "--token-file",
         type=Path,
         metavar="FILE",
-        help="A file with a token of the coordinator. The first start needs one. Later, the device "
-        "is known by its key. Default: $SHOAL_TOKEN.",
+        help="A file with a token of the coordinator, or - to be asked for it. The first start "
+        "needs one. Later, the device is known by its key. Default: $SHOAL_TOKEN.",
     )
     parser.add_argument(
         "--insecure",
@@ -271,26 +303,35 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
     from cli.service.making import LocalMakers
-    from coordinator.server import Coordinator, Ready
+    from coordinator.server import Coordinator
+    from wire.claim import shown
     from wire.invite import TokenError
 
     _set_log_level(options)
+    if options.http_key is not None and options.http_cert is None:
+        raise UsageError("--http-key needs the certificate: name it with --http-cert FILE")
+
+    state = contextlib.ExitStack()
 
     def on_ready(ready: Ready) -> None:
+        running = _running(config, ready)
+        state.enter_context(told(config.state_dir, running))
         _tell_about_keys(config, screen)
         _tell_who_may_join(config, screen)
+        if running.http_fingerprint:
+            screen.note(f"HTTPS shows the key {shown(bytes.fromhex(running.http_fingerprint))}")
         if options.json:
             screen.json(
                 {
                     "event": "ready",
                     "control_port": ready.control_port,
-                    "http": _url(ready.http_host, ready.http_port),
+                    "http": running.http,
                 }
             )
         else:
             screen.out.print(
                 f"cluster {options.cluster}: agents join at port {ready.control_port}, "
-                f"page and API at {_url(ready.http_host, ready.http_port)}"
+                f"page and API at {running.http}"
             )
 
     _raise_descriptor_limit()
@@ -310,6 +351,10 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
             insecure=options.insecure,
             storage_bytes=options.storage,
             recovery_wait_s=options.recovery_wait,
+            rebalances=options.rebalance == "auto",
+            http_tls=options.http_tls or options.http_cert is not None,
+            http_cert=options.http_cert,
+            http_key=options.http_key,
             insecure_http=options.insecure_http,
             cors_origins=tuple(options.cors_origin),
             most_waiting=options.queue,
@@ -320,7 +365,8 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
             config, screen.note, ServiceManager.from_environment(), LocalMakers()
         )
         _follow_parent(options, lambda: os.kill(os.getpid(), signal.SIGINT))
-        asyncio.run(coordinator.run(on_ready))
+        with state:
+            asyncio.run(coordinator.run(on_ready))
     except (ConfigError, TokenError, WireError) as error:
         raise CommandFailed(str(error)) from error
 
@@ -329,6 +375,31 @@ def _require_one_way(options: argparse.Namespace) -> None:
     """Raise UsageError if --insecure comes with a token, which it does not look at."""
     if options.insecure and (options.token_file is not None or "SHOAL_TOKEN" in os.environ):
         raise UsageError("--insecure lets everybody join: leave out the token, or --insecure")
+
+
+def _running(config: CoordinatorConfig, ready: Ready) -> Running:
+    return Running(
+        os.getpid(),
+        config.control_host,
+        ready.control_port,
+        config.cluster,
+        _url(ready.http_host, ready.http_port, encrypted=config.http_tls),
+        _http_fingerprint(config).hex(),
+    )
+
+
+def _http_fingerprint(config: CoordinatorConfig) -> bytes:
+    """The fingerprint of the certificate that HTTP shows. Empty without TLS."""
+    import ssl
+
+    from wire.claim import fingerprint_of
+
+    if not config.http_tls:
+        return b""
+    text = (config.http_cert or config.identity_path).read_text(encoding="ascii", errors="replace")
+    begin = text.index("-----BEGIN CERTIFICATE-----")
+    end = text.index("-----END CERTIFICATE-----") + len("-----END CERTIFICATE-----")
+    return fingerprint_of(ssl.PEM_cert_to_DER_cert(text[begin:end]))
 
 
 def _prepare_token(options: argparse.Namespace) -> None:
@@ -408,7 +479,8 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
     _set_log_level(options)
     from agent.config import AgentConfig, ConfigError, default_name
     from agent.daemon import Agent
-    from wire.invite import TokenError, read_invite
+    from cli.service.token_input import given_invite
+    from wire.invite import TokenError
 
     _raise_descriptor_limit()
     service = ServiceManager.from_environment()
@@ -428,7 +500,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
                 exact=options.exact,
                 fast_prompts=options.fast_prompts,
                 backend=options.backend,
-                token=None if options.insecure else read_invite(options.token_file),
+                token=None if options.insecure else given_invite(options.token_file),
                 insecure=options.insecure,
                 watts=options.watts,
                 advertise=options.advertise,
@@ -517,8 +589,9 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+def _url(host: str, port: int, *, encrypted: bool) -> str:
+    at = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return f"http{'s' * encrypted}://{at}"
 
 
 def _follow_parent(options: argparse.Namespace, stop: Callable[[], None]) -> None:

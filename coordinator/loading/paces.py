@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Sequence
 
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.models import Models
 from coordinator.roster.members import Member, Roster
 from coordinator.story import Story
+from planning.plan import Stage
 from wire.messages import Heartbeat, Message, StageCounts
 
 log = logging.getLogger(__name__)
@@ -29,13 +31,14 @@ ADVICE = (
 
 def token_s(deployment: Deployment, member: Member) -> float | None:
     """Return the measured seconds of one token in a device's part. None: not known yet."""
-    epoch, seconds = member.pace
-    return seconds if epoch == deployment.epoch and seconds else None
+    beat = member.beats.get(deployment.epoch)
+    return beat.token_s if beat is not None and beat.token_s else None
 
 
 def counts_of(deployment: Deployment, lead: Member) -> StageCounts | None:
     """Return what a stage of ``deployment`` has done. None: not known yet."""
-    return lead.counts if lead.pace[0] == deployment.epoch else None
+    beat = lead.beats.get(deployment.epoch)
+    return None if beat is None else beat.counts
 
 
 def planned_s(deployment: Deployment, member: Member) -> float | None:
@@ -59,18 +62,19 @@ class Paces:
 
     def _on_event(self, member: Member, message: Message) -> None:
         if isinstance(message, Heartbeat):
-            self._judge(member)
+            for stage in message.stages:
+                deployment = self._models.of_epoch(stage.epoch)
+                if deployment is not None:
+                    self._judge(member, deployment)
 
-    def _judge(self, member: Member) -> None:
-        deployment = self._models.of_epoch(member.pace[0])
-        if deployment is None:
-            return
+    def _judge(self, member: Member, deployment: Deployment) -> None:
         measured_s, expected_s = token_s(deployment, member), planned_s(deployment, member)
         if not measured_s or not expected_s:
             return
         key = (deployment.epoch, member)
         if key not in self._slow and _is_slow(measured_s, expected_s):
-            self._slow = {(epoch, one) for epoch, one in self._slow if epoch == key[0]} | {key}
+            present = {one for one in self._slow if self._models.of_epoch(one[0]) is not None}
+            self._slow = present | {key}
             text = _text(measured_s, expected_s)
             self._story.tell("slow", member.name, text)
             log.warning("%s %s; %s", member.name, text, ADVICE)
@@ -90,13 +94,24 @@ def slow_devices(deployment: Deployment) -> list[str]:
     return found
 
 
-def slowness_of(deployment: Deployment) -> dict[str, float]:
-    """Return how many times longer than planned each slow device takes, by its name."""
+def slowness_of(
+    deployment: Deployment, stages: Sequence[Stage], known: Collection[Member] = ()
+) -> dict[Member, float]:
+    """Return how many times longer than predicted each slow device takes.
+
+    stages: those of the deployment with the present predictions.
+    known: devices that were slow at the last look. They count until they are as predicted.
+    """
     found = {}
-    for member in deployment.devices:
-        measured_s, expected_s = token_s(deployment, member), planned_s(deployment, member)
-        if measured_s and expected_s and _is_slow(measured_s, expected_s):
-            found[member.name] = measured_s / expected_s
+    for stage, team in zip(stages, deployment.teams, strict=True):
+        parts = [part.compute_s for part in stage.members] or [stage.compute_s]
+        for member, expected_s in zip(team, parts, strict=True):
+            measured_s = token_s(deployment, member)
+            if not measured_s or not expected_s:
+                continue
+            is_still = member in known and measured_s >= AS_PLANNED * expected_s + SLOW_BY_S
+            if is_still or _is_slow(measured_s, expected_s):
+                found[member] = measured_s / expected_s
     return found
 
 

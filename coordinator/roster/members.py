@@ -8,12 +8,12 @@ import itertools
 import logging
 import time
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from typing import TypeVar
 
 from coordinator.errors import AgentFailed, AgentLost, NoAgents
-from coordinator.roster.book import BadBook, DeviceBook
+from coordinator.roster.book import BadBook, Device, DeviceBook
 from coordinator.roster.links import Failure, Links
 from coordinator.roster.names import NameBook
 from coordinator.story import Story
@@ -35,6 +35,7 @@ from wire.hygiene import (
 )
 from wire.messages import (
     AgentHello,
+    BlocksFetched,
     BlocksFound,
     CancelRequest,
     CoordinatorWelcome,
@@ -51,16 +52,18 @@ from wire.messages import (
     LinkMeasured,
     Message,
     ModelMeasured,
+    PassFailed,
     PeerLost,
     Progress,
     PromptScored,
     QualityMeasured,
     RequestFailed,
     SequenceFailed,
-    StageCounts,
+    StageBeat,
     StageDamaged,
     StageLoaded,
     TeamMeasured,
+    TextsEncoded,
     TokenSampled,
     TraceTaken,
 )
@@ -89,6 +92,7 @@ _ANSWERS = (
     LinkMeasured,
     QualityMeasured,
     HopMeasured,
+    BlocksFetched,
     BlocksFound,
     FilesMade,
     StageLoaded,
@@ -98,6 +102,17 @@ _ANSWERS = (
     Progress,
     RequestFailed,
 )
+
+_REPORTS = (
+    TokenSampled,
+    PromptScored,
+    SequenceFailed,
+    TextsEncoded,
+    PassFailed,
+    PeerLost,
+    StageDamaged,
+)
+"""The messages that answer no request, for the subscribers of members."""
 
 Answer = TypeVar("Answer", bound=Message)
 OnProgress = Callable[[Progress], None]
@@ -133,20 +148,19 @@ class Member:
     """The port at which it listens on all its addresses. 0 means only at ``endpoints``."""
     advertised: tuple[Endpoint, ...] = ()
     """The endpoints of --advertise, where other agents reach it."""
-    kept_epoch: int = 0
-    """The epoch of the stage that it has kept for this coordinator. 0: none, or not any more."""
-    kept_sequence: int = 0
-    """The newest sequence that was started on that stage."""
+    kept: dict[int, int] = field(default_factory=dict)
+    """The newest sequence of each stage that it has kept for this coordinator, by epoch.
+
+    Stages that were taken over or unloaded are left out.
+    """
     told: DevicesKnown | None = None
     """The devices that this one was told it may connect to."""
     memory_available_bytes: int = 0
-    pace: tuple[int, float] = (0, 0.0)
-    """The epoch of the loaded stage and its seconds a token, as in Heartbeat."""
     load: float = 0.0
     """The share of its processor in use."""
     celsius: float | None = None
-    counts: StageCounts | None = None
-    """The counts of its stage since the load, unless another device leads its team."""
+    beats: Mapping[int, StageBeat] = field(default_factory=dict)
+    """The state of each of its stages in the newest heartbeat, by epoch."""
     lost: AgentLost | None = None
     timings: dict[ModelSpec, dict[int, list[BlockTiming]]] = field(default_factory=dict)
     """The measured block times of each model, by bits."""
@@ -335,8 +349,8 @@ class Roster:
         self._links = Links()
         self._closed = False
         self._rare_log = RareLog(log, most=MOST_LINES)
-        self.kept_epoch = 0
-        """The epoch whose stages joining agents keep. 0: none."""
+        self.keeps: frozenset[int] = frozenset()
+        """The epochs whose stages joining agents keep."""
         self.changed = Signal()
         """Fires when a device joins or is lost, and when a link works again."""
 
@@ -458,7 +472,9 @@ class Roster:
         hello = typing.cast("AgentHello", clean(hello))
         if not await self._replaces(hello, connection):
             return
-        keeps = 0 < hello.kept_epoch == self.kept_epoch
+        kept = {
+            stage.epoch: stage.newest_sequence for stage in hello.kept if stage.epoch in self.keeps
+        }
         member = Member(
             device=hello.device,
             name=self.names.assign(hello.device, hello.name, self._members.keys()),
@@ -471,13 +487,12 @@ class Roster:
             attempt=hello.attempt,
             port=hello.port,
             advertised=hello.advertised,
-            kept_epoch=hello.kept_epoch if keeps else 0,
-            kept_sequence=hello.kept_sequence if keeps else 0,
+            kept=kept,
         )
         self._members[member.device] = member
         heartbeat = asyncio.create_task(self._beat(member))
         try:
-            await connection.send(CoordinatorWelcome(self._cluster, member.name, keeps))
+            await connection.send(CoordinatorWelcome(self._cluster, member.name, tuple(kept)))
             if self._book is not None:
                 self._name_in(self._book, member)
                 self.tell_known()
@@ -490,7 +505,7 @@ class Roster:
         except ProtocolError as error:
             self._lose(member, AgentLost(member.name, str(error), broke_protocol=True))
         except WireError as error:
-            self._lose(member, AgentLost(member.name, str(error)))
+            self._lose(member, AgentLost(member.name, str(error), may_return=True))
         finally:
             heartbeat.cancel()
             self._lose(member, AgentLost(member.name, "its connection ended"))
@@ -517,6 +532,20 @@ class Roster:
                 task = asyncio.create_task(_tell(member, known))
                 self._tellings.add(task)
                 task.add_done_callback(self._tellings.discard)
+
+    def known(self) -> tuple[Device, ...]:
+        """All devices that may join, oldest first. None without TLS. Raises BadBook."""
+        return () if self._book is None else self._book.devices()
+
+    def revoke(self, name: str) -> Device:
+        """Let a device of this name or id join no more, and drop it. Raises BadBook, OSError."""
+        if self._book is None:
+            raise BadBook(
+                "this coordinator runs with --insecure: any device may join, so none can be revoked"
+            )
+        gone = self._book.revoke_device(name)
+        self.tell_known()
+        return gone
 
     def _name_in(self, book: DeviceBook, member: Member) -> None:
         """Note a member's name, by which people revoke it."""
@@ -551,7 +580,7 @@ class Roster:
                     )
                 )
                 return False
-            self._lose(previous, AgentLost(previous.name, "it joined again"))
+            self._lose(previous, AgentLost(previous.name, "it joined again", may_return=True))
         if self._closed:  # It may have been closed during the awaits above.
             await connection.send(JoinRefused("the coordinator stops"))
         return not self._closed
@@ -588,15 +617,12 @@ class Roster:
             if not 0 <= message.memory_available_bytes <= hygiene.MAX_BYTES:
                 raise ProtocolError(f"it has {message.memory_available_bytes} bytes of memory")
             member.memory_available_bytes = message.memory_available_bytes
-            if not 0 <= message.token_s <= hygiene.MAX_SECONDS:
-                raise ProtocolError(f"it takes {message.token_s} s a token")
-            member.pace = message.epoch, message.token_s
             wrong = implausible_gauges(message)
             if wrong is not None:
                 raise ProtocolError(f"it has {wrong}")
             member.load, member.celsius = message.load, message.celsius
-            member.counts = message.stage
-            if message.token_s or (message.stage is not None and message.stage.running_us):
+            member.beats = {stage.epoch: stage for stage in message.stages}
+            if message.stages:
                 self._tell(member, message)
         elif isinstance(message, _ANSWERS):
             if not _is_possible(message):
@@ -615,9 +641,7 @@ class Roster:
                 member.take_better(message)
             except AgentFailed as error:
                 raise ProtocolError(str(error)) from error
-        elif isinstance(
-            message, (TokenSampled, PromptScored, SequenceFailed, PeerLost, StageDamaged)
-        ):
+        elif isinstance(message, _REPORTS):
             self._tell(member, message)
         else:
             raise ProtocolError(f"{member.name} sent an unexpected {type(message).__name__}")
@@ -666,7 +690,10 @@ class Roster:
             return "its version is too long"
         if len(hello.advertised) > 64 or not 0 <= hello.port < 1 << 16 or len(hello.run) > 64:
             return "it has more than 64 addresses, or an impossible port"
-        if not 0 <= hello.kept_epoch < 1 << 62 or not 0 <= hello.kept_sequence < 1 << 53:
+        if len(hello.kept) > hygiene.MAX_STAGES or not all(
+            0 < stage.epoch < 1 << 62 and 0 <= stage.newest_sequence < 1 << 53
+            for stage in hello.kept
+        ):
             return "it keeps a stage that no coordinator has loaded"
         if not 0 < len(hello.endpoints) <= 64 or any(
             len(endpoint.host) > 255 or not 0 < endpoint.port < 1 << 16
@@ -694,6 +721,8 @@ def _is_possible(message: Message) -> bool:
             return False
     elif isinstance(message, StageLoaded):
         sizes, figures = (message.memory_bytes, message.fetched_bytes), (message.load_s,)
+    elif isinstance(message, BlocksFetched):
+        sizes = (message.fetched_bytes,)
     elif isinstance(message, TeamMeasured):
         sizes, figures = (message.chunk_rows,), (message.row_s, message.chunk_s)
     elif isinstance(message, TraceTaken):
