@@ -100,9 +100,7 @@ def test_versions_with_the_same_protocol_work_together(
         cluster.start_coordinator()
         where, limit = f"--coordinator=127.0.0.1:{cluster.control_port}", "--memory=4500000"
         cluster.start_agent("one", where, limit)
-        path = os.pathsep.join(
-            filter(None, (str(metadata.parents[1]), os.environ.get("PYTHONPATH")))
-        )
+        paths = (str(metadata.parents[1]), os.environ.get("PYTHONPATH", ""))
         with monkeypatch.context() as context:
             context.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
             cluster.start_agent("two", where, limit)
