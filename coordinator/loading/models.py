@@ -63,6 +63,7 @@ class Models:
     def __init__(self, story: Story) -> None:
         self._story = story
         self._states: dict[str, State] = {}
+        """In the order in which the models were loaded, the last one at the end."""
         self._handlers: dict[type[Any], Callable[[Any], None]] = {}
         self.changed = Signal()
         self.progress: Callable[[], str] = lambda: ""
@@ -76,6 +77,8 @@ class Models:
         """Apply an event to the model ``name``, carry out the actions, return the next state."""
         before = self[name]
         after, actions = advance(before, event, time.monotonic())
+        if isinstance(before, Nothing):
+            self._states.pop(name, None)
         self._states[name] = after
         if _is_news(before, event, after):
             is_replacement = isinstance(event, states.Placed) and deployment_of(before) is not None
@@ -92,11 +95,14 @@ class Models:
         return self._states.get(name) or Nothing()
 
     def present(self) -> tuple[tuple[str, Present], ...]:
-        """The name and state of every model that is not Nothing. The one that answers is first."""
+        """The name and state of every model that is not Nothing.
+
+        Models that answer come first, and of these the one that was loaded last.
+        """
         found = [
             (name, state) for name, state in self._states.items() if not isinstance(state, Nothing)
         ]
-        return tuple(sorted(found, key=lambda item: (_ORDER.index(type(item[1])), item[0])))
+        return tuple(sorted(reversed(found), key=lambda item: _ORDER.index(type(item[1]))))
 
     @property
     def current(self) -> State:
@@ -119,7 +125,7 @@ class Models:
         """The name of the model that a request means, or empty if none is here.
 
         name: as the request gives it. A request that gives none, or one that is not here, is about
-        the first model.
+        the first model of ``present``.
         """
         present = [known for known, _ in self.present()]
         if name in present:
