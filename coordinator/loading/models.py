@@ -121,6 +121,14 @@ class Models:
         """The deployments of all models that answer now."""
         return tuple(state.deployment for _, state in self.present() if isinstance(state, Serving))
 
+    def is_busy_beside(self, deployment: Deployment) -> bool:
+        """Whether another model answers now on a device of this deployment."""
+        devices = set(deployment.devices)
+        return any(
+            other is not deployment and other.slots.used and not devices.isdisjoint(other.devices)
+            for other in self.all_serving
+        )
+
     def named(self, name: object) -> str:
         """The name of the model that a request means, or empty if none is here.
 
