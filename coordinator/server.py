@@ -201,6 +201,7 @@ class Coordinator:
                 self._keeper.resume()
                 attendant = asyncio.create_task(self._attend())
                 watch = asyncio.create_task(self._keeper.watch_links())
+                watch_use = asyncio.create_task(self._keeper.watch_use())
                 try:
                     # A task of its own, because uvicorn raises the signal that stopped it again.
                     # So the signal ends this await, and not the first one of the cleaning up.
@@ -210,6 +211,7 @@ class Coordinator:
                 finally:
                     attendant.cancel()
                     watch.cancel()
+                    watch_use.cancel()
                     self._service.stopping()
                     on_stop()
 

@@ -11,6 +11,7 @@ from coordinator.loading import state as states
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.state import (
     Action,
+    Asleep,
     Broken,
     Event,
     Loading,
@@ -35,7 +36,7 @@ UNLOADED = "the model was unloaded"
 RETRY_LOADING_S = 5
 """Asking again for a model that is being loaded so often costs nothing."""
 
-_ORDER = (Serving, Replacing, Resuming, Broken, Loading)
+_ORDER = (Serving, Replacing, Resuming, Broken, Loading, Asleep)
 """A request without a model's name is about the first of these."""
 
 _KINDS = {
@@ -50,6 +51,8 @@ _KINDS = {
     states.StageFoundDamaged: "damaged",
     states.AttemptFailed: "not placed",
     states.WaitEnded: "broken",
+    states.Slept: "asleep",
+    states.WakeFailed: "not loaded",
     states.Unloaded: "unloaded",
 }
 """The story's words for events. Other events are not told."""
@@ -156,7 +159,8 @@ class Models:
         name: as of ``named``.
         """
         state = self[self.named(name)]
-        if isinstance(state, (Loading, Resuming)):
+        # A request that wakes a model waits for it.
+        if isinstance(state, (Loading, Resuming)) and states.request_of(state).keep_s is None:
             what = f"{name_of(state)} is {describe(state)}"
             progress = self.progress()
             raise NotReady(f"{what}{progress and f' ({progress})'}", RETRY_LOADING_S)
@@ -164,9 +168,13 @@ class Models:
     async def deployment(self, name: object = None) -> Deployment:
         """Wait for the deployment that answers. Raises the reason if there will be none.
 
-        name: as of ``named``.
+        name: as of ``named``. A model that sleeps is loaded again.
         """
-        return await self._served(self.named(name), lambda state: True)
+        found = self.named(name)
+        state = self[found]
+        if isinstance(state, Asleep):
+            self.apply(found, states.ResumeBegan(state.request, ()))
+        return await self._served(found, lambda state: True)
 
     async def latest(self, deployment: Deployment) -> Deployment:
         """Wait for this deployment, or for the one that takes its place.
@@ -186,6 +194,8 @@ class Models:
                     raise NotLoaded(UNLOADED)
                 if isinstance(state, Serving):
                     return state.deployment
+                if isinstance(state, Asleep):
+                    raise (state.error or NotLoaded(UNLOADED)).with_traceback(None)
                 if isinstance(state, Broken):
                     # It is raised many times. A traceback would grow with each.
                     raise state.error.with_traceback(None)

@@ -7,6 +7,7 @@ the rest.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -62,6 +63,8 @@ class Slots:
         self._ended = [0] * total
         """When each slot was given back last, as a count of all such moments."""
         self._endings = 0
+        self.used_s = time.monotonic()
+        """When a slot was given back last, or when the first request could come."""
 
     @property
     def used(self) -> int:
@@ -128,6 +131,7 @@ class Slots:
     def _give(self, slot: int) -> None:
         """Hand the slot to the first in line, or put it back."""
         self._endings += 1
+        self.used_s = time.monotonic()
         self._ended[slot] = self._endings
         while self._line:
             turn = self._line.popleft()

@@ -38,7 +38,7 @@ from coordinator.http.openai.events import Outcome, events
 from coordinator.http.openai.jobs import Job
 from coordinator.http.openai.responses import Responses
 from coordinator.loading.models import Models
-from coordinator.loading.state import Loading, Replacing, Resuming, describe
+from coordinator.loading.state import Asleep, Loading, Replacing, Resuming, describe
 from coordinator.serving.gateway import Gateway
 
 PROMPT_THREADS = 4
@@ -86,7 +86,7 @@ class OpenAIRoutes:
         name = self._models.named(api.body.get("model"))
         self._require_room(name)
         state = self._models[name]
-        if api.wants_stream and isinstance(state, (Resuming, Loading, Replacing)):
+        if api.wants_stream and isinstance(state, (Resuming, Loading, Replacing, Asleep)):
             return server_sent_events(self._late_stream(name, api, _is_long(request)), api.form)
         self._models.require_soon(name)
         deployment = await while_connected(request, self._models.deployment(name))
