@@ -35,6 +35,7 @@ from coordinator.loading.slots import Held
 from coordinator.loading.state import EndAnswers
 from coordinator.roster.members import Member, Roster
 from coordinator.serving import requests
+from coordinator.serving.urgency import Lanes, Urgency
 from model.spec import ModelSpec
 from model.tokenizer import StreamDecoder
 from planning.errors import RequestInvalid
@@ -146,6 +147,10 @@ class Timing:
 _Told = TokenSampled | PromptScored
 
 
+class _Paused(CoordinatorError):
+    """A bulk request makes way for a real-time one."""
+
+
 class _PrefixLost(CoordinatorError):
     """A stage lacks the kept rows that a sequence was to begin with."""
 
@@ -162,6 +167,7 @@ class _Flight:
     tokens: int = 0
     scored: int = 1
     """The next token of the prompt whose log-probability comes. The first one has none."""
+    is_bulk: bool = False
     ended: bool = False
     """Later messages of the sequence are dropped."""
 
@@ -231,6 +237,7 @@ class Gateway:
         """Answer with the deployments of ``models``, by no other shortcuts than these."""
         self._models = models
         self._shortcuts = shortcuts
+        self._lanes = Lanes()
         self._newest = 0
         """The number of the newest sequence."""
         self._flights: dict[int, _Flight] = {}
@@ -310,6 +317,8 @@ class Gateway:
                         yield piece
                         if piece.finish:
                             return
+            except _Paused:
+                continue  # It goes on behind the tokens that it has.
             except (AnswerWithdrawn, AgentLied):
                 raise  # Not even the earlier tokens can be trusted.
             except CoordinatorError as error:
@@ -330,8 +339,14 @@ class Gateway:
         """Yield the tokens after a prompt, once a slot is free. Raises CoordinatorError."""
         # All rows of a prompt that is scored run.
         reuse = shortcuts.cache_prompt and not sampling.prompt_logprobs
-        async with deployment.slots.one(prompt, reuse=reuse) as held:
+        urgency = requests.current().urgency
+        async with (
+            self._lane(deployment, urgency),
+            deployment.slots.one(prompt, reuse=reuse, rank=urgency) as held,
+        ):
             self._models.require(deployment)
+            if urgency == Urgency.BULK and self._lanes.are_urgent(deployment):
+                raise _Paused("a real-time request has come")
             while True:
                 events = self._sequence(
                     deployment, held, prompt, sampling, timing, shortcuts.drafts
@@ -345,9 +360,25 @@ class Gateway:
                     log.info("the whole prompt runs: %s", lost)
                     requests.current().cached_tokens -= held.cached
                     held.forget()
+                except _Paused:
+                    raise  # All stages have the rows of the tokens that came.
                 except CoordinatorError:
                     held.forget()
                     raise
+
+    @contextlib.asynccontextmanager
+    async def _lane(self, deployment: Deployment, urgency: Urgency) -> AsyncGenerator[None, None]:
+        """Let a bulk request wait for real-time ones, and let these pause bulk ones."""
+        if urgency == Urgency.BULK:
+            await self._lanes.free(deployment)
+        if urgency != Urgency.REALTIME:
+            yield
+            return
+        with self._lanes.urgent(deployment):
+            for flight in self._flights.values():
+                if flight.is_bulk and self._lanes.are_urgent(flight.deployment):
+                    flight.events.put_nowait(_Paused("a real-time request has come"))
+            yield
 
     async def _sequence(
         self,
@@ -361,7 +392,9 @@ class Gateway:
         """Run a sequence in a slot, and yield its tokens. Raises CoordinatorError."""
         # Stages that were loaded before this coordinator was started know earlier sequences.
         number = self._newest = max(self._newest, deployment.newest_sequence) + 1
-        flight = self._flights[number] = _Flight(deployment, sampling, prompt, held)
+        is_bulk = requests.current().urgency == Urgency.BULK
+        flight = _Flight(deployment, sampling, prompt, held, is_bulk=is_bulk)
+        self._flights[number] = flight
         try:
             timing.started_s = timing.started_s or time.monotonic()
             is_new = timing.first_s is None

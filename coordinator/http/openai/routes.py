@@ -39,7 +39,9 @@ from coordinator.http.openai.jobs import Job
 from coordinator.http.openai.responses import Responses
 from coordinator.loading.models import Models
 from coordinator.loading.state import Asleep, Loading, Replacing, Resuming, describe
+from coordinator.serving import requests
 from coordinator.serving.gateway import Gateway
+from coordinator.serving.urgency import urgency_of
 
 PROMPT_THREADS = 4
 
@@ -83,6 +85,7 @@ class OpenAIRoutes:
 
     async def _answer(self, request: Request, make: type[Api]) -> Response:
         api = make(await read_json(request))
+        requests.current().urgency = urgency_of(request.headers, api.body)
         name = self._models.named(api.body.get("model"))
         self._require_room(name)
         state = self._models[name]
