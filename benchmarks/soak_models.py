@@ -9,8 +9,8 @@ that it gave alone. Meanwhile one thread loads a model beside the others or in t
 them with ``--keep``, or unloads one. Now and then an agent is killed, and started again.
 
 An answer may be refused, because its model is not there or was unloaded under it. It must never be
-another one's. The exit code is 1 if an answer was wrong or stuck, if something was left over, if a
-log holds a traceback, or if a figure of the coordinator or of the first agent grew.
+another one's. The exit code is 1 if an answer was wrong or stuck, or if something was left over. It
+is also 1 if a log holds a traceback, or if a figure of the coordinator or of the first agent grew.
 """
 
 from __future__ import annotations
