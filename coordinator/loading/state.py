@@ -224,6 +224,15 @@ class MoveBegan:
 
 
 @dataclass(frozen=True, slots=True)
+class MovedOver:
+    """The stages of a better plan are loaded beside those of the deployment, and take over."""
+
+    deployment: Deployment
+    error: CoordinatorError
+    """The reason in the words of an error, for the answers that go over."""
+
+
+@dataclass(frozen=True, slots=True)
 class StageFoundDamaged:
     """A stage of the deployment ran from a damaged file."""
 
@@ -273,6 +282,7 @@ Event: TypeAlias = (
     | LoadFailed
     | Lost
     | MoveBegan
+    | MovedOver
     | StageFoundDamaged
     | FilesMended
     | AttemptFailed
@@ -292,6 +302,7 @@ EVENTS: tuple[type[Event], ...] = (
     LoadFailed,
     Lost,
     MoveBegan,
+    MovedOver,
     StageFoundDamaged,
     FilesMended,
     AttemptFailed,
@@ -349,13 +360,20 @@ class Rest:
 
 
 @dataclass(frozen=True, slots=True)
+class Release:
+    """Unload the stages of a deployment, because another one has taken over."""
+
+    deployment: Deployment
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
     """Remove the loaded request of a model and the record of its stages from the disk."""
 
     name: str
 
 
-Action: TypeAlias = EndAnswers | Place | StopPlacing | Keep | Record | Rest | Forget
+Action: TypeAlias = EndAnswers | Place | StopPlacing | Keep | Record | Rest | Release | Forget
 Next: TypeAlias = tuple[State, tuple[Action, ...]]
 Rule: TypeAlias = Callable[[Any, Any, float], Next]
 """Maps (state, event, seconds of the monotonic clock) to the next state and actions."""
@@ -426,6 +444,14 @@ def _move(state: Serving, event: MoveBegan, now_s: float) -> Next:
         state.deployment, event.error, event.error, now_s, state.past, event.wanted
     )
     return replacing, (EndAnswers(state.deployment, event.error), Place(replacing))
+
+
+def _move_over(state: Serving, event: MovedOver, now_s: float) -> Next:
+    before, after = state.deployment, event.deployment
+    ended = {**state.past.ended, before.key: event.error}
+    past = replace(state.past, ended=MappingProxyType(ended))
+    actions = (EndAnswers(before, event.error), Record(after), Release(before))
+    return Serving(after, now_s, past), actions
 
 
 def _lose_damaged(state: Serving, event: StageFoundDamaged, now_s: float) -> Next:
@@ -533,6 +559,7 @@ TABLE: Mapping[type[State], Mapping[type[Event], tuple[type[State], Rule]]] = {
     Serving: {
         Lost: (Replacing, _lose),
         MoveBegan: (Replacing, _move),
+        MovedOver: (Serving, _move_over),
         StageFoundDamaged: (Replacing, _lose_damaged),
         Slept: (Asleep, _sleep),
         Unloaded: (Nothing, _unload),

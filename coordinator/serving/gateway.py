@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -27,12 +28,14 @@ from coordinator.errors import (
     AgentLost,
     AnswerWithdrawn,
     CoordinatorError,
+    RowsLost,
     Stalled,
 )
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.models import Models
 from coordinator.loading.slots import Held
-from coordinator.loading.state import EndAnswers
+from coordinator.loading.state import EndAnswers, Lost
+from coordinator.roster.measurements import together
 from coordinator.roster.members import Member, Roster
 from coordinator.serving import requests
 from coordinator.serving.urgency import Lanes, Urgency
@@ -63,6 +66,13 @@ STALL_FACTOR = 20
 
 Without a limit, requests in line could wait for ever."""
 
+
+PASSED_TOKENS = 64
+"""The rows of an answer are lost if each other answer got so many tokens since its last one.
+
+To these come PASSED_PER_CHUNK tokens for each chunk of the prompts in flight."""
+
+PASSED_PER_CHUNK = 4
 
 SHARED_CHUNK_TOKENS = min(CHUNK_TOKENS)
 """The rows of a prompt's chunk beside other sequences, whose tokens wait for it at each stage.
@@ -170,6 +180,13 @@ class _Flight:
     is_bulk: bool = False
     ended: bool = False
     """Later messages of the sequence are dropped."""
+    told_at: int = 0
+    """The tokens of its deployment that the gateway had been told of at this one's last token."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether a token of it is to come."""
+        return not self.ended and self.events.empty()
 
     def take(self, message: _Told) -> str | None:
         """Queue the next token. Returns what is wrong with it, or None."""
@@ -241,6 +258,8 @@ class Gateway:
         self._newest = 0
         """The number of the newest sequence."""
         self._flights: dict[int, _Flight] = {}
+        self._told: Counter[int] = Counter()
+        """The number of tokens of which agents have told, by the epochs in flight."""
         roster.subscribe(self.on_event, lambda *_: None)  # Losses end answers by EndAnswers.
         models.carry_out(EndAnswers, self._end)
 
@@ -281,6 +300,8 @@ class Gateway:
         given: list[int] = []
         """The tokens that the caller has. The answer has fewer after it began again."""
         scores: list[bytes] = []
+        lost_at, lost_times = -1, 0
+        """The tokens of the answer when rows were lost last, and how often they were lost there."""
         while True:
             before, deployment = deployment, await self._models.latest(deployment)
             if given and before is not deployment and self._models.is_suspect(before):
@@ -321,6 +342,14 @@ class Gateway:
                 continue  # It goes on behind the tokens that it has.
             except (AnswerWithdrawn, AgentLied):
                 raise  # Not even the earlier tokens can be trusted.
+            except RowsLost as error:
+                lost_times = lost_times + 1 if lost_at == len(answer) else 1
+                lost_at = len(answer)
+                if lost_times > 2:
+                    raise
+                if lost_times == 2 and self._models.ended_by(deployment) is None:
+                    self._models.apply(deployment.name, Lost(error))
+                notice = f"{error}. Its last part runs again"
             except CoordinatorError as error:
                 if not self._models.is_replaced(deployment):
                     raise
@@ -394,6 +423,7 @@ class Gateway:
         number = self._newest = max(self._newest, deployment.newest_sequence) + 1
         is_bulk = requests.current().urgency == Urgency.BULK
         flight = _Flight(deployment, sampling, prompt, held, is_bulk=is_bulk)
+        flight.told_at = self._told[deployment.epoch]
         self._flights[number] = flight
         try:
             timing.started_s = timing.started_s or time.monotonic()
@@ -401,8 +431,15 @@ class Gateway:
             if is_new:
                 timing.cached_tokens = held.cached
             requests.current().starts(deployment.epoch, number, held.cached if is_new else 0)
-            shared = deployment.slots.used > 1 or self._models.is_busy_beside(deployment)
-            await _begin(deployment, number, held, prompt, sampling, drafts, shared=shared)
+            shares = (
+                deployment.slots.used > 1
+                or self._models.ended_by(deployment) is not None
+                or self._models.is_busy_beside(deployment)
+            )
+            chunk_tokens = deployment.plan.chunk_tokens(len(prompt) - held.cached)
+            if shares:
+                chunk_tokens = min(chunk_tokens, SHARED_CHUNK_TOKENS)
+            await _begin(deployment, number, held, prompt, sampling, drafts, chunk_tokens)
             while not flight.ended or not flight.events.empty():
                 event = await _next_event(flight, len(prompt) - held.cached)
                 if isinstance(event, CoordinatorError):
@@ -410,7 +447,28 @@ class Gateway:
                 yield event
         finally:
             del self._flights[number]
+            if not self._of(deployment):
+                del self._told[deployment.epoch]
             await asyncio.shield(_release(deployment, number))
+
+    async def warm(self, before: Deployment, after: Deployment) -> None:
+        """Run what the sequences of ``before`` have so far through the stages of ``after``.
+
+        Slots of ``after`` keep the rows. So little has to run there once the answers go on.
+        Raises CoordinatorError.
+        """
+
+        async def run(tokens: tuple[int, ...]) -> None:
+            async with after.slots.one(tokens) as held:
+                sampling = Sampling(1, ())
+                events = self._sequence(after, held, tokens, sampling, Timing(), 0)
+                async with aclosing(events):
+                    async for _ in events:
+                        pass
+
+        flights = [one for one in self._flights.values() if one.deployment is before]
+        known = [flight.held.tokens for flight in flights if not flight.ended]
+        await together(run(tokens) for tokens in known if len(tokens) < after.context_tokens)
 
     def on_event(self, member: Member, message: Message) -> None:
         """Take a token or a failure from an agent. A message of no known flight is dropped.
@@ -427,10 +485,32 @@ class Gateway:
                 flight.fail(member.name, message)
         elif member is flight.deployment.leads[-1]:
             lie = flight.take(message)
+            self._told[message.epoch] += 1
+            flight.told_at = self._told[message.epoch]
             if lie is not None:
                 flight.ended = True
                 flight.events.put_nowait(AgentLied(member.name, lie))
                 raise ProtocolError(f"it {lie}")
+
+    def waits(self, deployment: Deployment) -> bool:
+        """Whether an answer of the deployment waits for a token."""
+        return any(flight.waits for flight in self._of(deployment))
+
+    def run_again(self, deployment: Deployment, *, only_passed: bool) -> None:
+        """Run answers again that wait for a token, because their rows are lost.
+
+        only_passed: only those that the others have passed by far.
+        """
+        flights = self._of(deployment)
+        chunks = sum(len(one.prompt) - one.held.cached for one in flights) // SHARED_CHUNK_TOKENS
+        most = (len(flights) - 1) * (PASSED_TOKENS + PASSED_PER_CHUNK * chunks)
+        for flight in flights:
+            is_passed = len(flights) > 1 and self._told[deployment.epoch] - flight.told_at > most
+            if flight.waits and (is_passed or not only_passed):
+                flight.events.put_nowait(RowsLost())
+
+    def _of(self, deployment: Deployment) -> list[_Flight]:
+        return [one for one in self._flights.values() if one.deployment is deployment]
 
     def _end(self, action: EndAnswers) -> None:
         """End every flight of a deployment that has ended."""
@@ -547,8 +627,7 @@ async def _begin(
     prompt: tuple[int, ...],
     sampling: Sampling,
     drafts: int,
-    *,
-    shared: bool,
+    chunk_tokens: int,
 ) -> None:
     """Start a sequence on every stage. The loss of a device ends the flight elsewhere.
 
@@ -564,9 +643,6 @@ async def _begin(
         with contextlib.suppress(AgentLost):
             await member.send(message)
 
-    chunk_tokens = deployment.plan.chunk_tokens(len(prompt) - held.cached)
-    if shared:
-        chunk_tokens = min(chunk_tokens, SHARED_CHUNK_TOKENS)
     common = replace(sampling, answer=(), logit_bias=(), grammar=b"")
     start = StartSequence(
         deployment.epoch,
