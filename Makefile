@@ -130,6 +130,9 @@ bench-pages: $(VENV)/run.stamp ## measure decoding speed of fresh processes, by 
 bench-telemetry: $(VENV)/run.stamp ## measure what counting and remembering passes costs a token
 	$(BIN)/python -m benchmarks.telemetry $(ARGS)
 
+soak-models: $(VENV)/run.stamp ## load and unload three models at random for half an hour, while clients ask them
+	$(BIN)/python -m benchmarks.soak_models $(ARGS)
+
 soak: $(VENV)/run.stamp ## let random clients and failing devices loose for an hour, and watch for what is left
 	$(BIN)/python -m benchmarks.soak $(ARGS)
 

@@ -125,6 +125,7 @@ def run_load(options: argparse.Namespace, screen: Screen) -> None:
             generation_defaults=options.generation_defaults,
             replaces=options.replace,
             weight=options.weight,
+            keep_s=options.keep,
         )
         with screen.progress() as on_step:
             answer = client.operate("/shoal/v1/load", request.to_dict(), on_step)
@@ -479,6 +480,13 @@ def _load(load: argparse.ArgumentParser) -> Page:
         help="End all other models first. Default: they stay, and the model gets what they leave.",
     )
     load.add_argument(
+        "--keep",
+        type=argument_types.duration,
+        metavar="10m",
+        help="Unload the model after so long without a request: 90s, 10m, 2h. A request that names "
+        "it loads it again, and waits. Default: it stays loaded.",
+    )
+    load.add_argument(
         "--weight",
         type=argument_types.between(0.01, 100),
         default=1.0,
@@ -493,6 +501,7 @@ def _load(load: argparse.ArgumentParser) -> Page:
         "  shoal load ./opt-350m --bits 8,16 --context 1024\n"
         "  shoal load ./opt-350m --plan plan.json  # exactly this plan\n"
         "  shoal load ./opt-350m --objective throughput --slots 8  # for many users\n"
+        "  shoal load ./opt-125m --keep 10m  # beside the others, while somebody uses it\n"
         "  shoal load ./opt-350m --bits 32 --hop-bits 32  # as one machine computes it\n",
         "Other models stay loaded, because somebody may be using them: a load that does not fit "
         "beside them fails, and says so. With --replace they end, as they always did up to 0.1. "

@@ -225,6 +225,7 @@ class Coordinator:
                 tasks = [
                     asyncio.create_task(self._attend()),
                     asyncio.create_task(self._keeper.watch_links()),
+                    asyncio.create_task(self._keeper.watch_use()),
                 ]
                 if config.rebalances:
                     tasks.append(asyncio.create_task(self._rebalancer.follow()))
