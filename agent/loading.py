@@ -41,6 +41,9 @@ from wire.messages import (
 
 log = logging.getLogger(__name__)
 
+LEAST_WEIGHT = 1e-3
+"""With less, a stage would stand still beside others."""
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -91,6 +94,8 @@ class StageLoader:
         """
         spec = ModelSpec.from_dict(request.spec)
         blocks = _contiguous(request.blocks, spec)
+        if not LEAST_WEIGHT <= request.weight <= 1 / LEAST_WEIGHT:
+            raise BackendError(f"the coordinator sent a stage of weight {request.weight}")
         self._stages.keep([epoch for epoch in request.keeps if epoch != request.epoch])
         contents = Contents(check_all_first=self._had_damage)
         fetched_bytes, started_s = 0, 0.0
@@ -179,6 +184,7 @@ class StageLoader:
                 grammars=open_grammars(request, self._cache),
                 # A team must not keep others from computing while it waits for its members.
                 turnstile=self._stages.turnstile if team is None else None,
+                weight=request.weight,
             )
             loaded.entrance = Entrance(request.previous, request.hop_key, loaded.relay.deliver)
         return loaded

@@ -357,6 +357,8 @@ class LoadStage:
     vocabulary: FileRef | None = None
     """The bytes of each token (model.token_bytes), for a stage that samples. None: not known."""
     keeps: tuple[int, ...] = ()
+    weight: float = 1.0
+    """Its part of the device's time, against the weights of other stages there."""
 
 
 @dataclass(frozen=True, slots=True)

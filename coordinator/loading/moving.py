@@ -33,7 +33,7 @@ SOON_S = 0.5
 ROUNDS = 3
 """How often the tokens of present answers run ahead at most."""
 
-CarryOut = Callable[[Planned, Deployment, tuple[int, ...]], Awaitable[Deployment]]
+CarryOut = Callable[[Planned, Deployment], Awaitable[Deployment]]
 Warm = Callable[[Deployment, Deployment], Awaitable[None]]
 
 
@@ -45,7 +45,7 @@ class Mover:
     """Moves models between plans."""
 
     def __init__(self, roster: Roster, models: Models, carry_out: CarryOut) -> None:
-        """``carry_out`` loads a plan in place of a deployment, beside those of some epochs."""
+        """``carry_out`` loads a plan in place of a deployment, beside those that answer."""
         self._roster = roster
         self._models = models
         self._carry_out = carry_out
@@ -61,7 +61,7 @@ class Mover:
         """
         if self._fits_beside(planned):
             try:
-                placed = await self._carry_out(planned, deployment, self._epochs())
+                placed = await self._carry_out(planned, deployment)
             except (AgentLost, LinkFailed):
                 raise
             except AgentFailed as error:
@@ -94,11 +94,6 @@ class Mover:
                 return
             if time.monotonic() - begun_s < SOON_S:
                 return
-
-    def _epochs(self) -> tuple[int, ...]:
-        """Return the epochs of all deployments that are loaded."""
-        found = (deployment_of(state) for _, state in self._models.present())
-        return tuple(one.epoch for one in found if one is not None)
 
     def _fits_beside(self, planned: Planned) -> bool:
         """Whether each device has the memory for its new stage beside all that it has loaded."""

@@ -324,7 +324,9 @@ class Release:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Remove the loaded request and the record of its stages from the disk."""
+    """Remove the loaded request of a model and the record of its stages from the disk."""
+
+    name: str
 
 
 Action: TypeAlias = EndAnswers | Place | StopPlacing | Keep | Record | Release | Forget
@@ -456,7 +458,7 @@ def _end(state: State, event: Unloaded | Stopped) -> Next:
     if isinstance(state, (Resuming, Replacing, Broken)):
         actions.append(StopPlacing(name_of(state)))
     if isinstance(event, Unloaded):
-        actions.append(Forget())
+        actions.append(Forget(name_of(state)))
     return Nothing(event.error), tuple(actions)
 
 
