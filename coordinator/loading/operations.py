@@ -193,19 +193,22 @@ class Operations:
         )
 
     async def rebalance(
-        self, on_step: Callable[[Step], None], *, moves: bool
+        self, on_step: Callable[[Step], None], *, moves: bool, name: str | None = None
     ) -> tuple[Deployment, Compared, Verdict]:
         """Plan the model that answers again, by the present figures.
 
         Devices that run their stage slower than predicted are planned with what they take now.
 
-        moves: begin the move if the other plan is better. Answers pause, and go on there.
+        moves: move if the other plan is better. Answers go on there.
+        name: of the model. None: the first one that answers.
         Raises NotLoaded if no model answers, CoordinatorError, ModelError and PlanError.
         """
         async with self._turns.asked(on_step):
-            deployment = self._models.serving
+            answering = self._models.all_serving
+            deployment = next((one for one in answering if name in (None, one.name)), None)
             if deployment is None:
-                raise NotLoaded("no model answers now: see `shoal ps`")
+                who = "no model answers" if name is None else f"{name} does not answer"
+                raise NotLoaded(f"{who} now: see `shoal ps`")
             compared = await self.compare(deployment)
             verdict = judge_alone(compared.choice)
             if moves and verdict.moves:

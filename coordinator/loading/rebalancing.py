@@ -165,6 +165,10 @@ class Rebalancer:
     def _answers(self, deployment: Deployment) -> bool:
         return self._models.ended_by(deployment) is None
 
+    def _may_go_on(self, deployment: Deployment) -> bool:
+        """Whether work for a move may go on. Losses and users do not wait for it."""
+        return self._answers(deployment) and not self._turns.is_awaited
+
     # ---- figures --------------------------------------------------------------------------------
 
     def _basis(self, deployment: Deployment) -> object:
@@ -203,7 +207,7 @@ class Rebalancer:
                 work = self._operations.compare(
                     deployment, self._remeasuring.slow, measures=False, without=without
                 )
-                compared = await run_while(lambda: self._answers(deployment), work)
+                compared = await run_while(lambda: self._may_go_on(deployment), work)
         except FAILURES as error:
             log.info("%s: no other plan: %s", deployment.name, error)
             compared = None
@@ -245,9 +249,8 @@ class Rebalancer:
         watched.begun = move
         try:
             async with self._turns.unasked("a move to a better plan is under way"):
-                await run_while(
-                    lambda: self._answers(deployment), self._carry_out(deployment, planned, reason)
-                )
+                work = self._carry_out(deployment, planned, reason)
+                await run_while(lambda: self._may_go_on(deployment), work)
         except FAILURES as error:
             log.warning("%s is not moved: %s", deployment.name, error)
             watched.memory = watched.memory.moved(self._clock())

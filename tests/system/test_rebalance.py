@@ -37,7 +37,9 @@ def test_the_present_plan_is_compared_with_the_best_one(cluster: Cluster) -> Non
     compared = last_json(cluster.run("rebalance", "--dry-run", "--json"))
     assert compared["gain"] <= 1
     assert {stage["device"] for stage in compared["present"]["stages"]} == {"a1"}
-    shown = cluster.run("rebalance", "--dry-run")
+    other = cluster.run("rebalance", "nothing", "--dry-run")
+    assert other.stderr.strip() == "error: nothing does not answer now: see `shoal ps`"
+    shown = cluster.run("rebalance", "tiny-opt", "--dry-run")
     assert shown.returncode == 0, shown.stderr
     assert "tiny-opt now; by the present figures" in shown.stdout
     after = cluster.get("/shoal/v1/ps")["model"]
