@@ -79,32 +79,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ---- commands ----------------------------------------------------------------------------------
 
 
-def run_devices(options: argparse.Namespace, screen: Screen) -> None:
-    if options.revoke is not None:
-        from cli.commands import tokens
-
-        tokens.revoke_device(options, options.revoke, screen)
-        return
-    with _client(options) as client:
-        if options.measure is None:
-            answer = client.get("/shoal/v1/devices")
-        else:
-            with screen.progress() as on_step:
-                answer = client.operate("/shoal/v1/measure", {"device": options.measure}, on_step)
-    if options.json:
-        screen.json(answer)
-    elif answer["devices"]:
-        screen.devices(answer)
-    else:
-        screen.out.print("no agent has joined yet: start `shoal agent` on each device")
-
-
 def run_plan(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import planning
     from cli.commands.model_names import model_to_plan
 
-    if (options.model is None) == (options.shape is None):
-        raise UsageError("give one MODEL, or --shape NAME with --devices LAB.yaml")
+    given = [*options.models, *(options.shape or ())]
+    if not given:
+        raise UsageError("give a MODEL, or --shape NAME with --devices LAB.yaml")
+    if len(given) > 1:
+        _plan_several(options, screen)
+        return
+    if options.weights is not None:
+        raise UsageError("--weights is for several models: name them, or drop it")
+    options.model = options.models[0] if options.models else None
+    options.shape = options.shape[0] if options.shape else None
     if options.devices is not None:
         with model_to_plan(options, screen):
             planning.run_offline_plan(options, screen)
@@ -113,6 +101,14 @@ def run_plan(options: argparse.Namespace, screen: Screen) -> None:
         raise UsageError("--shape has no files for a coordinator to read: add --devices LAB.yaml")
     with _client(options) as client:
         planning.run_live_plan(options, screen, client)
+
+
+def _plan_several(options: argparse.Namespace, screen: Screen) -> None:
+    from cli.commands import joint
+
+    if options.devices is None:
+        raise UsageError("several models are planned together with --devices LAB.yaml")
+    joint.run_offline_joint(options, screen)
 
 
 def run_load(options: argparse.Namespace, screen: Screen) -> None:
@@ -199,12 +195,18 @@ SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty",
 
 def run_prompt(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import chat
+    from cli.encoding import encode
     from cli.generation import generate
 
     if options.prompt is None:
         chat.require_terminal()
     with _client(options) as client:
-        name, defaults = _ensure_loaded(client, options, screen)
+        name, defaults, output = _ensure_loaded(client, options, screen)
+        if output is not None:
+            encode(client, screen, name, output, options.prompt, options.question)
+            return
+        if options.question is not None:
+            raise UsageError(f"--question: {name} generates text; ask in the prompt")
         given = {field: getattr(options, field) for field in SAMPLING}
         sampling = {field: value for field, value in given.items() if value is not None}
         if "temperature" not in defaults:
@@ -219,6 +221,7 @@ def run_prompt(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_chat(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import chat
+    from cli.encoding import require_generates
 
     chat.require_terminal()
     with _client(options) as client:
@@ -226,9 +229,10 @@ def run_chat(options: argparse.Namespace, screen: Screen) -> None:
             models = _models(client.get("/shoal/v1/ps"))
             if not models:
                 raise CommandFailed("no model is loaded: name one, or run `shoal load MODEL`")
-            name, _ = _name_and_defaults(models[0])
+            name, _, output = _name_and_defaults(models[0])
         else:
-            name, _ = _ensure_loaded(client, options, screen)
+            name, _, output = _ensure_loaded(client, options, screen)
+        require_generates(name, output)
         chat.chat(client, screen, chat.Conversation(name))
 
 
@@ -255,8 +259,8 @@ def _models(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _ensure_loaded(
     client: Any, options: argparse.Namespace, screen: Screen
-) -> tuple[str, Mapping[str, float]]:
-    """The name of the model MODEL, and its defaults of sampling.
+) -> tuple[str, Mapping[str, float], str | None]:
+    """The name of the model MODEL, its defaults of sampling, and what it returns if it encodes.
 
     It is loaded with the defaults of `shoal load` if it is not loaded.
     """
@@ -294,9 +298,9 @@ def _ensure_loaded(
     return _name_and_defaults(answer)
 
 
-def _name_and_defaults(model: Mapping[str, Any]) -> tuple[str, Mapping[str, float]]:
+def _name_and_defaults(model: Mapping[str, Any]) -> tuple[str, Mapping[str, float], str | None]:
     """An older coordinator sends no defaults, nor does one that still loads the model."""
-    return str(model["model"]), model.get("sampling_defaults") or {}
+    return str(model["model"]), model.get("sampling_defaults") or {}, model.get("output")
 
 
 # ---- arguments ---------------------------------------------------------------------------------
@@ -401,29 +405,11 @@ def _doctor(parser: argparse.ArgumentParser) -> Page:
     return Page(command.run_doctor, command.EXAMPLES, command.ABOUT)
 
 
-def _devices(devices: argparse.ArgumentParser) -> Page:
-    from cli.commands import tokens
+def _devices(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import devices
 
-    devices.add_argument(
-        "--revoke",
-        metavar="NAME",
-        help="Let this device join no more, and drop it at once. The coordinator must run with "
-        "--tls on this machine.",
-    )
-    tokens.add_book_argument(devices)
-    devices.add_argument(
-        "--measure",
-        metavar="NAME",
-        help="First measure this device's block times and links again.",
-    )
-    add_url_argument(devices)
-    return Page(
-        run_devices,
-        "  shoal devices\n"
-        "  shoal devices --measure pi-3  # again, now that nothing else runs there\n"
-        "  sudo shoal devices --revoke pi-3  # it is sold, or was stolen\n"
-        "  shoal devices --json | jq '.devices[].name'\n",
-    )
+    devices.add_devices_arguments(parser)
+    return Page(devices.run_devices, devices.EXAMPLES, devices.ABOUT)
 
 
 MODEL_HELP = "A model's folder or GGUF file, or its name on the hub as ORG/NAME."
@@ -442,11 +428,15 @@ def _add_bits(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_model(sub: argparse.ArgumentParser, **model: Any) -> None:
-    """The arguments that ``plan`` and ``load`` share. ``model`` adds to those of MODEL."""
+def _add_model(sub: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """The arguments that ``plan`` and ``load`` share."""
     from cli.commands import plan_arguments
 
-    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP, **model)
+    if several:
+        sub.add_argument("models", metavar="MODEL", nargs="*", help=MODEL_HELP)
+        plan_arguments.add_weights_argument(sub)
+    else:
+        sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     _add_bits(sub)
     plan_arguments.add_quality_arguments(sub, with_plan=True)
     plan_arguments.add_hop_argument(sub, with_budget=True)
@@ -456,7 +446,7 @@ def _add_model(sub: argparse.ArgumentParser, **model: Any) -> None:
 def _plan(plan: argparse.ArgumentParser) -> Page:
     from cli.commands import plan_arguments
 
-    _add_model(plan, nargs="?")
+    _add_model(plan, several=True)
     plan_arguments.add_planning_arguments(plan)
     add_url_argument(plan)
     return Page(
@@ -466,7 +456,8 @@ def _plan(plan: argparse.ArgumentParser) -> Page:
         "  shoal plan ./opt-350m --save plan.json --plot plan.svg\n"
         "  shoal plan ./opt-350m --quality-budget 0.02 --check-quality\n"
         "  shoal plan ./opt-350m --devices examples/labs/home-4-pis.yaml\n"
-        "  shoal plan --shape llama-1b --devices examples/labs/home-4-pis.yaml\n",
+        "  shoal plan --shape llama-1b --devices examples/labs/home-4-pis.yaml\n"
+        "  shoal plan ./llama-1b ./qwen3-0.6b --weights 1,3 --devices lab.yaml --explain\n",
         "The coordinator measures what it does not know yet, and solves an integer program. "
         "Nothing is loaded. With --devices no coordinator is needed.",
     )
@@ -657,6 +648,11 @@ def _run(run: argparse.ArgumentParser) -> Page:
         action="store_true",
         help="Send the prompt as a chat message, with the model's template.",
     )
+    run.add_argument(
+        "--question",
+        metavar="TEXT",
+        help="Ask a model for questions about a text, which PROMPT is.",
+    )
     run.add_argument("--max-tokens", default=256, **_MAX_TOKENS)
     run.add_argument(
         "--temperature",
@@ -778,7 +774,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "coordinator": ("Run the coordinator: agents join it, users talk to it.", _coordinator),
     "agent": ("Run the agent, which lets this device compute part of a model.", _agent),
     "doctor": ("Check what this machine can do for shoal, and what it lacks.", _doctor),
-    "devices": ("Show the devices that have joined, and their measured links.", _devices),
+    "devices": ("Show the devices that have joined and their links, or revoke one.", _devices),
     "pull": ("Fetch a model from the hub, or go on fetching it.", _pull),
     "models": ("List the models on this machine, and which would fit.", _cached_models),
     "rm": ("Remove a model that was fetched.", _rm),
@@ -794,7 +790,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "compress": ("Make smaller models of one, and teach them with your text.", _compress),
     "edgetpu": ("Compile a model for a Coral Edge TPU, or check the one here.", _edgetpu),
     "key": ("Make, list and revoke API keys of this machine's coordinator.", _key),
-    "token": ("Make, list and revoke tokens by which devices join with TLS.", _token),
+    "token": ("Make, list and revoke tokens by which devices join.", _token),
     "ps": ("Show what is loaded, and what it waits for.", _ps),
     "events": ("Show the coordinator's last events.", _events),
     "trace": ("Show where the time of one request went, device by device.", _trace),

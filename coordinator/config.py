@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from wire import limits
 from wire.addresses import is_loopback
-from wire.auth import Token
 
 DEFAULT_RECOVERY_WAIT_S = 30.0
 """An agent that its service manager restarts is back after this time."""
@@ -47,10 +46,14 @@ class CoordinatorConfig:
     """Whether prompts may begin with rows that an earlier sequence left in a slot."""
     drafts: int = limits.DRAFT_TOKENS
     """The most tokens that the first stage may guess ahead of an answer. 0: none."""
-    token: Token | None = field(default=None, repr=False)
-    """The token that agents must know to join. None lets every agent join."""
-    tls: bool = False
-    """Encrypt the connections of agents. Devices join by invites, and are known by their keys."""
+    insecure: bool = False
+    """Do not encrypt the connections of agents, and let everybody join."""
+    http_tls: bool = False
+    """Encrypt HTTP."""
+    http_cert: Path | None = None
+    """A PEM file with the certificate that HTTP shows. None: that of the coordinator itself."""
+    http_key: Path | None = None
+    """A PEM file with its key. None: it is in the same file."""
     insecure_http: bool = False
     """Ask no HTTP client for an API key, wherever HTTP listens."""
     cors_origins: tuple[str, ...] = ()

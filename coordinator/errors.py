@@ -10,6 +10,7 @@
     ├── LinkFailed              two agents live, and one cannot reach the other
     ├── AnswerWithdrawn         text that was shown came from a damaged stage
     ├── Stalled                 the devices are alive, but no token comes
+    │   └── RowsLost            ... because rows were lost between them
     ├── Busy                    another plan, load, unload or measurement is under way
     ├── NotLoaded               no model is loaded, or its deployment is broken
     ├── NotReady                the model is being loaded or resumed
@@ -162,6 +163,16 @@ class Stalled(CoordinatorError):
 
     status = 504
     code = "stalled"
+
+
+class RowsLost(Stalled):
+    """Rows of an answer were lost between two devices that are both well."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no token comes although all devices are well: rows were lost between them, see the "
+            "agents' logs"
+        )
 
 
 class Busy(CoordinatorError):

@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from model.hub import served_name
 from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Format, Quantizer
+from model.spec import ModelSpec
 from planning.errors import RequestInvalid
 from planning.json_codec import to_plain
 from planning.plan import PlanError
@@ -32,6 +33,8 @@ from planning.sensitivity import Own, applying_budget
 from wire.activations import HOP_BITS
 
 DEFAULT_BITS = (3, 4, 5, 6, 8)
+ENCODER_BITS = (8,)
+"""No loss is known for what an encoder returns, so a plan could not choose fewer."""
 DEFAULT_CONTEXT_TOKENS = 2048
 DEFAULT_TIME_LIMIT_S = 20.0
 
@@ -174,6 +177,12 @@ class LoadRequest:
             "quality_margin": _within(self.quality_margin, 1),
             "weight": 1 / MAX_WEIGHT <= self.weight <= MAX_WEIGHT,
         }
+
+    def for_model(self, spec: ModelSpec) -> LoadRequest:
+        """The same request with the widths that are the default of this kind of model."""
+        if spec.encodes and self.bits == DEFAULT_BITS and self.plan is None:
+            return replace(self, bits=ENCODER_BITS)
+        return self
 
     @property
     def loss_budget(self) -> float | None:

@@ -34,6 +34,7 @@ from coordinator.loading.state import (
 )
 from coordinator.quality.measuring import QualityFound
 from coordinator.quality.store import QualityRequest
+from coordinator.roster.book import BadBook, Device
 from coordinator.roster.measurements import Step
 from coordinator.roster.members import Member, Roster
 from coordinator.roster.noise import device_noise, plan_noise
@@ -53,6 +54,7 @@ from planning.errors import RequestInvalid
 from planning.insight.view import describe_plan
 from planning.request import LoadRequest, model_name
 from planning.request_fields import text_sha256
+from wire.claim import shown
 from wire.messages import PROTOCOL_VERSION, StageLoaded
 from wire.versions import shoal_version
 
@@ -81,6 +83,7 @@ class AdminRoutes:
         return [
             Route("/shoal/v1/devices", self.devices, methods=["GET"]),
             Route("/shoal/v1/measure", self.measure, methods=["POST"]),
+            Route("/shoal/v1/revoke", self.revoke, methods=["POST"]),
             Route("/shoal/v1/ps", self.ps, methods=["GET"]),
             Route("/shoal/v1/events", self.events, methods=["GET"]),
             Route("/shoal/v1/found", self.found, methods=["GET"]),
@@ -106,16 +109,44 @@ class AdminRoutes:
 
         return json_lines(work)
 
+    async def revoke(self, request: Request) -> Response:
+        """Let a device join no more, and drop it."""
+        name = (await read_json(request)).get("device")
+        if not isinstance(name, str):
+            raise RequestInvalid("name the device to revoke", "device")
+        try:
+            gone = self._roster.revoke(name)
+        except (BadBook, OSError) as error:
+            raise RequestInvalid(str(error), "device") from error
+        self._story.tell("revoked", gone.name or gone.device, "")
+        return JSONResponse({"revoked": gone.name or gone.device, "device": gone.device})
+
     def _devices(self) -> dict[str, Any]:
         now_s = time.monotonic()
         links = self._roster.links()
+        known, here = self._known(), {member.device for member in self._roster.members}
+        keys = {item.device: _shown_key(item) for item in known}
         return {
             "cluster": self._cluster,
             "version": shoal_version(),
             "protocol": PROTOCOL_VERSION,
             "devices": [
-                {**_device(member), "noise": device_noise(member, links)}
+                {
+                    **_device(member),
+                    "key": keys.get(member.device, ""),
+                    "noise": device_noise(member, links),
+                }
                 for member in self._roster.members
+            ],
+            "absent": [
+                {
+                    "name": item.name or item.device,
+                    "device": item.device,
+                    "key": keys[item.device],
+                    "joined_s": item.joined_s,
+                }
+                for item in known
+                if item.device not in here
             ],
             "links": [asdict(link) for link in links],
             "no_links": [
@@ -123,6 +154,13 @@ class AdminRoutes:
                 for link, failure in self._roster.failed_links()
             ],
         }
+
+    def _known(self) -> tuple[Device, ...]:
+        """The devices that may join. None if the list of them is damaged, which the log says."""
+        try:
+            return self._roster.known()
+        except BadBook:
+            return ()
 
     async def ps(self, request: Request) -> Response:
         models = [model_view(state) for _, state in self._models.present()]
@@ -292,6 +330,10 @@ def _device(member: Member) -> dict[str, Any]:
     }
 
 
+def _shown_key(device: Device) -> str:
+    return shown(bytes.fromhex(device.fingerprint))
+
+
 def _planned(planned: Planned) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "model": model_name(planned.request.model),
@@ -401,6 +443,7 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
             stage["measured_sum"] = figures
     return {
         "context_tokens": deployment.context_tokens,
+        "output": None if deployment.spec.output is None else deployment.spec.output.kind,
         "scheme": deployment.request.scheme,
         "scheme_text_sha256": text_sha256(deployment.request.scheme_text),
         "group_size": deployment.request.group_size,

@@ -401,6 +401,7 @@ class Operations:
         """
         open_model = Checkpoint.open if weights else Checkpoint.open_to_plan
         checkpoint = await asyncio.to_thread(self._opened, open_model, request)
+        request = request.for_model(checkpoint.spec)
         members = self._roster.require_members()
         names = self._roster.names
         absent = [device for device in request.exclude if names.device(device) is None]

@@ -27,12 +27,13 @@ from coordinator.errors import (
     AgentLost,
     AnswerWithdrawn,
     CoordinatorError,
+    RowsLost,
     Stalled,
 )
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.models import Models
 from coordinator.loading.slots import Held
-from coordinator.loading.state import EndAnswers
+from coordinator.loading.state import EndAnswers, Lost
 from coordinator.roster.measurements import together
 from coordinator.roster.members import Member, Roster
 from coordinator.serving import requests
@@ -63,6 +64,13 @@ STALL_FACTOR = 20
 
 Without a limit, requests in line could wait for ever."""
 
+
+PASSED_TOKENS = 64
+"""The rows of an answer are lost if each other answer got so many tokens since its last one.
+
+To these come PASSED_PER_CHUNK tokens for each chunk of the prompts in flight."""
+
+PASSED_PER_CHUNK = 4
 
 SHARED_CHUNK_TOKENS = min(CHUNK_TOKENS)
 """The rows of a prompt's chunk beside other sequences, whose tokens wait for it at each stage."""
@@ -162,6 +170,13 @@ class _Flight:
     """The next token of the prompt whose log-probability comes. The first one has none."""
     ended: bool = False
     """Later messages of the sequence are dropped."""
+    told_at: int = 0
+    """The tokens that the gateway had been told of at this one's last token."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether a token of it is to come."""
+        return not self.ended and self.events.empty()
 
     def take(self, message: _Told) -> str | None:
         """Queue the next token. Returns what is wrong with it, or None."""
@@ -232,6 +247,8 @@ class Gateway:
         self._newest = 0
         """The number of the newest sequence."""
         self._flights: dict[int, _Flight] = {}
+        self._told = 0
+        """The number of all tokens of which agents have told."""
         roster.subscribe(self.on_event, lambda *_: None)  # Losses end answers by EndAnswers.
         models.carry_out(EndAnswers, self._end)
 
@@ -272,6 +289,8 @@ class Gateway:
         given: list[int] = []
         """The tokens that the caller has. The answer has fewer after it began again."""
         scores: list[bytes] = []
+        lost_at, lost_times = -1, 0
+        """The tokens of the answer when rows were lost last, and how often they were lost there."""
         while True:
             before, deployment = deployment, await self._models.latest(deployment)
             if given and before is not deployment and self._models.is_suspect(before):
@@ -310,6 +329,14 @@ class Gateway:
                             return
             except (AnswerWithdrawn, AgentLied):
                 raise  # Not even the earlier tokens can be trusted.
+            except RowsLost as error:
+                lost_times = lost_times + 1 if lost_at == len(answer) else 1
+                lost_at = len(answer)
+                if lost_times > 2:
+                    raise
+                if lost_times == 2 and self._models.ended_by(deployment) is None:
+                    self._models.apply(deployment.name, Lost(error))
+                notice = f"{error}. Its last part runs again"
             except CoordinatorError as error:
                 if not self._models.is_replaced(deployment):
                     raise
@@ -360,6 +387,7 @@ class Gateway:
         # Stages that were loaded before this coordinator was started know earlier sequences.
         number = self._newest = max(self._newest, deployment.newest_sequence) + 1
         flight = self._flights[number] = _Flight(deployment, sampling, prompt, held)
+        flight.told_at = self._told
         try:
             timing.started_s = timing.started_s or time.monotonic()
             is_new = timing.first_s is None
@@ -414,10 +442,32 @@ class Gateway:
                 flight.fail(member.name, message)
         elif member is flight.deployment.leads[-1]:
             lie = flight.take(message)
+            self._told += 1
+            flight.told_at = self._told
             if lie is not None:
                 flight.ended = True
                 flight.events.put_nowait(AgentLied(member.name, lie))
                 raise ProtocolError(f"it {lie}")
+
+    def waits(self, deployment: Deployment) -> bool:
+        """Whether an answer of the deployment waits for a token."""
+        return any(flight.waits for flight in self._of(deployment))
+
+    def run_again(self, deployment: Deployment, *, only_passed: bool) -> None:
+        """Run answers again that wait for a token, because their rows are lost.
+
+        only_passed: only those that the others have passed by far.
+        """
+        flights = self._of(deployment)
+        chunks = sum(len(one.prompt) - one.held.cached for one in flights) // SHARED_CHUNK_TOKENS
+        most = (len(flights) - 1) * (PASSED_TOKENS + PASSED_PER_CHUNK * chunks)
+        for flight in flights:
+            is_passed = len(flights) > 1 and self._told - flight.told_at > most
+            if flight.waits and (is_passed or not only_passed):
+                flight.events.put_nowait(RowsLost())
+
+    def _of(self, deployment: Deployment) -> list[_Flight]:
+        return [one for one in self._flights.values() if one.deployment is deployment]
 
     def _end(self, action: EndAnswers) -> None:
         """End every flight of a deployment that has ended."""

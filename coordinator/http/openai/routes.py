@@ -36,6 +36,7 @@ from coordinator.http.openai.answers import ChatCompletions, Completions
 from coordinator.http.openai.api import Api, answered
 from coordinator.http.openai.events import Outcome, events
 from coordinator.http.openai.jobs import Job
+from coordinator.http.openai.kinds import require_generates
 from coordinator.http.openai.responses import Responses
 from coordinator.loading.models import Models
 from coordinator.loading.state import Loading, Replacing, Resuming, describe
@@ -90,6 +91,7 @@ class OpenAIRoutes:
             return server_sent_events(self._late_stream(name, api, _is_long(request)), api.form)
         self._models.require_soon(name)
         deployment = await while_connected(request, self._models.deployment(name))
+        require_generates(deployment)
         job = await while_connected(
             request, self.prepare(lambda: api.read(deployment), is_long=_is_long(request))
         )
@@ -103,6 +105,7 @@ class OpenAIRoutes:
         """Stream what the answer waits for, then the answer. Errors come in the stream."""
         yield f"{name} is {describe(self._models[name])}"
         deployment = await self._models.deployment(name)
+        require_generates(deployment)
         job = await self.prepare(lambda: api.read(deployment), is_long=is_long)
         async with aclosing(self._stream(api, job)) as found:
             async for event in found:
