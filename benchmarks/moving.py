@@ -6,7 +6,7 @@
 Hosts have shares of a core and wired links (testbed/). One client asks for an answer after the
 other, with a pause between them. In each scenario something changes:
 
-- join: a host that is three times as fast joins;
+- join: a host that has six times as much of a core joins;
 - link: the link to the second of two hosts degrades 20 times, and heals; a third host is there;
 - throttle: the host that runs the model throttles to 30 %; another one is there.
 
@@ -21,6 +21,7 @@ import json
 import os
 import platform
 import shutil
+import signal
 import statistics
 import threading
 import time
@@ -81,8 +82,8 @@ class Scenario:
 
 SCENARIOS = {
     "join": Scenario(
-        "A device joins that is three times as fast",
-        {"ash": 15.0, "birch": 45.0},
+        "A device joins that has six times as much of a core",
+        {"ash": 10.0, "birch": 60.0},
         {},
         180.0,
         ((20.0, "birch", "join", "birch joins"),),
@@ -97,10 +98,10 @@ SCENARIOS = {
     ),
     "throttle": Scenario(
         "A device throttles to 30 %",
-        {"ash": 40.0, "birch": 30.0},
+        {"ash": 50.0, "birch": 30.0},
         {},
         180.0,
-        ((20.0, "ash", "slow=12", "ash throttles"),),
+        ((20.0, "ash", "slow=15", "ash throttles"),),
     ),
 }
 
@@ -116,14 +117,15 @@ class Trial:
         self._url = self._shoal.open_door(0)
         self._began_s = 0.0
         self._happened: list[Timed] = []
-        present = [name for name in scenario.hosts if name != scenario.late]
         plain = request(state, (8,))
         with Client(self._url) as client:
-            for count, name in enumerate(present, start=1):
+            # The hosts share a processor here, so they measure themselves one at a time, before.
+            for count, name in enumerate(scenario.hosts, start=1):
                 self._start(name)
-                self._shoal.wait_for_agents(present[:count])
-                # The hosts share a processor here, so they measure themselves one at a time.
+                self._shoal.wait_for_agents(list(scenario.hosts)[:count])
                 client.operate("/shoal/v1/plan", plain, lambda step: None)
+            if scenario.late:
+                self._stop(client, scenario.late)
             body = {**plain, "pins": scenario.pins, "objective": {"kind": "latency"}}
             client.operate("/shoal/v1/load", body, lambda step: None)
             self._answer(client, [])
@@ -188,6 +190,13 @@ class Trial:
             self._start(host)
         else:
             self._bed.fault(host, fault)
+
+    def _stop(self, client: Client, name: str) -> None:
+        """Stop the agent of a host, and wait until it has left. Its measurements stay there."""
+        for process in self._bed.processes(name):
+            os.kill(process, signal.SIGTERM)
+        while any(one["name"] == name for one in client.get("/shoal/v1/devices")["devices"]):
+            time.sleep(0.2)
 
     def _start(self, name: str) -> None:
         self._shoal.start_agent(name, AgentSettings(MEMORY_BYTES, STORAGE_BYTES))
