@@ -253,7 +253,7 @@ class Operations:
             deployment.plan,
             planned.plan,
             deployment.load_s,
-            is_given=request.plan is not None,
+            is_wished=request.plan is not None or _breaks_pins(deployment, request),
         )
         present = revalued(deployment.plan, planned.problem)
         return Compared(planned, present, choice, slow_now)
@@ -770,6 +770,15 @@ class Operations:
 
     def _phase(self, request: LoadRequest, phase: str) -> None:
         self._models.apply(model_name(request.model), StepBegan(phase))
+
+
+def _breaks_pins(deployment: Deployment, request: LoadRequest) -> bool:
+    """Whether a block is not on the device that the request wants for it."""
+    return any(
+        block in range(stage.first, stage.last) and device not in {one.device for one in team}
+        for stage, team in zip(deployment.plan.stages, deployment.teams, strict=True)
+        for block, device in request.pins.items()
+    )
 
 
 def _tokenizer(directory: Path) -> Tokenizer:

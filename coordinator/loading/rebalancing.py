@@ -272,10 +272,10 @@ def _timings(member: Member, deployment: Deployment) -> object:
 def _way_back(compared: Compared) -> Planned | None:
     """Return how to move back to the present plan, or None if no measured figure says whether to.
 
-    A plan of less energy may be slower, and so may one of more throughput. A plan that the user
-    gave is taken as it is.
+    A plan of less energy may be slower, and so may one of more throughput. What the user asked for
+    is taken as it is.
     """
     request = compared.planned.request
-    if request.plan is not None or request.objective.kind not in ("latency", "request"):
+    if compared.choice.is_wished or request.objective.kind not in ("latency", "request"):
         return None
     return replace(compared.planned, plan=compared.present)
