@@ -738,8 +738,8 @@ def _rebalance(parser: argparse.ArgumentParser) -> Page:
         "  shoal rebalance --dry-run  # say whether it would pay\n  shoal rebalance\n",
         "Plans the loaded model again by the present figures: devices that joined, links that "
         "changed, and devices that run slower than planned. If the new plan is better by enough, "
-        "the model moves there, and its answers go on. With --rebalance auto, a coordinator does "
-        "so by itself.",
+        "the model moves there, and its answers go on. A coordinator does so by itself, unless it "
+        "was started with --rebalance off.",
     )
 
 
