@@ -112,6 +112,9 @@ bench-peer-loading: $(VENV)/run.stamp ## measure loading blocks from other devic
 bench-recovery: $(VENV)/run.stamp ## measure how much later an answer ends when a device is lost (root)
 	$(BIN)/python -m benchmarks.recovery $(ARGS)
 
+bench-moving: $(VENV)/run.stamp ## draw the time of a token while devices and links change, with moves and without (root)
+	$(BIN)/python -m benchmarks.moving $(ARGS)
+
 chaos: $(VENV)/run.stamp ## inject random faults for 10 minutes while clients ask, and check every answer (root)
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
 

@@ -175,7 +175,8 @@ def run_unload(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_rebalance(options: argparse.Namespace, screen: Screen) -> None:
     with _client(options) as client, screen.progress() as on_step:
-        answer = client.operate("/shoal/v1/rebalance", {"dry_run": options.dry_run}, on_step)
+        body = {"dry_run": options.dry_run, **({"model": options.name} if options.name else {})}
+        answer = client.operate("/shoal/v1/rebalance", body, on_step)
     if options.json:
         screen.json(answer)
         return
@@ -733,6 +734,9 @@ def _unload(parser: argparse.ArgumentParser) -> Page:
 
 def _rebalance(parser: argparse.ArgumentParser) -> Page:
     parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="A loaded model. Default: the one loaded last."
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="Only compare, and move nothing.",
@@ -743,7 +747,8 @@ def _rebalance(parser: argparse.ArgumentParser) -> Page:
         "  shoal rebalance --dry-run  # say whether it would pay\n  shoal rebalance\n",
         "Plans the loaded model again by the present figures: devices that joined, links that "
         "changed, and devices that run slower than planned. If the new plan is better by enough, "
-        "the model moves there. Answers pause meanwhile and go on.",
+        "the model moves there, and its answers go on. A coordinator does so by itself, unless it "
+        "was started with --rebalance off.",
     )
 
 

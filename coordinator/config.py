@@ -40,7 +40,7 @@ class CoordinatorConfig:
     """The most disk space for quantized blocks. None means most of the free space."""
     recovery_wait_s: float = DEFAULT_RECOVERY_WAIT_S
     """The time that answers wait for a lost device if the others cannot take its place."""
-    rebalances: bool = False
+    rebalances: bool = True
     """Whether a model moves by itself to a plan that is better for a while."""
     prefix_cache: bool = True
     """Whether prompts may begin with rows that an earlier sequence left in a slot."""

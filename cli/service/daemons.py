@@ -170,8 +170,8 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rebalance",
-        choices=("off", "auto"),
-        default="off",
+        choices=("auto", "off"),
+        default="auto",
         help="With auto, a model moves by itself when another plan has been better for a minute. "
         "It moves back if its tokens then take longer. With off, only `shoal rebalance` moves it. "
         "Default: %(default)s.",

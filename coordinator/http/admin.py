@@ -258,15 +258,18 @@ class AdminRoutes:
     async def rebalance(self, request: Request) -> Response:
         """Compare the plan of the model that answers with the best one now, and move to that.
 
-        With ``dry_run`` nothing is moved.
+        With ``dry_run`` nothing is moved. Without ``model`` it is the first one that answers.
         """
-        dry_run = (await read_json(request)).get("dry_run", False)
+        body = await read_json(request)
+        dry_run, name = body.get("dry_run", False), body.get("model")
         if not isinstance(dry_run, bool):
             raise RequestInvalid("dry_run: expected true or false", "dry_run")
+        if not (name is None or isinstance(name, str)):
+            raise RequestInvalid("model: expected the name of a loaded model", "model")
 
         async def work(emit: Emit) -> dict[str, Any]:
             deployment, compared, verdict = await self._operations.rebalance(
-                _emitter(emit), moves=not dry_run
+                _emitter(emit), moves=not dry_run, name=name
             )
             answer = _comparison(deployment, compared, verdict)
             if verdict.moves and not dry_run:

@@ -133,13 +133,13 @@ class Operations:
         self._report = turns.report
         self._store = store
         self._quality_meter = QualityMeter(store, quality)
+        self.mover = Mover(roster, models, self.carry_out)
         self._vocabularies: list[tuple[Tokenizer, Vocabulary | None]] = []
         """The vocabularies of the loaded models' tokenizers, and of the last one."""
         self.records: dict[str, DeploymentRecord] = {}
         """Deployments from before a restart whose stages may still be loaded, by model."""
         self._crowded_out: frozenset[str] = frozenset()
         """Broken models that the present attempt leaves no room for."""
-        self.mover = Mover(roster, models, self.carry_out)
         self._damaged_epochs: set[int] = set()
         """Epochs that were being loaded when one of their stages was found damaged."""
 
@@ -193,19 +193,22 @@ class Operations:
         )
 
     async def rebalance(
-        self, on_step: Callable[[Step], None], *, moves: bool
+        self, on_step: Callable[[Step], None], *, moves: bool, name: str | None = None
     ) -> tuple[Deployment, Compared, Verdict]:
         """Plan the model that answers again, by the present figures.
 
         Devices that run their stage slower than predicted are planned with what they take now.
 
-        moves: begin the move if the other plan is better. Answers pause, and go on there.
+        moves: move if the other plan is better. Answers go on there.
+        name: of the model. None: the first one that answers.
         Raises NotLoaded if no model answers, CoordinatorError, ModelError and PlanError.
         """
         async with self._turns.asked(on_step):
-            deployment = self._models.serving
+            answering = self._models.all_serving
+            deployment = next((one for one in answering if name in (None, one.name)), None)
             if deployment is None:
-                raise NotLoaded("no model answers now: see `shoal ps`")
+                who = "no model answers" if name is None else f"{name} does not answer"
+                raise NotLoaded(f"{who} now: see `shoal ps`")
             compared = await self.compare(deployment)
             verdict = judge_alone(compared.choice)
             if moves and verdict.moves:
@@ -250,7 +253,7 @@ class Operations:
             deployment.plan,
             planned.plan,
             deployment.load_s,
-            is_given=request.plan is not None,
+            is_wished=request.plan is not None or _breaks_pins(deployment, request),
         )
         present = revalued(deployment.plan, planned.problem)
         return Compared(planned, present, choice, slow_now)
@@ -519,6 +522,7 @@ class Operations:
         """Measure what is not known yet, and build the planning problem.
 
         The devices have the memory and storage that other models leave.
+
         asked: as of ``_plan``. With None nothing is measured.
         """
         spec = checkpoint.spec
@@ -712,9 +716,8 @@ class Operations:
         return found
 
     async def carry_out(self, planned: Planned, before: Deployment) -> Deployment:
-        """Deploy a plan in place of a deployment that was unloaded. The caller holds the turn.
+        """Deploy a plan in place of a deployment. The caller holds the turn.
 
-        keeps: the epochs of deployments whose stages stay beside the new ones.
         Raises CoordinatorError, ModelError, PlanError.
         """
         blocks = await self._quantize(planned)
@@ -767,6 +770,15 @@ class Operations:
 
     def _phase(self, request: LoadRequest, phase: str) -> None:
         self._models.apply(model_name(request.model), StepBegan(phase))
+
+
+def _breaks_pins(deployment: Deployment, request: LoadRequest) -> bool:
+    """Whether a block is not on the device that the request wants for it."""
+    return any(
+        block in range(stage.first, stage.last) and device not in {one.device for one in team}
+        for stage, team in zip(deployment.plan.stages, deployment.teams, strict=True)
+        for block, device in request.pins.items()
+    )
 
 
 def _tokenizer(directory: Path) -> Tokenizer:
