@@ -101,6 +101,9 @@ bench-serve: $(VENV)/run.stamp ## measure chats, repeated text and a long prompt
 bench-recovery: $(VENV)/run.stamp ## measure how much later an answer ends when a device is lost (root)
 	$(BIN)/python -m benchmarks.recovery $(ARGS)
 
+fault-matrix: $(VENV)/run.stamp ## try each fault in each phase of an answer, on emulated hosts (root)
+	$(BIN)/python -m benchmarks.fault_matrix $(ARGS)
+
 chaos: $(VENV)/run.stamp ## inject random faults for 10 minutes while clients ask, and check every answer (root)
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
 
