@@ -49,8 +49,11 @@ from cli.errors import CommandFailed
 from testbed.bed import Testbed
 from testbed.network import HUB, Host, Link, Network
 
-SLOW_HOSTS, FAST_HOSTS = HOSTS[:2], HOSTS[2:]
-CPU_PERCENT = {"ash": 25.0, "birch": 25.0, "cedar": 60.0, "dogwood": 60.0}
+FAR_HOSTS, NEAR_HOSTS = HOSTS[:2], HOSTS[2:]
+WIRE, FAR_WIRE = Link(2e-4, 12.5e6), Link(15e-3, 12.5e6)
+"""A link between two near hosts, and any other one. So the near hosts are the better ones."""
+
+CPU_PERCENT = 40.0
 CONTEXT_TOKENS = 2048
 TOKENS = 1000
 BEGUN_TOKENS = 20
@@ -253,7 +256,7 @@ class Matrix:
 
     def _in_load(self, fault: Fault) -> tuple[Answer, float, str]:
         begun: list[float] = []
-        victim = FAST_HOSTS[1]
+        victim = NEAR_HOSTS[1]
 
         def on_step(step: dict[str, Any]) -> None:
             if not begun and step["phase"] in ("fetch", "load"):
@@ -293,7 +296,7 @@ class Matrix:
 
         def on_step(step: dict[str, Any]) -> None:
             if not begun and step["phase"] in ("fetch", "load"):
-                begun.append(self._begin(fault, FAST_HOSTS[1]))
+                begun.append(self._begin(fault, NEAR_HOSTS[1]))
 
         failed = ""
         try:
@@ -303,7 +306,7 @@ class Matrix:
         except CommandFailed as error:
             failed = str(error)
         if not begun:
-            begun.append(self._begin(fault, FAST_HOSTS[1]))
+            begun.append(self._begin(fault, NEAR_HOSTS[1]))
         return answer, begun[0], failed
 
     # ---- order ----------------------------------------------------------------------------------
@@ -332,16 +335,16 @@ class Matrix:
 
     def _prepare(self) -> None:
         """Load the model on the best of all devices."""
-        if set(self.shoal.stages()) != set(FAST_HOSTS):
+        if set(self.shoal.stages()) != set(NEAR_HOSTS):
             self.shoal.load()
 
     def _prepare_move(self) -> None:
-        """Load the model on slow devices, before better ones join."""
-        for host in FAST_HOSTS:
+        """Load the model on far devices, before near ones join."""
+        for host in NEAR_HOSTS:
             self.shoal.end(host)
-        self.shoal.settle(30, SLOW_HOSTS)
+        self.shoal.settle(30, FAR_HOSTS)
         self.shoal.load()
-        for host in FAST_HOSTS:
+        for host in NEAR_HOSTS:
             self.shoal.start_agent(host)
         self.shoal.settle(60)
 
@@ -368,9 +371,10 @@ def _until(holds: Callable[[], object], patience_s: float) -> None:
 
 
 def network() -> Network:
-    """Return two slow hosts and two fast ones on wires, and the coordinator's host."""
-    hosts = {name: Host(cpu_percent=percent) for name, percent in CPU_PERCENT.items()}
-    return Network({HUB: Host(), **hosts}, {}, Link(2e-4, 12.5e6))
+    """Return two hosts that are far from all others, two near ones, and the coordinator's host."""
+    hosts = {name: Host(cpu_percent=CPU_PERCENT) for name in HOSTS}
+    far = {pair: FAR_WIRE for pair in itertools.permutations(HOSTS, 2) if set(pair) & {*FAR_HOSTS}}
+    return Network({HUB: Host(), **hosts}, far, WIRE)
 
 
 @contextlib.contextmanager

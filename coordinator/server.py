@@ -48,6 +48,7 @@ from coordinator.roster.members import Roster
 from coordinator.roster.names import NameBook
 from coordinator.serving.admission import Admission
 from coordinator.serving.gateway import Gateway, Shortcuts
+from coordinator.serving.journal import AnswerJournal
 from coordinator.serving.requests import Requests
 from coordinator.serving.standstills import Standstills
 from coordinator.story import Story
@@ -150,7 +151,10 @@ class Coordinator:
         self._paces = Paces(self.roster, self._models, self._story)
         self._stalls = Stalls(self.roster, self._models)
         self._gateway = Gateway(
-            self.roster, self._models, Shortcuts(config.prefix_cache, config.drafts)
+            self.roster,
+            self._models,
+            Shortcuts(config.prefix_cache, config.drafts),
+            AnswerJournal(config.state_dir / "answers"),
         )
         self._standstills = Standstills(self.roster, self._models, self._gateway)
         self._requests = Requests()
