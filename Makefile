@@ -46,6 +46,11 @@ dist: $(VENV)/run.stamp ## make a folder to install from: wheel, locks, install.
 	cp install.sh requirements/agent.lock requirements/run.lock dist/
 
 # pip would judge "python_full_version < '3.11'" by its own Python. So uv resolves the lock for the target.
+audit: $(VENV)/run.stamp ## look for known holes in all locked packages (asks PyPI; fails where it knows nothing)
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv tool run pip-audit --strict --disable-pip --require-hashes --progress-spinner off \
+		$(foreach lock,agent run dev,-r requirements/$(lock).lock)
+
 bundle: dist ## make dist with every wheel for MACHINE and PYTHON_VERSION, to install offline
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip compile --quiet --no-header --generate-hashes --python-version $(PYTHON_VERSION) \

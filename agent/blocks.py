@@ -20,7 +20,6 @@ from model.artifact import SHA256, file_sha256
 from model.durable import remove
 from model.errors import CheckpointError
 from model.partial import PartialFile
-from wire.auth import Token
 from wire.connection import Connection
 from wire.errors import ProtocolError
 from wire.hygiene import clean
@@ -73,7 +72,7 @@ class BlockCache:
         device: str,
         on_progress: Callable[[int, int], None],
         *,
-        token: Token | Caller | None = None,
+        caller: Caller | None = None,
         keep: Collection[str] = (),
         hashed: set[Path] | None = None,
     ) -> int:
@@ -103,7 +102,7 @@ class BlockCache:
             on_progress(present, total)
             if not missing:
                 return 0
-            with _Source(coordinator, device, token) as source:
+            with _Source(coordinator, device, caller) as source:
                 for ref in missing:
                     progress = partial(_advance, on_progress, present, total)
                     try:
@@ -232,9 +231,9 @@ class _ArrivedDamaged(CacheError):
 class _Source:
     """The coordinator as a source of files, over a connection that can be replaced. A context."""
 
-    def __init__(self, coordinator: Endpoint, device: str, token: Token | Caller | None) -> None:
+    def __init__(self, coordinator: Endpoint, device: str, caller: Caller | None) -> None:
         """Raises WireError."""
-        self._coordinator, self._device, self._token = coordinator, device, token
+        self._coordinator, self._device, self._caller = coordinator, device, caller
         self.connection = self._connect()
 
     def __enter__(self) -> _Source:
@@ -262,7 +261,7 @@ class _Source:
                 raise ProtocolError(f"{ref}: unexpected answer to a report of damage")
 
     def _connect(self) -> Connection:
-        connection = Connection.connect(self._coordinator, token=self._token)
+        connection = Connection.connect(self._coordinator, caller=self._caller)
         connection.set_receive_timeout(30.0)
         connection.send(BlocksHello(self._device))
         return connection

@@ -15,10 +15,10 @@ from agent.config import AgentConfig
 from agent.credentials import Credentials
 from agent.grammars import open_grammars, with_vocabulary
 from agent.integrity import Contents, Watch, load_whole
+from agent.loaded import relay_of
 from agent.pace import PacedStage
 from agent.peers import Entrance
 from agent.quiet import Figures
-from agent.relay import Relay
 from agent.stages import LoadedStage, Stages
 from agent.team import Team
 from backends.base import Artifacts, Backend, BackendError, Stage, StageOptions, TeamSum
@@ -40,6 +40,9 @@ from wire.messages import (
 )
 
 log = logging.getLogger(__name__)
+
+LEAST_WEIGHT = 1e-3
+"""With less, a stage would stand still beside others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,8 @@ class StageLoader:
         """
         spec = ModelSpec.from_dict(request.spec)
         blocks = _contiguous(request.blocks, spec)
+        if not LEAST_WEIGHT <= request.weight <= 1 / LEAST_WEIGHT:
+            raise BackendError(f"the coordinator sent a stage of weight {request.weight}")
         self._stages.keep([epoch for epoch in request.keeps if epoch != request.epoch])
         contents = Contents(check_all_first=self._had_damage)
         fetched_bytes, started_s = 0, 0.0
@@ -144,7 +149,7 @@ class StageLoader:
             source.coordinator,
             self._device,
             source.fetched,
-            token=self._credentials.to_coordinator("blocks"),
+            caller=self._credentials.to_coordinator("blocks"),
             keep=self._stages.files,
             hashed=came,
         )
@@ -167,19 +172,10 @@ class StageLoader:
             entrance=None,
         )
         if team is None or team.leads:
-            loaded.relay = Relay(
-                stage,
-                spec,
-                blocks,
-                epoch=request.epoch,
-                slots=request.slots,
-                context_tokens=request.context_tokens,
-                hop_bits=request.hop_bits,
-                report=self._report,
-                grammars=open_grammars(request, self._cache),
-                # A team must not keep others from computing while it waits for its members.
-                turnstile=self._stages.turnstile if team is None else None,
-            )
+            # A team must not keep others from computing while it waits for its members.
+            turnstile = self._stages.turnstile if team is None else None
+            grammars = open_grammars(request, self._cache)
+            loaded.relay = relay_of(request, stage, spec, self._report, grammars, turnstile)
             loaded.entrance = Entrance(request.previous, request.hop_key, loaded.relay.deliver)
         return loaded
 
@@ -209,7 +205,7 @@ class StageLoader:
         def load(own: ModelSpec, blocks: Artifacts, team_sum: TeamSum | None = None) -> Stage:
             kinds = [(block, read_format(path)) for block, path in blocks]
             self._trials.require(own, kinds, waiting)
-            return backend.load(own, blocks, replace(options, team_sum=team_sum))
+            return backend.stage(own, blocks, replace(options, team_sum=team_sum))
 
         artifacts = [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks]
         if team is None:

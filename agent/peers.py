@@ -18,7 +18,6 @@ from agent.team import Team
 from calibration.disturbance import Patience, spread_of, steady
 from wire import limits
 from wire.addresses import own_last
-from wire.auth import Token
 from wire.claim import Claim
 from wire.codec import Prefix
 from wire.conditions import Conditions
@@ -70,7 +69,7 @@ def connect_peer(
     expected: str,
     endpoints: Sequence[Endpoint],
     *,
-    token: Token | Caller | None = None,
+    caller: Caller | None = None,
     hop_key: bytes = b"",
     team_key: bytes = b"",
 ) -> Connection:
@@ -83,7 +82,7 @@ def connect_peer(
     failures: list[str] = []
     for endpoint in own_last(endpoints):
         try:
-            connection = Connection.connect(endpoint, token=token)
+            connection = Connection.connect(endpoint, caller=caller)
             try:
                 connection.set_receive_timeout(HELLO_TIMEOUT_S)
                 connection.send(PeerHello(device, expected, hop_key, team_key))

@@ -76,10 +76,12 @@ class Relay:
         report: Callable[[Message], None],
         grammars: GrammarProcess | None = None,
         turnstile: Turnstile | None = None,
+        weight: float = 1.0,
     ) -> None:
         """Run ``stage``, whose rows leave at ``hop_bits`` a value.
 
         turnstile: lets one stage of the device compute at a time. None: there is no other stage.
+        weight: the part of the time that this stage gets there, against those of others.
 
         ``report`` sends to the coordinator. If it raises WireError, the sequence of the message
         ends. Without ``grammars``, answers cannot be kept to a grammar. The relay closes it.
@@ -94,7 +96,7 @@ class Relay:
         self._report = report
         self._grammars = grammars
         self._turnstile = turnstile or Turnstile()
-        self._ticket = Ticket()
+        self._ticket = Ticket(weight)
         self._hop: Hop | None = None
         self._hop_lost: PeerLost | None = None
         """The report that was sent when the hop was lost."""

@@ -6,12 +6,14 @@ import argparse
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from model.quantize import BITS
+from model.schemes import BITS
 from wire import limits
-from wire.messages import Endpoint
 from wire.sizes import parse_size
+
+if TYPE_CHECKING:
+    from wire.messages import Endpoint
 
 CONTROL_PORT = 7420
 HTTP_PORT = 7421
@@ -112,6 +114,8 @@ _ENDPOINT = re.compile(
 
 def _endpoint(default_port: int) -> Callable[[str], Endpoint]:
     def convert(text: str) -> Endpoint:
+        from wire.messages import Endpoint
+
         match = _ENDPOINT.fullmatch(text)
         if match is None:
             raise ValueError(text)

@@ -79,32 +79,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ---- commands ----------------------------------------------------------------------------------
 
 
-def run_devices(options: argparse.Namespace, screen: Screen) -> None:
-    if options.revoke is not None:
-        from cli.commands import tokens
-
-        tokens.revoke_device(options, options.revoke, screen)
-        return
-    with _client(options) as client:
-        if options.measure is None:
-            answer = client.get("/shoal/v1/devices")
-        else:
-            with screen.progress() as on_step:
-                answer = client.operate("/shoal/v1/measure", {"device": options.measure}, on_step)
-    if options.json:
-        screen.json(answer)
-    elif answer["devices"]:
-        screen.devices(answer)
-    else:
-        screen.out.print("no agent has joined yet: start `shoal agent` on each device")
-
-
 def run_plan(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import planning
     from cli.commands.model_names import model_to_plan
 
-    if (options.model is None) == (options.shape is None):
-        raise UsageError("give one MODEL, or --shape NAME with --devices LAB.yaml")
+    given = [*options.models, *(options.shape or ())]
+    if not given:
+        raise UsageError("give a MODEL, or --shape NAME with --devices LAB.yaml")
+    if len(given) > 1:
+        _plan_several(options, screen)
+        return
+    if options.weights is not None:
+        raise UsageError("--weights is for several models: name them, or drop it")
+    options.model = options.models[0] if options.models else None
+    options.shape = options.shape[0] if options.shape else None
     if options.devices is not None:
         with model_to_plan(options, screen):
             planning.run_offline_plan(options, screen)
@@ -113,6 +101,14 @@ def run_plan(options: argparse.Namespace, screen: Screen) -> None:
         raise UsageError("--shape has no files for a coordinator to read: add --devices LAB.yaml")
     with _client(options) as client:
         planning.run_live_plan(options, screen, client)
+
+
+def _plan_several(options: argparse.Namespace, screen: Screen) -> None:
+    from cli.commands import joint
+
+    if options.devices is None:
+        raise UsageError("several models are planned together with --devices LAB.yaml")
+    joint.run_offline_joint(options, screen)
 
 
 def run_load(options: argparse.Namespace, screen: Screen) -> None:
@@ -124,7 +120,12 @@ def run_load(options: argparse.Namespace, screen: Screen) -> None:
     with _client(options) as client:
         locate(options, client, screen)
         request = plan_arguments.request_of(options)
-        request = replace(request, generation_defaults=options.generation_defaults)
+        request = replace(
+            request,
+            generation_defaults=options.generation_defaults,
+            replaces=options.replace,
+            weight=options.weight,
+        )
         with screen.progress() as on_step:
             answer = client.operate("/shoal/v1/load", request.to_dict(), on_step)
     if options.json:
@@ -159,12 +160,16 @@ def run_events(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_unload(options: argparse.Namespace, screen: Screen) -> None:
     with _client(options) as client:
-        answer = client.post("/shoal/v1/unload", {})
+        answer = client.post("/shoal/v1/unload", {"model": options.name} if options.name else {})
     if options.json:
         screen.json(answer)
-    else:
-        name = answer["unloaded"]
-        screen.out.print("no model was loaded" if name is None else f"{name} is unloaded")
+        return
+    # An older coordinator names one model.
+    names = answer.get("models", [answer["unloaded"]] if answer["unloaded"] else [])
+    for name in names:
+        screen.out.print(f"{name} is unloaded")
+    if not names:
+        screen.out.print("no model was loaded")
 
 
 def run_rebalance(options: argparse.Namespace, screen: Screen) -> None:
@@ -189,12 +194,18 @@ SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty",
 
 def run_prompt(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import chat
+    from cli.encoding import encode
     from cli.generation import generate
 
     if options.prompt is None:
         chat.require_terminal()
     with _client(options) as client:
-        name, defaults = _ensure_loaded(client, options, screen)
+        name, defaults, output = _ensure_loaded(client, options, screen)
+        if output is not None:
+            encode(client, screen, name, output, options.prompt, options.question)
+            return
+        if options.question is not None:
+            raise UsageError(f"--question: {name} generates text; ask in the prompt")
         given = {field: getattr(options, field) for field in SAMPLING}
         sampling = {field: value for field, value in given.items() if value is not None}
         if "temperature" not in defaults:
@@ -209,6 +220,7 @@ def run_prompt(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_chat(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import chat
+    from cli.encoding import require_generates
 
     chat.require_terminal()
     with _client(options) as client:
@@ -216,9 +228,10 @@ def run_chat(options: argparse.Namespace, screen: Screen) -> None:
             models = _models(client.get("/shoal/v1/ps"))
             if not models:
                 raise CommandFailed("no model is loaded: name one, or run `shoal load MODEL`")
-            name, _ = _name_and_defaults(models[0])
+            name, _, output = _name_and_defaults(models[0])
         else:
-            name, _ = _ensure_loaded(client, options, screen)
+            name, _, output = _ensure_loaded(client, options, screen)
+        require_generates(name, output)
         chat.chat(client, screen, chat.Conversation(name))
 
 
@@ -245,8 +258,8 @@ def _models(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _ensure_loaded(
     client: Any, options: argparse.Namespace, screen: Screen
-) -> tuple[str, Mapping[str, float]]:
-    """The name of the model MODEL, and its defaults of sampling.
+) -> tuple[str, Mapping[str, float], str | None]:
+    """The name of the model MODEL, its defaults of sampling, and what it returns if it encodes.
 
     It is loaded with the defaults of `shoal load` if it is not loaded.
     """
@@ -284,9 +297,9 @@ def _ensure_loaded(
     return _name_and_defaults(answer)
 
 
-def _name_and_defaults(model: Mapping[str, Any]) -> tuple[str, Mapping[str, float]]:
+def _name_and_defaults(model: Mapping[str, Any]) -> tuple[str, Mapping[str, float], str | None]:
     """An older coordinator sends no defaults, nor does one that still loads the model."""
-    return str(model["model"]), model.get("sampling_defaults") or {}
+    return str(model["model"]), model.get("sampling_defaults") or {}, model.get("output")
 
 
 # ---- arguments ---------------------------------------------------------------------------------
@@ -391,29 +404,11 @@ def _doctor(parser: argparse.ArgumentParser) -> Page:
     return Page(command.run_doctor, command.EXAMPLES, command.ABOUT)
 
 
-def _devices(devices: argparse.ArgumentParser) -> Page:
-    from cli.commands import tokens
+def _devices(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import devices
 
-    devices.add_argument(
-        "--revoke",
-        metavar="NAME",
-        help="Let this device join no more, and drop it at once. The coordinator must run with "
-        "--tls on this machine.",
-    )
-    tokens.add_book_argument(devices)
-    devices.add_argument(
-        "--measure",
-        metavar="NAME",
-        help="First measure this device's block times and links again.",
-    )
-    add_url_argument(devices)
-    return Page(
-        run_devices,
-        "  shoal devices\n"
-        "  shoal devices --measure pi-3  # again, now that nothing else runs there\n"
-        "  sudo shoal devices --revoke pi-3  # it is sold, or was stolen\n"
-        "  shoal devices --json | jq '.devices[].name'\n",
-    )
+    devices.add_devices_arguments(parser)
+    return Page(devices.run_devices, devices.EXAMPLES, devices.ABOUT)
 
 
 MODEL_HELP = "A model's folder or GGUF file, or its name on the hub as ORG/NAME."
@@ -432,11 +427,15 @@ def _add_bits(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_model(sub: argparse.ArgumentParser, **model: Any) -> None:
-    """The arguments that ``plan`` and ``load`` share. ``model`` adds to those of MODEL."""
+def _add_model(sub: argparse.ArgumentParser, *, several: bool = False) -> None:
+    """The arguments that ``plan`` and ``load`` share."""
     from cli.commands import plan_arguments
 
-    sub.add_argument("model", metavar="MODEL", help=MODEL_HELP, **model)
+    if several:
+        sub.add_argument("models", metavar="MODEL", nargs="*", help=MODEL_HELP)
+        plan_arguments.add_weights_argument(sub)
+    else:
+        sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     _add_bits(sub)
     plan_arguments.add_quality_arguments(sub, with_plan=True)
     plan_arguments.add_hop_argument(sub, with_budget=True)
@@ -446,7 +445,7 @@ def _add_model(sub: argparse.ArgumentParser, **model: Any) -> None:
 def _plan(plan: argparse.ArgumentParser) -> Page:
     from cli.commands import plan_arguments
 
-    _add_model(plan, nargs="?")
+    _add_model(plan, several=True)
     plan_arguments.add_planning_arguments(plan)
     add_url_argument(plan)
     return Page(
@@ -456,13 +455,16 @@ def _plan(plan: argparse.ArgumentParser) -> Page:
         "  shoal plan ./opt-350m --save plan.json --plot plan.svg\n"
         "  shoal plan ./opt-350m --quality-budget 0.02 --check-quality\n"
         "  shoal plan ./opt-350m --devices examples/labs/home-4-pis.yaml\n"
-        "  shoal plan --shape llama-1b --devices examples/labs/home-4-pis.yaml\n",
+        "  shoal plan --shape llama-1b --devices examples/labs/home-4-pis.yaml\n"
+        "  shoal plan ./llama-1b ./qwen3-0.6b --weights 1,3 --devices lab.yaml --explain\n",
         "The coordinator measures what it does not know yet, and solves an integer program. "
         "Nothing is loaded. With --devices no coordinator is needed.",
     )
 
 
 def _load(load: argparse.ArgumentParser) -> Page:
+    from cli import argument_types
+
     _add_model(load)
     load.add_argument(
         "--no-generation-defaults",
@@ -470,6 +472,18 @@ def _load(load: argparse.ArgumentParser) -> Page:
         action="store_false",
         help="Ignore the model's generation_config.json, apart from its end of text. Without it, "
         "requests that say no temperature, top_k, top_p or repetition_penalty take the file's.",
+    )
+    load.add_argument(
+        "--replace",
+        action="store_true",
+        help="End all other models first. Default: they stay, and the model gets what they leave.",
+    )
+    load.add_argument(
+        "--weight",
+        type=argument_types.between(0.01, 100),
+        default=1.0,
+        metavar="W",
+        help="The model's part of devices that it shares, against 1 for others. Default: 1.",
     )
     add_url_argument(load)
     return Page(
@@ -480,8 +494,10 @@ def _load(load: argparse.ArgumentParser) -> Page:
         "  shoal load ./opt-350m --plan plan.json  # exactly this plan\n"
         "  shoal load ./opt-350m --objective throughput --slots 8  # for many users\n"
         "  shoal load ./opt-350m --bits 32 --hop-bits 32  # as one machine computes it\n",
-        "A model that is loaded already is replaced. The coordinator reads the files, so a hub's "
-        "model must be on its machine: `shoal pull` there fetches it.",
+        "Other models stay loaded, because somebody may be using them: a load that does not fit "
+        "beside them fails, and says so. With --replace they end, as they always did up to 0.1. "
+        "The same model is loaded anew. The coordinator reads the files, so a hub's model must be "
+        "on its machine: `shoal pull` there fetches it.",
     )
 
 
@@ -631,6 +647,11 @@ def _run(run: argparse.ArgumentParser) -> Page:
         action="store_true",
         help="Send the prompt as a chat message, with the model's template.",
     )
+    run.add_argument(
+        "--question",
+        metavar="TEXT",
+        help="Ask a model for questions about a text, which PROMPT is.",
+    )
     run.add_argument("--max-tokens", default=256, **_MAX_TOKENS)
     run.add_argument(
         "--temperature",
@@ -694,8 +715,11 @@ def _top(parser: argparse.ArgumentParser) -> Page:
 
 
 def _unload(parser: argparse.ArgumentParser) -> Page:
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="A loaded model, as in shoal ps. Default: all."
+    )
     add_url_argument(parser)
-    return Page(run_unload, "  shoal unload\n")
+    return Page(run_unload, "  shoal unload\n  shoal unload opt-350m  # the others stay\n")
 
 
 def _rebalance(parser: argparse.ArgumentParser) -> Page:
@@ -745,7 +769,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "coordinator": ("Run the coordinator: agents join it, users talk to it.", _coordinator),
     "agent": ("Run the agent, which lets this device compute part of a model.", _agent),
     "doctor": ("Check what this machine can do for shoal, and what it lacks.", _doctor),
-    "devices": ("Show the devices that have joined, and their measured links.", _devices),
+    "devices": ("Show the devices that have joined and their links, or revoke one.", _devices),
     "pull": ("Fetch a model from the hub, or go on fetching it.", _pull),
     "models": ("List the models on this machine, and which would fit.", _cached_models),
     "rm": ("Remove a model that was fetched.", _rm),
@@ -761,14 +785,14 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "compress": ("Make smaller models of one, and teach them with your text.", _compress),
     "edgetpu": ("Compile a model for a Coral Edge TPU, or check the one here.", _edgetpu),
     "key": ("Make, list and revoke API keys of this machine's coordinator.", _key),
-    "token": ("Make, list and revoke tokens by which devices join with TLS.", _token),
+    "token": ("Make, list and revoke tokens by which devices join.", _token),
     "ps": ("Show what is loaded, and what it waits for.", _ps),
     "events": ("Show the coordinator's last events.", _events),
     "trace": ("Show where the time of one request went, device by device.", _trace),
     "top": ("Watch the shoal at work.", _top),
     "run": ("Generate text from a prompt.", _run),
     "chat": ("Talk with a model.", _chat),
-    "unload": ("Unload the model, and free the devices.", _unload),
+    "unload": ("Unload one model or all, and free the devices.", _unload),
     "rebalance": ("Move the loaded model to a better plan, if there is one now.", _rebalance),
 }
 """Each command's summary, and the function that adds its arguments."""

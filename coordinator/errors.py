@@ -98,8 +98,8 @@ class Moved(CoordinatorError):
     status = 503
     code = "model_moving"
 
-    def __init__(self) -> None:
-        super().__init__("the model moves to a better plan")
+    def __init__(self, why: str = "the model moves to a better plan") -> None:
+        super().__init__(why)
 
 
 class LinkFailed(CoordinatorError):

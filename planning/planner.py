@@ -48,12 +48,12 @@ _LIMIT_MARGIN = 4e-6
 _FREE = 1e-9
 # Half of OPTIMALITY_GAP. Beside a known plan, only plans better by this share are looked for.
 _SAME = 5e-7
-# With more than _SMALL counts, or with a gap allowed, the search goes first. It closes large
+# With more than SMALL_COUNTS counts, or with a gap allowed, the search goes first. It closes large
 # problems sooner, but seldom to nothing. If counts + twice the hops are more than _CLOSED, the
 # program closes no gap that the search left. If counts + hops are more than _WRITTEN, writing the
 # program takes seconds.
-_SMALL, _CLOSED, _WRITTEN = 600, 2_000, 15_000
-# In place of _SMALL, for prompts: with the slowest stage beside the sum the program is slower.
+SMALL_COUNTS, _CLOSED, _WRITTEN = 600, 2_000, 15_000
+# In place of SMALL_COUNTS, for prompts: the program is slower with the slowest stage in it.
 _SMALL_REQUEST = 100
 _ALONE_SHARE = {"request": 0.3, "throughput": 0.6}
 """Part of the time for a plan without teams, before a large problem with teams is searched.
@@ -84,6 +84,7 @@ def solve(
     gap: float | None = None,
     on_progress: Callable[[str], None] | None = None,
     solver: SolverName | None = None,
+    advise: bool = True,
 ) -> Plan:
     """The best plan, verified; at the time limit, the best plan found with its proved gap.
 
@@ -91,6 +92,7 @@ def solve(
     means 0 for small problems, and DEFAULT_GAP for problems where the search goes first.
     ``on_progress`` gets one line per step. ``solver`` None means HiGHS if it is installed, or CBC.
     Raises InfeasiblePlan with advice, or PlanError if no plan was found and none is ruled out.
+    Without ``advise`` the former has none, and comes sooner.
     """
     started_s = now_s()
     asked = problem
@@ -115,6 +117,8 @@ def solve(
                 f"no plan found in {time_limit_s:g} s, although one may exist: allow more time,"
                 " or fewer devices" + (f"; links that do not work: {lost}" if lost else "")
             )
+    if not advise:
+        raise InfeasiblePlan("no plan fits")
     report("no plan fits: looking for what would make one")
     problem = asked
     runner.deadline_s = max(runner.deadline_s, now_s() + _ADVICE_S)
@@ -150,7 +154,7 @@ def _best(
 
     Only plans better than ``known`` are looked for, which is returned if there are none.
     """
-    gap = (DEFAULT_GAP if _size(problem) > _small(problem) else 0.0) if asked is None else asked
+    gap = (DEFAULT_GAP if counts(problem) > _small(problem) else 0.0) if asked is None else asked
     best = known
     bound = math.inf
     waiting = list(problem.variants)
@@ -195,7 +199,7 @@ def _best_of(
     rival: Plan | None,
 ) -> tuple[Plan | None, float]:
     """A plan of a variant, and a bound of all its plans. Only plans better than ``rival`` count."""
-    size = _size(problem)
+    size = counts(problem)
     found = Found(None, 0.0)
     plan = None
     enough = math.inf if rival is None else rival.value * (1 - max(gap, _SAME))
@@ -211,7 +215,7 @@ def _best_of(
     least = min((one.value for one in (plan, rival) if one is not None), default=math.inf)
     missing = plan is None and rival is None
     open_ = bound < (1 - gap) * least and (_closable(problem) or not searching)
-    if (missing and _writable(problem)) or (open_ and runner.left_s() > 0):
+    if (missing and writable(problem)) or (open_ and runner.left_s() > 0):
         report("solving the integer program")
         exact, exact_bound = _solve(problem, runner, gap, found.choice if plan else None, enough)
         if exact is None and missing and not searching:
@@ -236,10 +240,10 @@ def _best_of(
 
 def _small(problem: PlanningProblem) -> int:
     """The most counts with which the program is used alone."""
-    return _SMALL_REQUEST if problem.objective.tokens[0] else _SMALL
+    return _SMALL_REQUEST if problem.objective.tokens[0] else SMALL_COUNTS
 
 
-def _size(problem: PlanningProblem) -> int:
+def counts(problem: PlanningProblem) -> int:
     """About the number of counts of the integer program: different blocks x devices x widths."""
 
     def looks(k: int) -> tuple[object, ...]:
@@ -255,13 +259,13 @@ def _size(problem: PlanningProblem) -> int:
 def _closable(problem: PlanningProblem) -> bool:
     """Whether the program is small enough to close a gap that the search left."""
     hops = len(problem.links) * len(problem.permitted_hops)
-    return _size(problem) + 2 * hops <= _CLOSED
+    return counts(problem) + 2 * hops <= _CLOSED
 
 
-def _writable(problem: PlanningProblem) -> bool:
+def writable(problem: PlanningProblem) -> bool:
     """Whether the program can be written in little time."""
     hops = len(problem.links) * len(problem.permitted_hops)
-    return _size(problem) + hops <= _WRITTEN
+    return counts(problem) + hops <= _WRITTEN
 
 
 def _search(
@@ -279,7 +283,7 @@ def _search(
     started_s = now_s()
     deadline_s = started_s + share * runner.left_s()
     # If the search finds no plan, the program may still prove that nothing fits.
-    resort_s = (0.5 if _writable(problem) else share) * runner.left_s()
+    resort_s = (0.5 if writable(problem) else share) * runner.left_s()
     last_resort_s = started_s + max(resort_s, _LAST_RESORT_S) if share else deadline_s
     ties = _ties(problem)
     return search(
@@ -391,7 +395,7 @@ class _Runner:
             self.unsure = True
             return None
         problem = with_teams(problem)
-        if not _writable(problem):
+        if not writable(problem):
             self.unsure = True
             if aim != "any":
                 return None
@@ -686,7 +690,7 @@ def _missing_links(
         objective=ONE_TOKEN,
         excluded=frozenset(unusable),
     )
-    if _size(linked) > _SMALL:
+    if counts(linked) > SMALL_COUNTS:
         found = _search(linked, runner, _LINKS_GAP, share=0.5)
         plan = _plan_of(linked, found.choice, Proof("search", 0.0, found.bound))
     else:

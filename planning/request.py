@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from model.hub import served_name
 from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Format, Quantizer
+from model.spec import ModelSpec
 from planning.errors import RequestInvalid
 from planning.json_codec import to_plain
 from planning.plan import PlanError
@@ -32,6 +33,8 @@ from planning.sensitivity import Own, applying_budget
 from wire.activations import HOP_BITS
 
 DEFAULT_BITS = (3, 4, 5, 6, 8)
+ENCODER_BITS = (8,)
+"""No loss is known for what an encoder returns, so a plan could not choose fewer."""
 DEFAULT_CONTEXT_TOKENS = 2048
 DEFAULT_TIME_LIMIT_S = 20.0
 
@@ -39,6 +42,9 @@ MAX_SLOTS = 64
 """More slots fill no stage better, and each takes the memory of a context."""
 THROUGHPUT_SLOTS = 4
 """Default for ``throughput``. One sequence at a time cannot reach the predicted speed."""
+
+MAX_WEIGHT = 100.0
+"""The largest weight of a model. With more, others on its devices would stand still."""
 
 
 def default_slots(objective: ObjectiveKind) -> int:
@@ -70,6 +76,8 @@ _EXPECTED = {
     "check_quality": "true or false",
     "generation_defaults": "true or false",
     "with_problem": "true or false",
+    "replaces": "true or false",
+    "weight": f"a number from {1 / MAX_WEIGHT} to {MAX_WEIGHT:g}",
 }
 """The allowed values of each field, in words for the user."""
 
@@ -129,6 +137,10 @@ class LoadRequest:
     """The text that ``scheme`` looks at. None: the model's own, or the built-in one."""
     adapter: str | None = None
     """The absolute path of a LoRA adapter to merge; ``none`` leaves out one beside the model."""
+    replaces: bool = False
+    """Take the place of all loaded models. Otherwise the model gets what they leave."""
+    weight: float = 1.0
+    """The model's part of devices that it shares, against the weights of other models there."""
 
     def __post_init__(self) -> None:
         require_model(self.model)
@@ -163,7 +175,14 @@ class LoadRequest:
             or (bool(self.hop_bits) and set(self.hop_bits) <= set(HOP_BITS)),
             "quality_budget": _within(self.quality_budget, 0),
             "quality_margin": _within(self.quality_margin, 1),
+            "weight": 1 / MAX_WEIGHT <= self.weight <= MAX_WEIGHT,
         }
+
+    def for_model(self, spec: ModelSpec) -> LoadRequest:
+        """The same request with the widths that are the default of this kind of model."""
+        if spec.encodes and self.bits == DEFAULT_BITS and self.plan is None:
+            return replace(self, bits=ENCODER_BITS)
+        return self
 
     @property
     def loss_budget(self) -> float | None:

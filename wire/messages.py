@@ -36,7 +36,7 @@ class Endpoint:
     port: int
 
 
-# ---- every connection, where there is a token: wire.auth ----------------------------------------
+# ---- every encrypted connection: wire.introduction ----------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,6 @@ class AuthChallenge:
 @dataclass(frozen=True, slots=True)
 class AuthAnswer:
     nonce: bytes
-    proof: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class AuthProof:
-    proof: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -359,6 +353,8 @@ class LoadStage:
     vocabulary: FileRef | None = None
     """The bytes of each token (model.token_bytes), for a stage that samples. None: not known."""
     keeps: tuple[int, ...] = ()
+    weight: float = 1.0
+    """Its part of the device's time, against the weights of other stages there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -860,6 +856,60 @@ class PromptScored:
     logprobs: bytes
 
 
+# ---- whole texts through an encoder -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeTexts:
+    """Coordinator to the first stage: run these whole texts through all stages in one pass.
+
+    number: of the pass. Passes of an epoch have different numbers.
+    tokens: of all texts, one behind the other.
+    lengths: the tokens of each text.
+    seconds: where the second part of each text begins: its length if it has none.
+    """
+
+    epoch: int
+    number: int
+    tokens: tuple[int, ...]
+    lengths: tuple[int, ...]
+    seconds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextRows:
+    """Hidden rows of a pass, stage to stage. The payload is that of Activation."""
+
+    epoch: int
+    number: int
+    bits: HopBits
+    lengths: tuple[int, ...]
+    seconds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextsEncoded:
+    """Last stage to coordinator: some rows of a pass's result, from row ``first`` on.
+
+    The result is one row for each text, or for each token. All rows are told, in order.
+    values: float32 little-endian [rows, width].
+    """
+
+    epoch: int
+    number: int
+    first: int
+    values: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PassFailed:
+    """Any stage to coordinator: a pass of texts has ended without a result."""
+
+    epoch: int
+    number: int
+    reason: str
+
+
 @dataclass(frozen=True, slots=True)
 class ProbePing:
     """Link probe. The peer answers ProbePong at once. The payload is ignored."""
@@ -910,7 +960,6 @@ class BlockChunk:
 Message: TypeAlias = (
     AuthChallenge
     | AuthAnswer
-    | AuthProof
     | Introduction
     | DevicesKnown
     | AgentHello
@@ -963,6 +1012,10 @@ Message: TypeAlias = (
     | Activation
     | TokenSampled
     | PromptScored
+    | EncodeTexts
+    | TextRows
+    | TextsEncoded
+    | PassFailed
     | ProbePing
     | ProbePong
     | BlocksHello
@@ -994,7 +1047,6 @@ CODES: dict[int, type[Message]] = {
     25: QualityMeasured,
     26: AuthChallenge,
     27: AuthAnswer,
-    28: AuthProof,
     29: LinkChanged,
     30: StartSequence,
     31: ReleaseSequence,
@@ -1020,6 +1072,10 @@ CODES: dict[int, type[Message]] = {
     54: FilesMade,
     60: StageDamaged,
     61: BlockDamaged,
+    81: EncodeTexts,
+    82: TextRows,
+    83: TextsEncoded,
+    84: PassFailed,
     85: MeasureDevice,
     86: DeviceMeasured,
     87: FiguresChanged,
@@ -1037,6 +1093,6 @@ CODES: dict[int, type[Message]] = {
 """The message codes on the wire. Never reuse a number."""
 
 WITH_PAYLOAD: frozenset[type[Message]] = frozenset(
-    {Activation, ProbePing, BlockChunk, TeamPass, TeamPart, TeamLogits}
+    {Activation, TextRows, ProbePing, BlockChunk, TeamPass, TeamPart, TeamLogits}
 )
 """The messages that may carry raw bytes behind the header."""

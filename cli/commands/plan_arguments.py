@@ -50,8 +50,9 @@ def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shape",
+        action="append",
         metavar="NAME",
-        help=f"Plan a model without any files of it, for --devices. {SHAPE_HELP}",
+        help=f"Plan a model without any files of it, for --devices. May be repeated. {SHAPE_HELP}",
     )
     parser.add_argument(
         "--explain",
@@ -237,6 +238,24 @@ def add_team_arguments(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--no-teams", action="store_true", help="Plan with each layer on one device."
     )
+
+
+def add_weights_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --weights, for several models."""
+    parser.add_argument(
+        "--weights",
+        type=argument(_weights, "numbers above 0, one for each model: 2,1"),
+        metavar="2,1",
+        help="How many requests go to each of several MODELs, in any unit. The mean time of a "
+        "request is minimised. Default: the same to all.",
+    )
+
+
+def _weights(text: str) -> tuple[float, ...]:
+    weights = tuple(map(float, text.split(",")))
+    if not all(0 < weight < math.inf for weight in weights):
+        raise ValueError(text)
+    return weights
 
 
 def add_diff_arguments(parser: argparse.ArgumentParser) -> None:

@@ -164,6 +164,24 @@ def keep_described(
         return plan, None
 
 
+def measured_loss(screen: Screen, losses: DescribedLosses, plan: Plan) -> float | None:
+    """What the blocks of a plan lose, measured; None where it cannot be, or nothing bounds it."""
+    from model.loss_estimate import LossUnknown
+    from model.loss_store import LossStore
+    from wire.service import default_state_dir
+
+    if losses.form is None or losses.budget is None:
+        return None
+    store = LossStore(default_state_dir("coordinator"))
+    bits = tuple(placement.bits for placement in plan.placements)
+    try:
+        with screen.progress() as on_step:
+            return store.plan_loss(losses.form, bits, _reporter(on_step, "check"), lambda: False)
+    except LossUnknown as error:
+        screen.note(f"the plan's loss is not measured: {error}")
+        return None
+
+
 def _reporter(
     on_step: Callable[[Mapping[str, Any]], None], phase: str
 ) -> Callable[[int, int], None]:

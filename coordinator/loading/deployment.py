@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -34,9 +34,11 @@ from planning.sensitivity import LossSource
 from wire.activations import DEFAULT_HOP_BITS, HOP_BITS, HopBits
 from wire.messages import (
     BlockRef,
+    BlocksFetched,
     ConnectStage,
     ConnectTeam,
     Done,
+    FetchBlocks,
     LoadStage,
     MeasureTeam,
     Message,
@@ -227,7 +229,7 @@ async def deploy(
     devices = tuple(itertools.chain.from_iterable(teams))
     # A stage admits its previous device by this key, which no third device knows.
     hop_keys, team_keys = _keys(leads), _keys(teams)
-    order = partial(LoadStage, epoch=epoch, keeps=keeps)
+    order = partial(LoadStage, epoch=epoch, keeps=keeps, weight=planned.request.weight)
     orders = _orders(planned, teams, blocks, order, (hop_keys, team_keys), vocabulary)
 
     async def load(member: Member, label: str, order: Callable[[int], Message]) -> StageLoaded:
@@ -264,6 +266,29 @@ async def deploy(
         weights=planned.weights,
         vocabulary=vocabulary,
         fingerprint=planned.checkpoint.fingerprint,
+    )
+
+
+async def fetch(
+    planned: Planned,
+    blocks: Mapping[str, Sequence[BlockRef]],
+    roster: Sequence[Member],
+    on_step: Callable[[Step], None],
+    vocabulary: Vocabulary | None = None,
+) -> None:
+    """Have the devices of a plan fetch its blocks for a later ``deploy``. Raises AgentFailed."""
+    teams = _teams(planned, roster)
+
+    async def one(name: str, member: Member) -> None:
+        build = partial(FetchBlocks, blocks=tuple(blocks[name]))
+        if vocabulary is not None and member is teams[-1][0]:
+            build = partial(build, vocabulary=vocabulary.ref)
+        await member.request(build, BlocksFetched, forward(on_step, "fetch", name))
+
+    await together(
+        one(name, member)
+        for stage, team in zip(planned.plan.stages, teams, strict=True)
+        for name, member in zip(stage.devices, team, strict=True)
     )
 
 
@@ -396,6 +421,13 @@ async def unload(members: Sequence[Member], epoch: int = 0) -> None:
             await member.request(partial(UnloadStage, epoch=epoch), Done)
 
     await asyncio.gather(*map(one, members))
+
+
+async def unload_forgotten(members: Sequence[Member], keeps: Collection[int]) -> None:
+    """Unload stages that members have kept for this coordinator, but for these epochs."""
+    await asyncio.gather(
+        *(unload([member], epoch) for member in members for epoch in set(member.kept) - set(keeps))
+    )
 
 
 def _bits(bits: int | None) -> HopBits:

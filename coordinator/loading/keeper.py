@@ -13,7 +13,7 @@ from functools import partial
 
 from coordinator.errors import AgentDamaged, AgentLost, CoordinatorError, NotLoaded
 from coordinator.loading import state as states
-from coordinator.loading.deployment import Deployment, unload
+from coordinator.loading.deployment import Deployment, unload, unload_forgotten
 from coordinator.loading.doubts import Doubts
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
@@ -85,19 +85,21 @@ class Keeper:
         models.carry_out(states.Keep, self._keep)
         models.carry_out(states.Record, self._note)
         models.carry_out(states.Forget, self._forget)
-        self._record = kept.record.read()
-        """The stages that agents may still have from before the start of this coordinator."""
-        roster.keeps = frozenset(() if self._record is None else (self._record.epoch,))
+        self._records = operations.records
+        self._records.update(kept.record.read())
+        self._epochs: dict[str, int] = {}
+        """The epochs whose stages joining agents keep, by model."""
+        for name, record in self._records.items():
+            self._keep_stages(name, record.epoch)
 
     def resume(self) -> None:
-        """Load the model that was loaded before the restart, once its devices join."""
+        """Load the models that were loaded before the restart, once their devices join."""
         kept = self._kept.read()
-        if kept is not None:
-            request, devices = kept
+        for name in self._records.keys() - {model_name(request.model) for request, _ in kept}:
+            self._forget_stages(name)
+        for request, devices in kept:
             names = tuple(map(self._roster.names.name, devices))
             self._models.apply(model_name(request.model), ResumeBegan(request, names))
-        else:
-            self._forget_stages()
 
     def close(self) -> None:
         """End every model, because the coordinator stops."""
@@ -115,8 +117,7 @@ class Keeper:
                         await try_links(self._roster, due[:1], self._turns.report)
 
     def _is_answering(self) -> bool:
-        serving = self._models.serving
-        return serving is not None and serving.slots.used + serving.slots.waiting > 0
+        return any(one.slots.used + one.slots.waiting > 0 for one in self._models.all_serving)
 
     # ---- losses ---------------------------------------------------------------------------------
 
@@ -127,7 +128,9 @@ class Keeper:
 
     def _on_event(self, member: Member, message: Message) -> None:
         if isinstance(message, (StageDamaged, PeerLost)) and message.epoch in member.kept:
-            self._record = None  # This stage cannot be taken over. It is loaded again.
+            for name, record in list(self._records.items()):
+                if record.epoch == message.epoch:  # It cannot be taken over. It is loaded again.
+                    del self._records[name]
         if isinstance(message, StageDamaged):
             self._on_damage(member, message)
         elif isinstance(message, PeerLost):
@@ -157,18 +160,24 @@ class Keeper:
     def _note(self, action: states.Record) -> None:
         """Keep on disk where the stages are. Agents that join again from now on keep theirs."""
         self._kept.record.keep(action.deployment)
-        self._roster.keeps |= {action.deployment.epoch}
+        self._keep_stages(action.deployment.name, action.deployment.epoch)
 
     def _forget(self, action: states.Forget) -> None:
-        self._kept.forget()
-        self._roster.keeps = frozenset()
+        self._kept.forget(action.name)
+        self._keep_stages(action.name, 0)
 
-    def _forget_stages(self) -> None:
-        """Take no stages over. Agents that join from now on unload them."""
-        self._record, self._roster.keeps = None, frozenset()
+    def _keep_stages(self, name: str, epoch: int) -> None:
+        """Let agents that join keep these stages of a model. 0: agents unload all of them."""
+        self._epochs[name] = epoch
+        self._roster.keeps = frozenset(self._epochs.values()) - {0}
+
+    def _forget_stages(self, name: str) -> None:
+        """Take no stages of a model over. Agents that join from now on unload them."""
+        self._records.pop(name, None)
+        self._keep_stages(name, 0)
 
     def _stop_placing(self, action: StopPlacing) -> None:
-        self._forget_stages()
+        self._forget_stages(action.name)
         task = self._placing.pop(action.name, None)
         if task is not None:
             task.cancel()
@@ -191,15 +200,16 @@ class Keeper:
             # A cancellation is lost if a device joins at that moment (wait_for before Python 3.12).
             if not isinstance(self._models[name], Resuming) or await self._adopts(name):
                 return
-        self._forget_stages()
+        self._forget_stages(name)
         await self._until_placed(name, 0)
 
     async def _adopts(self, name: str) -> bool:
         """Take over the stages of the model if all are still loaded. Returns whether they are."""
-        if self._record is None or self._record.teams(self._roster.members) is None:
+        record = self._records.get(name)
+        if record is None or record.teams(self._roster.members) is None:
             return False
         async with self._turns.unasked("stages that are still loaded are taken over"):
-            record, state = self._record, self._models[name]
+            record, state = self._records.get(name), self._models[name]
             if record is None or not isinstance(state, Resuming):
                 return False
             try:
@@ -207,9 +217,9 @@ class Keeper:
                 adopted = await self._operations.adopt(request, record)
             except (CoordinatorError, ModelError, RequestInvalid, OSError) as error:
                 log.warning("the stages of %s are not taken over: %s", name, error)
-                self._record = None
+                self._records.pop(name, None)
                 return False
-            self._record = None
+            del self._records[name]
             self._models.apply(name, Adopted(adopted))
         log.warning("%s is still loaded, on %s", name, adopted.where)
         return True
@@ -258,9 +268,9 @@ class Keeper:
             state = self._models[name]
             broken = states.deployment_of(state)
             if broken is not None:
-                self._roster.keeps -= {broken.epoch}
-                back = [one for one in self._roster.members if broken.epoch in one.kept]
-                await unload([*broken.devices, *back])
+                self._keep_stages(name, 0)
+                await unload(broken.devices, broken.epoch)
+                await unload_forgotten(self._roster.members, self._roster.keeps)
                 wanted = state.wanted if isinstance(state, Replacing) else None
                 if wanted is not None:
                     placed = await self._operations.carry_out(wanted, broken)
@@ -269,7 +279,7 @@ class Keeper:
             elif isinstance(state, states.Nothing):
                 raise state.error
             else:
-                await unload([one for one in self._roster.members if one.kept])
+                await unload_forgotten(self._roster.members, self._roster.keeps)
                 # Files of older versions have names in place of ids.
                 request = states.request_of(state).identified(self._roster.names.device)
                 placed = await self._operations.place(request)

@@ -47,6 +47,7 @@ _KINDS = {
     states.LoadFailed: "load failed",
     states.Lost: "lost",
     states.MoveBegan: "moving",
+    states.MovedOver: "moved",
     states.StageFoundDamaged: "damaged",
     states.AttemptFailed: "not placed",
     states.WaitEnded: "broken",
@@ -63,14 +64,14 @@ class Models:
     def __init__(self, story: Story) -> None:
         self._story = story
         self._states: dict[str, State] = {}
-        self._handlers: dict[type[Any], Callable[[Any], None]] = {}
+        self._handlers: dict[type[Any], list[Callable[[Any], None]]] = {}
         self.changed = Signal()
         self.progress: Callable[[], str] = lambda: ""
         """Says how far the running operation is, such as "fetch 40 %"."""
 
     def carry_out(self, kind: type[ActionType], handler: Callable[[ActionType], None]) -> None:
-        """Let ``handler`` carry out actions of this kind. It must not wait."""
-        self._handlers[kind] = handler
+        """Let ``handler`` carry out actions of this kind, too. It must not wait."""
+        self._handlers.setdefault(kind, []).append(handler)
 
     def apply(self, name: str, event: Event) -> State:
         """Apply an event to the model ``name``, carry out the actions, return the next state."""
@@ -82,8 +83,8 @@ class Models:
             kind = "replaced" if is_replacement else _KINDS[type(event)]
             self._story.tell(kind, name, _text(event))
         for action in actions:
-            if type(action) in self._handlers:
-                self._handlers[type(action)](action)
+            for handler in self._handlers.get(type(action), ()):
+                handler(action)
         if after is not before:
             self.changed.fire()
         return after
@@ -110,6 +111,22 @@ class Models:
         state = self.current
         return state.deployment if isinstance(state, Serving) else None
 
+    @property
+    def all_serving(self) -> tuple[Deployment, ...]:
+        """The deployments of all models that answer now."""
+        return tuple(state.deployment for _, state in self.present() if isinstance(state, Serving))
+
+    def named(self, name: object) -> str:
+        """The name of the model that a request means, or empty if none is here.
+
+        name: as the request gives it. A request that gives none, or one that is not here, is about
+        the first model.
+        """
+        present = [known for known, _ in self.present()]
+        if name in present:
+            return str(name)
+        return present[0] if present else ""
+
     def of_epoch(self, epoch: int) -> Deployment | None:
         """The present deployment with this epoch, whether it serves or was broken."""
         for _, state in self.present():
@@ -120,18 +137,23 @@ class Models:
 
     # ---- requests -------------------------------------------------------------------------------
 
-    def require_soon(self) -> None:
-        """Raise NotReady while the model is being loaded or resumed. That may take minutes."""
-        state = self.current
+    def require_soon(self, name: object = None) -> None:
+        """Raise NotReady while a model is being loaded or resumed. That may take minutes.
+
+        name: as of ``named``.
+        """
+        state = self[self.named(name)]
         if isinstance(state, (Loading, Resuming)):
             what = f"{name_of(state)} is {describe(state)}"
             progress = self.progress()
             raise NotReady(f"{what}{progress and f' ({progress})'}", RETRY_LOADING_S)
 
-    async def deployment(self) -> Deployment:
-        """Wait for the deployment that answers. Raises the reason if there will be none."""
-        name = next((name for name, _ in self.present()), "")
-        return await self._served(name, lambda state: True)
+    async def deployment(self, name: object = None) -> Deployment:
+        """Wait for the deployment that answers. Raises the reason if there will be none.
+
+        name: as of ``named``.
+        """
+        return await self._served(self.named(name), lambda state: True)
 
     async def latest(self, deployment: Deployment) -> Deployment:
         """Wait for this deployment, or for the one that takes its place.
@@ -201,6 +223,8 @@ def _text(event: Event) -> str:
     """The story's details of an event."""
     if isinstance(event, states.Placed):
         return f"on {event.deployment.where}"
+    if isinstance(event, states.MovedOver):
+        return f"to {event.deployment.where}: {event.error}"
     if isinstance(event, states.Adopted):
         return f"still loaded on {event.deployment.where}"
     if isinstance(event, states.ResumeBegan):

@@ -45,6 +45,11 @@ class Held:
         self.cached = self._valid = 0
 
     @property
+    def tokens(self) -> tuple[int, ...]:
+        """The prompt and the answer so far."""
+        return tuple(self._tokens)
+
+    @property
     def kept(self) -> Ids:
         """The leading tokens whose rows every stage has."""
         return np.array(self._tokens[: self._valid], np.int64)

@@ -191,6 +191,15 @@ class MoveBegan:
 
 
 @dataclass(frozen=True, slots=True)
+class MovedOver:
+    """The stages of a better plan are loaded beside those of the deployment, and take over."""
+
+    deployment: Deployment
+    error: CoordinatorError
+    """The reason in the words of an error, for the answers that go over."""
+
+
+@dataclass(frozen=True, slots=True)
 class StageFoundDamaged:
     """A stage of the deployment ran from a damaged file."""
 
@@ -240,6 +249,7 @@ Event: TypeAlias = (
     | LoadFailed
     | Lost
     | MoveBegan
+    | MovedOver
     | StageFoundDamaged
     | FilesMended
     | AttemptFailed
@@ -257,6 +267,7 @@ EVENTS: tuple[type[Event], ...] = (
     LoadFailed,
     Lost,
     MoveBegan,
+    MovedOver,
     StageFoundDamaged,
     FilesMended,
     AttemptFailed,
@@ -305,11 +316,20 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
+class Release:
+    """Unload the stages of a deployment, because another one has taken over."""
+
+    deployment: Deployment
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
-    """Remove the loaded request and the record of its stages from the disk."""
+    """Remove the loaded request of a model and the record of its stages from the disk."""
+
+    name: str
 
 
-Action: TypeAlias = EndAnswers | Place | StopPlacing | Keep | Record | Forget
+Action: TypeAlias = EndAnswers | Place | StopPlacing | Keep | Record | Release | Forget
 Next: TypeAlias = tuple[State, tuple[Action, ...]]
 Rule: TypeAlias = Callable[[Any, Any, float], Next]
 """Maps (state, event, seconds of the monotonic clock) to the next state and actions."""
@@ -382,6 +402,14 @@ def _move(state: Serving, event: MoveBegan, now_s: float) -> Next:
     return replacing, (EndAnswers(state.deployment, event.error), Place(replacing))
 
 
+def _move_over(state: Serving, event: MovedOver, now_s: float) -> Next:
+    before, after = state.deployment, event.deployment
+    ended = {**state.past.ended, before.key: event.error}
+    past = replace(state.past, ended=MappingProxyType(ended))
+    actions = (EndAnswers(before, event.error), Record(after), Release(before))
+    return Serving(after, now_s, past), actions
+
+
 def _lose_damaged(state: Serving, event: StageFoundDamaged, now_s: float) -> Next:
     return _lose(replace(state, past=_suspect(state)), Lost(event.error), now_s)
 
@@ -430,7 +458,7 @@ def _end(state: State, event: Unloaded | Stopped) -> Next:
     if isinstance(state, (Resuming, Replacing, Broken)):
         actions.append(StopPlacing(name_of(state)))
     if isinstance(event, Unloaded):
-        actions.append(Forget())
+        actions.append(Forget(name_of(state)))
     return Nothing(event.error), tuple(actions)
 
 
@@ -468,6 +496,7 @@ TABLE: Mapping[type[State], Mapping[type[Event], tuple[type[State], Rule]]] = {
     Serving: {
         Lost: (Replacing, _lose),
         MoveBegan: (Replacing, _move),
+        MovedOver: (Serving, _move_over),
         StageFoundDamaged: (Replacing, _lose_damaged),
         Unloaded: (Nothing, _unload),
         Stopped: (Nothing, _stop),

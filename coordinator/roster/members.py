@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass, field, replace
 from typing import TypeVar
 
 from coordinator.errors import AgentFailed, AgentLost, NoAgents
-from coordinator.roster.book import BadBook, DeviceBook
+from coordinator.roster.book import BadBook, Device, DeviceBook
 from coordinator.roster.links import Failure, Links
 from coordinator.roster.names import NameBook
 from coordinator.story import Story
@@ -35,6 +35,7 @@ from wire.hygiene import (
 )
 from wire.messages import (
     AgentHello,
+    BlocksFetched,
     BlocksFound,
     CancelRequest,
     CoordinatorWelcome,
@@ -51,6 +52,7 @@ from wire.messages import (
     LinkMeasured,
     Message,
     ModelMeasured,
+    PassFailed,
     PeerLost,
     Progress,
     PromptScored,
@@ -61,6 +63,7 @@ from wire.messages import (
     StageDamaged,
     StageLoaded,
     TeamMeasured,
+    TextsEncoded,
     TokenSampled,
     TraceTaken,
 )
@@ -89,6 +92,7 @@ _ANSWERS = (
     LinkMeasured,
     QualityMeasured,
     HopMeasured,
+    BlocksFetched,
     BlocksFound,
     FilesMade,
     StageLoaded,
@@ -98,6 +102,17 @@ _ANSWERS = (
     Progress,
     RequestFailed,
 )
+
+_REPORTS = (
+    TokenSampled,
+    PromptScored,
+    SequenceFailed,
+    TextsEncoded,
+    PassFailed,
+    PeerLost,
+    StageDamaged,
+)
+"""The messages that answer no request, for the subscribers of members."""
 
 Answer = TypeVar("Answer", bound=Message)
 OnProgress = Callable[[Progress], None]
@@ -518,6 +533,20 @@ class Roster:
                 self._tellings.add(task)
                 task.add_done_callback(self._tellings.discard)
 
+    def known(self) -> tuple[Device, ...]:
+        """All devices that may join, oldest first. None without TLS. Raises BadBook."""
+        return () if self._book is None else self._book.devices()
+
+    def revoke(self, name: str) -> Device:
+        """Let a device of this name or id join no more, and drop it. Raises BadBook, OSError."""
+        if self._book is None:
+            raise BadBook(
+                "this coordinator runs with --insecure: any device may join, so none can be revoked"
+            )
+        gone = self._book.revoke_device(name)
+        self.tell_known()
+        return gone
+
     def _name_in(self, book: DeviceBook, member: Member) -> None:
         """Note a member's name, by which people revoke it."""
         try:
@@ -612,9 +641,7 @@ class Roster:
                 member.take_better(message)
             except AgentFailed as error:
                 raise ProtocolError(str(error)) from error
-        elif isinstance(
-            message, (TokenSampled, PromptScored, SequenceFailed, PeerLost, StageDamaged)
-        ):
+        elif isinstance(message, _REPORTS):
             self._tell(member, message)
         else:
             raise ProtocolError(f"{member.name} sent an unexpected {type(message).__name__}")
@@ -694,6 +721,8 @@ def _is_possible(message: Message) -> bool:
             return False
     elif isinstance(message, StageLoaded):
         sizes, figures = (message.memory_bytes, message.fetched_bytes), (message.load_s,)
+    elif isinstance(message, BlocksFetched):
+        sizes = (message.fetched_bytes,)
     elif isinstance(message, TeamMeasured):
         sizes, figures = (message.chunk_rows,), (message.row_s, message.chunk_s)
     elif isinstance(message, TraceTaken):

@@ -34,6 +34,7 @@ from coordinator.loading.deployment import Deployment
 from coordinator.loading.models import Models
 from coordinator.loading.slots import Held
 from coordinator.loading.state import EndAnswers, Lost
+from coordinator.roster.measurements import together
 from coordinator.roster.members import Member, Roster
 from coordinator.serving import requests
 from coordinator.serving.journal import AnswerJournal, Entry
@@ -438,7 +439,11 @@ class Gateway:
             if is_new:
                 timing.cached_tokens = held.cached
             requests.current().starts(deployment.epoch, number, held.cached if is_new else 0)
-            await _begin(deployment, number, held, prompt, sampling, drafts)
+            shares = deployment.slots.used > 1 or self._models.ended_by(deployment) is not None
+            chunk_tokens = deployment.plan.chunk_tokens(len(prompt) - held.cached)
+            if shares:
+                chunk_tokens = min(chunk_tokens, SHARED_CHUNK_TOKENS)
+            await _begin(deployment, number, held, prompt, sampling, drafts, chunk_tokens)
             while not flight.ended or not flight.events.empty():
                 event = await _next_event(flight, len(prompt) - held.cached)
                 if isinstance(event, CoordinatorError):
@@ -447,6 +452,25 @@ class Gateway:
         finally:
             del self._flights[number]
             await asyncio.shield(_release(deployment, number))
+
+    async def warm(self, before: Deployment, after: Deployment) -> None:
+        """Run what the sequences of ``before`` have so far through the stages of ``after``.
+
+        Slots of ``after`` keep the rows. So little has to run there once the answers go on.
+        Raises CoordinatorError.
+        """
+
+        async def run(tokens: tuple[int, ...]) -> None:
+            async with after.slots.one(tokens) as held:
+                sampling = Sampling(1, ())
+                events = self._sequence(after, held, tokens, sampling, Timing(), 0)
+                async with aclosing(events):
+                    async for _ in events:
+                        pass
+
+        flights = [one for one in self._flights.values() if one.deployment is before]
+        known = [flight.held.tokens for flight in flights if not flight.ended]
+        await together(run(tokens) for tokens in known if len(tokens) < after.context_tokens)
 
     def on_event(self, member: Member, message: Message) -> None:
         """Take a token or a failure from an agent. A message of no known flight is dropped.
@@ -615,6 +639,7 @@ async def _begin(
     prompt: tuple[int, ...],
     sampling: Sampling,
     drafts: int,
+    chunk_tokens: int,
 ) -> None:
     """Start a sequence on every stage. The loss of a device ends the flight elsewhere.
 
@@ -628,9 +653,6 @@ async def _begin(
         with contextlib.suppress(AgentLost):
             await member.send(message)
 
-    chunk_tokens = deployment.plan.chunk_tokens(len(prompt) - held.cached)
-    if deployment.slots.used > 1:
-        chunk_tokens = min(chunk_tokens, SHARED_CHUNK_TOKENS)
     common = replace(sampling, answer=(), logit_bias=(), grammar=b"")
     start = StartSequence(
         deployment.epoch,

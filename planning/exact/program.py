@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,6 +96,9 @@ class PlanProgram:
     ``margin`` is the share of each limit that stays unused. Plans with an objective above
     ``cutoff`` are left out. ``twins`` are pairs of devices whose exchange changes nothing. In plans
     the first device of a pair comes before the second.
+
+    ``shared`` is a program that holds several models (planning/joint). This one then adds its rows
+    there, with ``prefix`` before the names of its variables, and sets no objective.
     """
 
     def __init__(
@@ -106,6 +109,8 @@ class PlanProgram:
         margin: float = 0.0,
         cutoff: float = math.inf,
         twins: Sequence[tuple[int, int]] = (),
+        shared: Any = None,
+        prefix: str = "",
     ) -> None:
         short = () if aim in ("best", "sensitivity", "any") else tuple(aim.split(" and "))
         self._problem = problem
@@ -118,12 +123,15 @@ class PlanProgram:
         self._slowest: Any = None
         self._permitted = Usable(problem, fitting=not short)
         self._find_alike()
-        self.program = pulp.LpProblem("plan", pulp.LpMinimize)
+        self.program = pulp.LpProblem("plan", pulp.LpMinimize) if shared is None else shared
+        self._prefix = prefix
         self._place()
         self._order(twins)
         excess = self._limit(short, margin)
         self._unit_s = self._least_s() / _OBJECTIVE_SCALE
         sensitivity = self._budget(margin)
+        if shared is not None:
+            return
         if aim == "best":
             cost = self._cost_s() * (1 / self._unit_s)
             self.program.setObjective(cost)
@@ -184,7 +192,8 @@ class PlanProgram:
 
         None if it uses an option or a hop that the program leaves out because others beat it.
         """
-        found = dict.fromkeys((variable.name for variable in self.program.variables()), 0.0)
+        own = (variable.name for variable in self.program.variables())
+        found = dict.fromkeys((name for name in own if name.startswith(self._prefix)), 0.0)
 
         def add(variable: Any, amount: float = 1.0) -> None:
             found[variable.name] += amount
@@ -248,6 +257,35 @@ class PlanProgram:
         plan = assess(self._problem, choice.stages, Proof("", 0.0, 0.0), choice.hop_bits)
         return plan.decode_s
 
+    @property
+    def least_s(self) -> float:
+        """A lower bound of the objective, in its own unit."""
+        return _OBJECTIVE_SCALE * self._unit_s
+
+    def cost_s(self) -> Any:
+        """The objective in its own unit, for a program that holds several models; called once."""
+        return self._cost_s()
+
+    def using(self, real: int) -> Any:
+        """1 if a stage uses the real device, alone or in a team."""
+        return self._using(real)
+
+    def total_on(
+        self,
+        real: int,
+        of_stage: Callable[[int], float],
+        of_block: Callable[[int, int, BlockOption], float],
+    ) -> Any:
+        """The sum over the stage that uses the real device and over the stage's blocks.
+
+        ``of_stage`` gets the device or team of the stage, ``of_block`` also a block and its option.
+        """
+        terms = []
+        for v in np.flatnonzero(self._members[:, real]).tolist():
+            terms.append(of_stage(v) * self._used[v])
+            terms += [of_block(v, block, o) * count for _, count, o, block in self._counts(v)]
+        return pulp.lpSum(terms)
+
     def _find_alike(self) -> None:
         """Find the stretches of blocks that are alike on all devices, and each device's groups."""
         problem, blocks = self._problem, range(self._total)
@@ -275,8 +313,11 @@ class PlanProgram:
             self._groups.append(groups)
         self._usable = [[bool(row) for row in rows] for rows in options]
 
+    def _variable(self, name: str, *limits: Any) -> Any:
+        return self.program.add_variable(self._prefix + name, *limits)
+
     def _binary(self, name: str) -> Any:
-        return self.program.add_variable(name, 0, 1, pulp.LpInteger)
+        return self._variable(name, 0, 1, pulp.LpInteger)
 
     def _place(self) -> None:
         """Add rows that place every block on one device, and count widths per group there."""
@@ -296,7 +337,7 @@ class PlanProgram:
                 beyond[r].append(here - end[r])
                 size, cell = len(stretch), here
                 if size > 1:
-                    cell = program.add_variable(f"a_{i}_{r}", 0, size, pulp.LpInteger)
+                    cell = self._variable(f"a_{i}_{r}", 0, size, pulp.LpInteger)
                     program += cell >= here
                     program += cell <= size * here
                 program += beyond[r][i] >= 0
@@ -312,7 +353,7 @@ class PlanProgram:
             for g, group in enumerate(self._groups[i]):
                 if len(group.options) > 1:
                     for o in range(len(group.options)):
-                        self._n[i, g, o] = program.add_variable(
+                        self._n[i, g, o] = self._variable(
                             f"n_{i}_{g}_{o}", 0, len(group.blocks), pulp.LpInteger
                         )
                     counted = pulp.lpSum(self._n[i, g, o] for o in range(len(group.options)))
@@ -339,8 +380,8 @@ class PlanProgram:
             (i, j): pulp.lpSum(self._hop_at[i, j, form.bits] for form in forms[i, j])
             for i, j in pairs
         }
-        self._back = {(i, j): program.add_variable(f"back_{i}_{j}", 0, 1) for i, j in ways_back}
-        self._left = {(i, j): program.add_variable(f"left_{i}_{j}", 0, total - 1) for i, j in pairs}
+        self._back = {(i, j): self._variable(f"back_{i}_{j}", 0, 1) for i, j in ways_back}
+        self._left = {(i, j): self._variable(f"left_{i}_{j}", 0, total - 1) for i, j in pairs}
         self._leading = {i: self._sum(self._used[v] for v in led) for i, led in self._led.items()}
         left = self._left
         entered = {}
@@ -453,7 +494,7 @@ class PlanProgram:
                     size / unit * count for size, (_, count, *_) in zip(sizes, counts, strict=True)
                 )
                 if resource in short:
-                    over = self.program.add_variable(f"short_{resource}_{i}_{m}", 0)
+                    over = self._variable(f"short_{resource}_{i}_{m}", 0)
                     self.program += taken <= limit / unit * self._used[i] + over
                     excess.append(unit / scale * over)
                 else:
@@ -510,7 +551,7 @@ class PlanProgram:
     def _slowest_s(self) -> Any:
         """Seconds of the slowest stage or link. Adds the variable and its rows."""
         problem = self._problem
-        slowest = self._slowest = self.program.add_variable("slowest", 0)
+        slowest = self._slowest = self._variable("slowest", 0)
         around: list[Any] = []
         for i, led in self._led.items():
             counts = [cell for v in led for cell in self._counts(v)]

@@ -127,7 +127,7 @@ def test_an_unload_while_stages_are_awaited_reaches_the_kept_ones(tmp_path: Path
         assert not shoal.member("d").kept
 
     restarted(tmp_path, ALONE, test)
-    assert RecordFile(tmp_path).read() is None
+    assert RecordFile(tmp_path).read() == {}
 
 
 def test_a_record_that_cannot_be_used_is_told(
@@ -135,7 +135,7 @@ def test_a_record_that_cannot_be_used_is_told(
 ) -> None:
     async def test(shoal: Shoal, before: Deployment) -> None:
         written = to_plain(DeploymentRecord.of(before))
-        assert json.loads((tmp_path / "deployment.json").read_text()) == written
+        assert json.loads((tmp_path / "deployment.json").read_text()) == {before.name: written}
         changes: tuple[dict[str, object], ...] = (
             {"version": 2},
             {"epoch": 0},
@@ -146,8 +146,13 @@ def test_a_record_that_cannot_be_used_is_told(
             {"unheard": 1},
         )
         for change in changes:
-            (tmp_path / "deployment.json").write_text(json.dumps({**written, **change}))
-            assert RecordFile(tmp_path).read() is None
-        assert caplog.text.count("the model is loaded again") == 7
+            records = {"bad": {**written, **change}, "good": written}
+            (tmp_path / "deployment.json").write_text(json.dumps(records))
+            assert list(RecordFile(tmp_path).read()) == ["good"]
+        assert caplog.text.count("bad cannot be taken over") == 7
+        for damaged in ("[1]", "{", ""):
+            (tmp_path / "deployment.json").write_text(damaged)
+            assert RecordFile(tmp_path).read() == {}
+        assert caplog.text.count("models are loaded again") == 3
 
     restarted(tmp_path, RING, test)

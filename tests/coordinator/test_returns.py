@@ -119,7 +119,7 @@ def test_a_device_whose_stage_is_gone_is_not_awaited(run: Run, goes: Gone) -> No
         assert after.where == "c"
         # Whoever is late with its stage unloads it.
         await shoal.join("b", kept=[(before.epoch, 1)])
-        assert shoal.member("b").kept == {}
+        assert not shoal.member("b").kept
 
     run(test)
 
@@ -159,7 +159,7 @@ def test_an_unload_ends_the_waiting(run: Run, tmp_path: Path) -> None:
         await lose(shoal, "d")
         await shoal.operations.unload()
         await shoal.join("d", kept=[(before.epoch, 1)])
-        assert shoal.member("d").kept == {}
+        assert not shoal.member("d").kept
         assert shoal.models.serving is None
 
     run(test)

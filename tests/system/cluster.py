@@ -24,6 +24,13 @@ import httpx
 import psutil
 import pytest
 
+from coordinator.roster.book import DeviceBook
+from model.durable import replace_text
+from model.errors import ModelError
+from model.families import load_spec
+from tests.system import made_up
+from wire.identity import own_identity
+
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
 TINY_OPT = ROOT / "examples" / "tiny-opt" / "model"
@@ -87,8 +94,10 @@ LOG_CHARACTERS = 6000
 class Cluster:
     """A coordinator and agents of this test, on the loopback interface.
 
-    Its agents share what they measure and try. They begin with what agents of earlier clusters of
-    this run have left, as one that is started again does. ``measures`` True: each has nothing.
+    The agents join by a token, unless a test brings its own, or says --insecure. They share what
+    they measure and try. They begin with what agents of earlier clusters of this run have left, as
+    one that is started again does, and with made-up figures of the device and of the models in
+    ``run``'s arguments. ``measures`` True: each has nothing.
     """
 
     def __init__(self, directory: Path, *, measures: bool = False) -> None:
@@ -98,6 +107,9 @@ class Cluster:
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self.control_port = 0
         self.url = ""
+        self._made_up = set[str]()
+        """The names of made-up figures, which are not kept for other clusters."""
+        self._known_models = set[Path]()
 
     def start_coordinator(self, *options: str) -> None:
         losses = self.directory / "coordinator" / "losses"
@@ -112,7 +124,6 @@ class Cluster:
             "--port=0",
             "--http=127.0.0.1:0",
             f"--state-dir={self.directory / 'coordinator'}",
-            *self._token(options, "--tls", "--create-token"),
             *(options or ("--no-mdns",)),
         )
         assert process.stdout is not None
@@ -128,15 +139,30 @@ class Cluster:
             "--threads=1",
             f"--state-dir={self.directory / name}",
             *self.measurements(),
-            *self._token(options),
+            *self._joining(name, options),
             *(options or (f"--coordinator=127.0.0.1:{self.control_port}",)),
         )
 
-    def _token(self, options: Sequence[str], *others: str) -> tuple[str, ...]:
-        """With SHOAL_TEST_TLS, the options of a cluster with TLS. A test may bring its own."""
-        if "SHOAL_TEST_TLS" not in os.environ or any("token" in option for option in options):
+    def token(self) -> Path:
+        """A file with a token by which any number of devices join, also before it has started."""
+        path = self.directory / "token"
+        if not path.exists():
+            state_dir = self.directory / "coordinator"
+            state_dir.mkdir(parents=True, exist_ok=True)
+            fingerprint = own_identity(state_dir / "identity.pem").fingerprint
+            replace_text(path, self.book().invite(fingerprint, ttl_s=None, uses=None).text)
+        return path
+
+    def book(self) -> DeviceBook:
+        """The devices and tokens that the coordinator knows."""
+        return DeviceBook(self.directory / "coordinator")
+
+    def _joining(self, name: str, options: Sequence[str]) -> tuple[str, ...]:
+        """The options with which an agent joins, unless the test gives its own or it is known."""
+        is_known = (self.directory / name / "coordinator-fingerprint").exists()
+        if is_known or any("token" in option or option == "--insecure" for option in options):
             return ()
-        return (*others, f"--token-file={self.directory / 'token'}")
+        return (f"--token-file={self.token()}",)
 
     def measurements(self) -> tuple[str, ...]:
         """The option that lets an agent find what was measured before."""
@@ -148,6 +174,7 @@ class Cluster:
             with _kept_stores() as stores:
                 for path in stores:
                     shutil.copy(path, directory)
+            self._made_up |= made_up.add_device(directory / "calibration.json")
         return (f"--measurements-dir={directory}",)
 
     def command(self, name: str) -> list[str]:
@@ -176,7 +203,20 @@ class Cluster:
     def wait_for_agents(self, *names: str, timeout_s: float = START_TIMEOUT_S) -> None:
         wait_for(lambda: self.names() == sorted(names), timeout_s, f"agents {names}")
 
+    def know(self, model: Path) -> None:
+        """Spare the agents to measure this model, if it is one."""
+        directory = self.directory / "measurements"
+        if self.measures or model in self._known_models or not directory.exists():
+            return
+        self._known_models.add(model)
+        with contextlib.suppress(ModelError, OSError):  # A test may have damaged it.
+            spec = load_spec(model)
+            self._made_up |= made_up.add_model(directory / "calibration.json", spec)
+
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        for argument in arguments:
+            if (Path(argument) / "config.json").exists():
+                self.know(Path(argument))
         return shoal(*arguments, f"--url={self.url}", command=self.command("coordinator"))
 
     def load(self, model: Path, *options: str) -> Any:
@@ -193,7 +233,8 @@ class Cluster:
                 known = kept.get(path.name, {})
                 for key, value in json.loads(path.read_bytes()).items():
                     if key in MERGED:
-                        known[key] = {**known.get(key, {}), **value}
+                        new = {name: of for name, of in value.items() if name not in self._made_up}
+                        known[key] = {**known.get(key, {}), **new}
                     elif key != "models":  # They would be measured again in quiet moments.
                         known[key] = value
                 (_kept / path.name).write_text(json.dumps(known))

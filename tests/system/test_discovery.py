@@ -165,15 +165,13 @@ def test_an_impostor_that_announces_itself_is_passed_over(
     impostor = NetworkCluster(tmp_path / "impostor", bed, "hub-2")
     tokens = [tmp_path / name for name in ("token", "other-token")]
     try:
-        impostor.start_coordinator("--tls", "--create-token", f"--token-file={tokens[1]}")
-        cluster.start_coordinator(
-            "--no-mdns", "--tls", "--create-token", f"--token-file={tokens[0]}"
-        )
+        impostor.start_coordinator("--create-token", f"--token-file={tokens[1]}")
+        cluster.start_coordinator("--no-mdns", "--create-token", f"--token-file={tokens[0]}")
         cluster.start_agent("ash", f"--token-file={tokens[0]}")
         cluster.wait_for_line("ash", UNHEARD.format("shoal"), START_TIMEOUT_S)
         with cluster.processes["coordinator"] as coordinator:
             coordinator.terminate()
-        cluster.start_coordinator("--tls")
+        cluster.start_coordinator(f"--token-file={tokens[0]}")
         wait_until_listed(cluster, ("ash",), time.monotonic(), "the right one")
         assert "is another machine" not in cluster.log("ash")
         assert "connection refused" not in impostor.log("coordinator")

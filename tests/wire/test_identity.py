@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from wire.auth import TokenError
 from wire.claim import fingerprint_of, shown
 from wire.identity import IdentityError, has_signed, own_identity
-from wire.invite import new_invite, parse_invite, read_invite
+from wire.invite import TokenError, new_invite, parse_invite, read_invite
 
 DATA = b"what is signed"
 

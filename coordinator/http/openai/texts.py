@@ -40,13 +40,6 @@ class ModelUnknown(CoordinatorError):
     code = "model_not_found"
 
 
-class NotGiven(CoordinatorError):
-    """A route of OpenAI's API that this server does not give."""
-
-    status = 501
-    code = "not_supported"
-
-
 class TextRoutes:
     """Handlers that generate nothing."""
 
@@ -58,7 +51,6 @@ class TextRoutes:
         return [
             Route("/v1/models", self.models, methods=["GET"]),
             Route("/v1/models/{model:path}", self.model, methods=["GET"]),
-            Route("/v1/embeddings", self.embeddings, methods=["POST"]),
             self._route("/tokenize", tokenize),
             self._route("/detokenize", detokenize),
             self._route("/apply-template", apply_template),
@@ -76,11 +68,6 @@ class TextRoutes:
                 return JSONResponse(_model(name, state))
         raise ModelUnknown(f"the model {asked[:200]!r} is not loaded")
 
-    async def embeddings(self, request: Request) -> Response:
-        raise NotGiven(
-            "this server gives no embeddings: the models that it serves were not trained for them"
-        )
-
     def _route(self, path: str, work: Work, api: type[Api] = Api) -> Route:
         """Serve ``work`` in a thread. Errors have the form of ``api``."""
 
@@ -91,8 +78,9 @@ class TextRoutes:
 
     async def _answer(self, request: Request, work: Work) -> Response:
         body = await read_json(request)
-        self._models.require_soon()
-        deployment = await while_connected(request, self._models.deployment())
+        name = self._models.named(body.get("model"))
+        self._models.require_soon(name)
+        deployment = await while_connected(request, self._models.deployment(name))
         found = self._answers.prepare(lambda: work(deployment, body), is_long=True)
         return JSONResponse(await while_connected(request, found))
 

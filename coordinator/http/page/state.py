@@ -160,7 +160,7 @@ class StateFeed:
         self.watchers = 0
         """The streams that are open."""
         self._trips_us: dict[int, list[deque[int]]] = {}
-        """The last different round trips behind each stage, of the present epoch."""
+        """The last different round trips behind each stage, by epoch."""
         self._closed = asyncio.Event()
         self._built_s = -math.inf
         self._parts: dict[str, str] = {}
@@ -180,7 +180,7 @@ class StateFeed:
                 "version": shoal_version(),
                 "protocol": PROTOCOL_VERSION,
                 "control_port": self.control_port,
-                "needs_token": self._config.token is not None,
+                "needs_token": not self._config.insecure,
                 "started_s": self._started_s,
             },
             "devices": self._devices(),
@@ -238,7 +238,12 @@ class StateFeed:
             return view
         epoch, leads = deployment.epoch, deployment.leads
         trips_us = self._trips_us.get(epoch) or [deque(maxlen=ROUND_TRIPS) for _ in leads]
-        self._trips_us = {epoch: trips_us}
+        present = {
+            one.epoch for _, state in self._models.present() if (one := deployment_of(state))
+        }
+        self._trips_us = {
+            known: trips for known, trips in self._trips_us.items() if known in present
+        } | {epoch: trips_us}
         for stage, lead, known in zip(view["stages"], leads, trips_us, strict=True):
             counts = counts_of(deployment, lead)
             if counts and counts.round_trip_us and counts.round_trip_us not in known:

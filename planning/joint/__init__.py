@@ -1,0 +1,1 @@
+"""Plans of several models on the same devices."""
