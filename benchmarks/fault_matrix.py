@@ -82,7 +82,7 @@ BEGIN, END = "<!-- fault matrix -->", "<!-- end of fault matrix -->"
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What is done to a host, and after how long it is undone."""
+    """A fault of a host, and its end after ``lasts_s``."""
 
     text: str
     begin: Callable[[FaultyShoal, str], None]
@@ -138,7 +138,7 @@ FAULTS: dict[str, Fault] = {
 
 @dataclass
 class Cell:
-    """What happened to the answer. ``outcome``: right, error, wrong or stuck."""
+    """The answer of one fault in one phase. Its ``outcome`` is right, error, wrong or stuck."""
 
     fault: str
     phase: str
