@@ -33,6 +33,9 @@ test: $(VENV)/dev.stamp ## run all tests in 4 processes (options in ARGS; durati
 test-fast: $(VENV)/dev.stamp ## run the tests that start no process and open no connection
 	$(BIN)/python -m pytest -n 2 --dist worksteal --fast $(ARGS)
 
+fuzz: $(VENV)/dev.stamp ## send hostile bytes to codec, TLS, and the ports of a running shoal, for a minute (ARGS)
+	$(BIN)/python -W ignore::UserWarning -m tests.fuzz $(ARGS)
+
 test-matrix: ## test an installation on every supported Python that pyenv or PATH has
 	tests/install/matrix.sh
 
