@@ -50,12 +50,12 @@ from testbed.bed import Testbed
 from testbed.network import HUB, Host, Link, Network
 
 FAR_HOSTS, NEAR_HOSTS = HOSTS[:2], HOSTS[2:]
-WIRE, FAR_WIRE = Link(2e-4, 12.5e6), Link(15e-3, 12.5e6)
+WIRE, FAR_WIRE = Link(2e-4, 12.5e6), Link(8e-3, 12.5e6)
 """A link between two near hosts, and any other one. So the near hosts are the better ones."""
 
 CPU_PERCENT = 40.0
 CONTEXT_TOKENS = 2048
-TOKENS = 1000
+TOKENS = 500
 BEGUN_TOKENS = 20
 """An answer in the phase ``answer`` has so many tokens when the fault begins."""
 
