@@ -55,7 +55,7 @@ WIRE, FAR_WIRE = Link(2e-4, 12.5e6), Link(8e-3, 12.5e6)
 
 CPU_PERCENT = 40.0
 CONTEXT_TOKENS = 2048
-TOKENS = 500
+TOKENS = 700
 BEGUN_TOKENS = 20
 """An answer in the phase ``answer`` has so many tokens when the fault begins."""
 
@@ -276,12 +276,12 @@ class Matrix:
         return self._ask(), begun[0], failed
 
     def _in_prompt(self, fault: Fault) -> tuple[Answer, float, str]:
-        answer = self._ask()
+        victim, answer = self._last(), self._ask()
         time.sleep(0.1)
-        return answer, self._begin(fault, self._last()), ""
+        return answer, self._begin(fault, victim), ""
 
     def _in_answer(self, fault: Fault) -> tuple[Answer, float, str]:
-        answer, victim = self._ask(), self._last()
+        victim, answer = self._last(), self._ask()
         _until(lambda: answer.is_begun, self._patience_s)
         return answer, self._begin(fault, victim), ""
 
