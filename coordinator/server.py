@@ -53,6 +53,7 @@ from coordinator.roster.names import NameBook
 from coordinator.serving.admission import Admission
 from coordinator.serving.encoding import Encoders
 from coordinator.serving.gateway import Gateway, Shortcuts
+from coordinator.serving.journal import AnswerJournal
 from coordinator.serving.kept_answers import KeptAnswers
 from coordinator.serving.requests import Requests
 from coordinator.serving.standstills import Standstills
@@ -164,6 +165,7 @@ class Coordinator:
             self._models,
             Shortcuts(config.prefix_cache, config.drafts),
             KeptAnswers(config.answer_cache_bytes),
+            AnswerJournal(config.state_dir / "answers"),
         )
         self._operations.mover.warm = self._gateway.warm
         self._standstills = Standstills(self.roster, self._models, self._gateway)
