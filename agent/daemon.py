@@ -16,10 +16,9 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
-from pathlib import Path
 
 import psutil
 
@@ -28,24 +27,20 @@ from agent.config import AgentConfig, claim, device_identity
 from agent.credentials import Credentials
 from agent.files import FileExchange
 from agent.gauges import Gauges
-from agent.grammars import open_grammars, with_vocabulary
-from agent.integrity import Contents, Watch, load_whole
 from agent.links import Link, Measuring
-from agent.pace import PacedStage
-from agent.peers import Entrance, PeerServer, connect_peer, measure_link_steadily
+from agent.loading import Source, StageLoader
+from agent.peers import PeerServer, connect_peer, measure_link_steadily
 from agent.quality import StreamedModel, measure_quality
 from agent.quiet import Cancelled, Figures, QuietMoments
-from agent.relay import Relay
-from agent.team import LeadStage, Team
-from backends.base import Artifacts, Backend, BackendError, Stage, StageOptions, TeamSum
+from agent.stages import Stages
+from agent.team import LeadStage
+from backends.base import Backend, BackendError
 from backends.registry import backend_class
 from calibration.device import profile_in_child
 from calibration.layers import measure_call, measure_model
 from calibration.machine import is_wireless
 from calibration.trial import Trials
-from model.artifact import read_format
 from model.errors import ModelError
-from model.grammar_process import library_version
 from model.spec import ModelSpec
 from wire import limits
 from wire.addresses import is_everywhere, is_loopback, is_own, reachable_addresses
@@ -57,7 +52,6 @@ from wire.hygiene import clean
 from wire.messages import (
     PROTOCOL_VERSION,
     AgentHello,
-    BlockRef,
     BlocksFound,
     CancelRequest,
     ConnectStage,
@@ -67,7 +61,7 @@ from wire.messages import (
     DevicesKnown,
     Done,
     Endpoint,
-    FileRef,
+    FetchBlocks,
     FindBlocks,
     Heartbeat,
     JoinRefused,
@@ -86,8 +80,6 @@ from wire.messages import (
     ReleaseSequence,
     RequestFailed,
     SequenceFailed,
-    StageDamaged,
-    StageLoaded,
     StartSequence,
     TakeTrace,
     TeamMeasured,
@@ -99,8 +91,9 @@ from wire.versions import Stranger, shoal_version
 
 log = logging.getLogger(__name__)
 
-RETRY_S = (0.5, 1.0, 2.0, 5.0)
-"""The pauses between attempts to join. The last one repeats."""
+RETRY_S = (0.2, 0.5, 1.0, 2.0, 5.0)
+"""The pauses between attempts to join. The last one repeats. The first is short, because a
+coordinator waits a moment for a device of which only the connection ended."""
 
 KEPT_S = 600.0
 """A stage is kept for so long without a coordinator. It holds memory that others may need."""
@@ -119,6 +112,7 @@ Request = (
     | ConnectStage
     | ConnectTeam
     | MeasureTeam
+    | FetchBlocks
     | UnloadStage
     | MakeFiles
     | TakeTrace
@@ -148,18 +142,7 @@ class Agent:
         """The connection that a coordinator has welcomed. None while there is none."""
         self._lost_s = 0.0
         """When the last one was lost, by the monotonic clock."""
-        self._blocks = ""
-        """The blocks of the stage in words."""
         self._told = ""
-        self._relay: Relay | None = None
-        """Runs the stage, unless another member of its team leads."""
-        self._team: Team | None = None
-        self._paced: PacedStage | None = None
-        """The team of the stage. None if this device is alone or has no stage."""
-        self._watch: Watch | None = None
-        """Hashes the remaining files of the stage, until it is done."""
-        self._had_damage = False
-        """Whether a damaged file has stopped a stage. Then the next load hashes all files."""
         self._cancelled: set[int] = set()
         """Cancelled requests of this connection."""
         self._links: dict[str, Link] = {}
@@ -197,6 +180,17 @@ class Agent:
             config.bind_host, config.data_port, token=self._credentials.of_others()
         )
         self._peers = PeerServer(self._device, self._listener)
+        self._stages = Stages(self._peers)
+        self._loader = StageLoader(
+            config,
+            self._device,
+            self._figures,
+            self._trials,
+            self._cache,
+            self._credentials,
+            self._stages,
+            self._report,
+        )
 
     def run(self) -> None:
         """Serve until ``stop`` is called."""
@@ -217,7 +211,7 @@ class Agent:
                 self._stop.wait(RETRY_S[min(attempt, len(RETRY_S) - 1)])
                 attempt += 1
         finally:
-            self._unload()
+            self._stages.keep()
             self._service.stopping()
             self._peers.close()
             self._state_lock.close()
@@ -234,41 +228,32 @@ class Agent:
         """The backend, imported at first use. An idle agent holds no accelerator library."""
         return backend_class(self._config.backend)()
 
-    # ---- a stage without a coordinator ----------------------------------------------------------
+    # ---- stages without a coordinator -----------------------------------------------------------
 
     def _alive(self) -> None:
-        """Feed the watchdog while no coordinator is there. End a stage that nobody took over."""
+        """Feed the watchdog while no coordinator is there. End stages that nobody took over."""
         self._service.alive()
-        if self._has_stage and time.monotonic() - self._lost_s > KEPT_S:
-            log.warning("no coordinator for %.0f s: the stage is unloaded", KEPT_S)
-            self._unload()
+        if self._stages and time.monotonic() - self._lost_s > KEPT_S:
+            log.warning("no coordinator for %.0f s: the stages are unloaded", KEPT_S)
+            self._stages.keep()
+            self._show_stages()
 
-    def _keep_stage(self) -> None:
-        """End all sequences of the stage, and keep the stage for the next coordinator."""
+    def _keep_stages(self) -> None:
+        """End all sequences of the stages, and keep the stages for the next coordinator."""
         self._lost_s = time.monotonic()
-        if self._relay is not None:
-            self._relay.forget()
+        self._stages.forget()
 
     def _settle(self) -> None:
         """Wait for the pass that runs. An agent that could not unload its stage must not join."""
-        while self._relay is not None and self._relay.runs and not self._stop.wait(SETTLE_S):
+        while self._stages.run and not self._stop.wait(SETTLE_S):
             self._service.alive()
 
-    def _kept(self) -> tuple[int, int]:
-        """Return the epoch of the kept stage and its newest sequence, or zeros.
-
-        A stage that cannot work any more is unloaded, because its neighbours are lost.
-        """
-        relay, team = self._relay, self._team
-        if (relay is not None and not relay.works) or (team is not None and not team.works):
-            self._unload()
-            return 0, 0
-        if relay is not None:
-            return relay.epoch, relay.newest
-        return (0, 0) if team is None else (team.epoch, 0)
+    def _show_stages(self) -> None:
+        """Show the service manager what is loaded."""
+        self._service.status(f"{self._joined}, {self._stages.words}")
 
     def _report(self, message: Message) -> None:
-        """Send news of the stage to the coordinator. Raises WireError while there is none."""
+        """Send news of a stage to the coordinator. Raises WireError while there is none."""
         line = self._line
         if line is None:
             raise ConnectionLost("no coordinator is there")
@@ -344,9 +329,8 @@ class Agent:
             )
             self._tell(self._joined)
             self._remember()
-            if not answer.keeps_stage:
-                self._unload()
-            self._service.status(f"{self._joined}, {self._blocks or 'no stage'}")
+            self._stages.keep(answer.keeps)
+            self._show_stages()
             return connection
         connection.close()
         if isinstance(answer, JoinRefused):
@@ -382,7 +366,6 @@ class Agent:
             found = tuple(dict.fromkeys((here, *found)))
         shared = tuple(host for host in found if not is_loopback(host))
         self._attempts += 1
-        kept_epoch, kept_sequence = self._kept()
         return AgentHello(
             device=self._device,
             name=self._config.name,
@@ -396,8 +379,7 @@ class Agent:
             attempt=self._attempts,
             port=port if everywhere else 0,
             advertised=tuple(Endpoint(e.host, e.port or port) for e in self._config.advertise),
-            kept_epoch=kept_epoch,
-            kept_sequence=kept_sequence,
+            kept=self._stages.keep_working(),
         )
 
     # ---- the control connection -----------------------------------------------------------------
@@ -411,7 +393,7 @@ class Agent:
         quiet = QuietMoments(
             self._figures,
             self._measuring,
-            lambda: not (self._has_stage or self._carrying_out) and requests.empty(),
+            lambda: not (self._stages or self._carrying_out) and requests.empty(),
             connection.send,
         )
         threads = [
@@ -438,14 +420,14 @@ class Agent:
                 elif isinstance(message, CancelRequest):
                     self._cancelled.add(message.request)
                 elif isinstance(message, StartSequence):
-                    relay = self._relay_of(message.epoch)
+                    relay = self._stages.relay_of(message.epoch)
                     if relay is None:
                         reason = "the stage is not loaded"
                         connection.send(SequenceFailed(message.epoch, message.sequence, reason))
                     else:
                         relay.start(message)
                 elif isinstance(message, ReleaseSequence):
-                    relay = self._relay_of(message.epoch)
+                    relay = self._stages.relay_of(message.epoch)
                     if relay is not None:
                         relay.release(message.sequence)
                 elif isinstance(message, DevicesKnown):
@@ -468,19 +450,14 @@ class Agent:
             connection.close()
             ended.set()
             requests.put(None)
-            self._keep_stage()
+            self._keep_stages()
 
     def _beat(self, connection: Connection, ended: threading.Event) -> None:
         try:
             while not ended.wait(limits.HEARTBEAT_S):
-                paced = self._paced
-                epoch, token_s = (0, 0.0) if paced is None else (paced.epoch, paced.token_s)
                 available_bytes = psutil.virtual_memory().available
-                relay, gauges = self._relay, self._gauges
-                stage = None if relay is None else relay.counts()
-                connection.send(
-                    Heartbeat(available_bytes, epoch, token_s, gauges.load, gauges.celsius, stage)
-                )
+                load, celsius = self._gauges.load, self._gauges.celsius
+                connection.send(Heartbeat(available_bytes, load, celsius, self._stages.beats))
         except WireError:
             pass  # The reader of the connection sees the loss too, and decides.
 
@@ -534,20 +511,27 @@ class Agent:
                 return self._connect_team(request)
             case MeasureTeam():
                 return self._measure_team(request)
+            case FetchBlocks():
+                source = self._source(request.request, connection, coordinator)
+                return self._loader.fetch(request, source)
             case UnloadStage():
-                self._unload()
+                if request.epoch:
+                    self._stages.end(request.epoch)
+                else:
+                    self._stages.keep()
+                self._show_stages()
                 return Done(request.request)
             case MakeFiles():
                 return self._exchange(request.request, connection, coordinator).make(request)
             case TakeTrace():
-                relay = self._relay_of(request.epoch)
+                relay = self._stages.relay_of(request.epoch)
                 passes = () if relay is None else relay.traced(request.sequences)
                 return TraceTaken(request.request, round(1e6 * time.monotonic()), passes)
             case _:
                 return assert_never(request)
 
     def _measure_device(self, request: MeasureDevice, connection: Connection) -> Message:
-        if self._has_stage:
+        if self._stages:
             raise BackendError("a stage is loaded, and measuring would delay it: unload it first")
         progress = self._progress(connection, request.request, "measure", "steps")
         with self._measuring:
@@ -567,7 +551,7 @@ class Agent:
         )
 
     def _connect_stage(self, request: ConnectStage) -> Message:
-        relay = self._relay_of(request.epoch)
+        relay = self._stages.relay_of(request.epoch)
         if relay is None:
             raise BackendError("the stage to connect is not loaded")
         relay.connect(
@@ -578,7 +562,7 @@ class Agent:
         return Done(request.request)
 
     def _connect_team(self, request: ConnectTeam) -> Message:
-        team = self._team_of(request.epoch)
+        team = self._stages.team_of(request.epoch)
         connection = self._connect(request)
         try:
             team.add(request.device, connection)
@@ -588,7 +572,7 @@ class Agent:
         return Done(request.request)
 
     def _measure_team(self, request: MeasureTeam) -> Message:
-        stage = self._team_of(request.epoch).stage
+        stage = self._stages.team_of(request.epoch).stage
         if not isinstance(stage, LeadStage):
             raise BackendError("this device does not lead its team, so it cannot measure the sum")
         with self._measuring:
@@ -678,147 +662,21 @@ class Agent:
         return Done(request.request)
 
     def _load(self, request: LoadStage, connection: Connection, coordinator: Endpoint) -> Message:
-        spec = ModelSpec.from_dict(request.spec)
-        indices = [ref.block for ref in request.blocks]
-        if not indices or indices != list(range(indices[0], indices[0] + len(indices))):
-            raise BackendError("the blocks of a stage must be contiguous")
-        if indices[0] < 0 or indices[-1] >= spec.block_count:
-            raise BackendError("the model has no such blocks")
-        self._unload()
-        contents = Contents(check_all_first=self._had_damage)
-        progress = self._progress(connection, request.request, "fetch", "bytes")
-        waiting = partial(self._progress(connection, request.request, "load", "steps"), 0, 0)
-        fetched_bytes, started_s = 0, 0.0
-
-        files = with_vocabulary(request)
-
-        def fetch() -> None:
-            nonlocal fetched_bytes, started_s
-            came: set[Path] = set()
-            contents.expect({self._cache.path(ref.sha256): ref.sha256 for ref in files})
-            fetched_bytes += self._cache.fetch(
-                files,
-                coordinator,
-                self._device,
-                progress,
-                token=self._credentials.to_coordinator("blocks"),
-                hashed=came,
-            )
-            contents.trust(came)
-            started_s = time.perf_counter()
-
-        team = Team(request, self._device, spec, self._report) if request.team else None
         backend = self._supplied(request.request, connection, coordinator)
-        stage = load_whole(
-            contents,
-            fetch,
-            lambda: self._load_stage(backend, request, spec, contents.hashed, waiting, team),
-            self._cache.remove,
-        )
-        self._had_damage = False
-        self._team = self._peers.team = team
-        self._paced = stage if isinstance(stage, PacedStage) else None
-        if team is not None:
-            self._paced = team.paced
-        if team is None or team.leads:
-            self._relay = Relay(
-                stage,
-                spec,
-                range(indices[0], indices[-1] + 1),
-                epoch=request.epoch,
-                slots=request.slots,
-                context_tokens=request.context_tokens,
-                hop_bits=request.hop_bits,
-                report=self._report,
-                grammars=open_grammars(request, self._cache),
-            )
-            self._peers.entrance = Entrance(request.previous, request.hop_key, self._relay.deliver)
-        names = dict.fromkeys((spec.block_name(indices[0]), spec.block_name(indices[-1])))
-        self._say(f"loaded {' .. '.join(names)}")
-        self._blocks = f"{' .. '.join(names)} of {len(spec.layers)} layers"
-        self._service.status(f"{self._joined}, {self._blocks}")
-        stop = partial(self._stop_damaged, request.epoch, self._relay, team)
-        self._watch = Watch(contents, stop)
-        return StageLoaded(
-            request.request,
-            stage.memory_bytes,
-            fetched_bytes,
-            time.perf_counter() - started_s,
-            contents.damaged_files,
-            library_version() if request.vocabulary is not None else "",
-        )
-
-    def _load_stage(
-        self,
-        backend: Backend,
-        request: LoadStage,
-        spec: ModelSpec,
-        hashed: frozenset[Path],
-        waiting: Callable[[], None],
-        team: Team | None,
-    ) -> Stage:
-        """Load blocks that are in the cache. The files in ``hashed`` are known to be whole."""
-        prepared_dir, prepared_bytes = self._prepared(request.blocks, request.vocabulary)
-        options = StageOptions(
-            request.slots,
-            request.context_tokens,
-            self._config.threads,
-            memory_bytes=self._figures.profile.memory_bytes,
-            exact=self._config.exact,
-            prepared_dir=prepared_dir,
-            prepared_bytes=prepared_bytes,
-            fast_prompts=self._config.fast_prompts,
-            hashed=hashed,
-        )
-
-        def load(own: ModelSpec, blocks: Artifacts, team_sum: TeamSum | None = None) -> Stage:
-            kinds = [(block, read_format(path)) for block, path in blocks]
-            self._trials.require(own, kinds, waiting)
-            return backend.load(own, blocks, replace(options, team_sum=team_sum))
-
-        artifacts = [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks]
-        if team is None:
-            return PacedStage(load(spec, artifacts), request.epoch)
-        if not backend.probe().shares:
-            raise BackendError(f"{self._config.backend} cannot run shares of layers")
-        return team.load(load, artifacts)
-
-    def _stop_damaged(
-        self,
-        epoch: int,
-        relay: Relay | None,
-        team: Team | None,
-        path: Path,
-    ) -> None:
-        """Stop a stage that runs from a damaged file, and have the coordinator load it again."""
-        if team is not None:
-            team.stop()
-        if relay is not None:
-            relay.close()
-        self._had_damage = True
-        reason = f"a file of its stage was damaged in its cache ({path.name})"
-        log.warning("%s is damaged: the stage stops, and the file is removed", path)
+        source = self._source(request.request, connection, coordinator)
         try:
-            self._cache.remove(path)
-        except CacheError as error:
-            reason = str(error)
-        with contextlib.suppress(WireError):  # The coordinator sees the agent's loss.
-            self._report(StageDamaged(epoch, reason))
+            answer = self._loader.load(request, backend, source)
+        finally:
+            self._show_stages()
+        stage = self._stages.find(request.epoch)
+        if stage is not None:
+            self._say(f"loaded {stage.blocks}")
+        return answer
 
-    def _prepared(
-        self, blocks: Sequence[BlockRef], vocabulary: FileRef | None
-    ) -> tuple[Path | None, int]:
-        """Return a folder for prepared weights (None without room) and its size in bytes.
-
-        Exact stages keep none. Their files would be many times larger, and nobody waits for their
-        loads.
-        """
-        factor = self._backend.PREPARED_FACTOR * (2 if self._config.fast_prompts else 1)
-        if self._config.exact or factor == 0:
-            return None, 0
-        size_bytes = int(factor * sum(ref.size_bytes for ref in blocks))
-        keep = () if vocabulary is None else (vocabulary.sha256,)
-        return self._cache.prepare(blocks, size_bytes, keep), size_bytes
+    def _source(self, request: int, connection: Connection, coordinator: Endpoint) -> Source:
+        fetched = self._progress(connection, request, "fetch", "bytes")
+        waiting = partial(self._progress(connection, request, "load", "steps"), 0, 0)
+        return Source(coordinator, fetched, waiting)
 
     def _progress(
         self, connection: Connection, request: int, phase: str, unit: str
@@ -832,40 +690,6 @@ class Agent:
             report(done, total)
 
         return progress
-
-    # ---- the stage ------------------------------------------------------------------------------
-
-    @property
-    def _has_stage(self) -> bool:
-        return self._relay is not None or self._team is not None
-
-    def _relay_of(self, epoch: int) -> Relay | None:
-        relay = self._relay
-        return relay if relay is not None and relay.epoch == epoch else None
-
-    def _team_of(self, epoch: int) -> Team:
-        team = self._team
-        if team is None or team.epoch != epoch:
-            raise BackendError("the stage of this team is not loaded")
-        return team
-
-    def _unload(self) -> None:
-        self._peers.entrance = self._peers.team = None
-        had_stage = self._has_stage
-        self._paced, self._blocks = None, ""
-        team, self._team = self._team, None
-        if team is not None:
-            team.stop()  # A pass that waits for another member ends at once.
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.close()
-        relay, self._relay = self._relay, None
-        if relay is not None:
-            relay.close()
-        if team is not None:
-            team.close()
-        if had_stage:
-            self._service.status(f"{self._joined}, no stage")
 
 
 class _Throttled:

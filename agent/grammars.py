@@ -11,17 +11,16 @@ from model.token_bytes import MAX_BYTES
 from wire.messages import FileRef, LoadStage
 
 
-def with_vocabulary(request: LoadStage) -> Sequence[FileRef]:
+def with_vocabulary(blocks: Sequence[FileRef], vocabulary: FileRef | None) -> Sequence[FileRef]:
     """Return the files that a stage is loaded from.
 
     Raises BackendError for a vocabulary that is too large to be one.
     """
-    vocabulary = request.vocabulary
     if vocabulary is None:
-        return request.blocks
+        return blocks
     if vocabulary.size_bytes > MAX_BYTES:
         raise BackendError(f"the coordinator sent a vocabulary of {vocabulary.size_bytes} bytes")
-    return (*request.blocks, vocabulary)
+    return (*blocks, vocabulary)
 
 
 def open_grammars(request: LoadStage, cache: BlockCache) -> GrammarProcess | None:

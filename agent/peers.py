@@ -122,16 +122,16 @@ class Entrance:
 
 
 class PeerServer:
-    """Accepts other agents: answers link probes, and lets the previous device send to the stage.
+    """Accepts other agents: answers link probes, and lets previous devices send to the stages.
 
     A connection's hello decides what it may send, for as long as it lasts.
     """
 
     def __init__(self, device: str, listener: Listener) -> None:
-        self.entrance: Entrance | None = None
-        """Admits peers to the loaded stage. None without a stage. Any thread may set it."""
-        self.team: Team | None = None
-        """Admits members of the loaded stage's team. None without one. Any thread may set it."""
+        self.entrances: tuple[Entrance, ...] = ()
+        """Admit peers to the loaded stages. Any thread may set it."""
+        self.teams: tuple[Team, ...] = ()
+        """Admit members of the teams of loaded stages. Any thread may set it."""
         self._device = device
         self._listener = listener
         self._connections: set[Connection] = set()
@@ -214,7 +214,6 @@ class PeerServer:
 
     def _welcome(self, hello: PeerHello, connection: Connection) -> None:
         """Serve a peer whose hello names this device. Raises WireError once the connection ends."""
-        entrance = self.entrance
         if not hello.hop_key:
             self._probing.enter(connection, connection.peer_host, connection.close)
             connection.admit = _admit_probe
@@ -222,7 +221,8 @@ class PeerServer:
             connection.send(PeerWelcome(self._device))
             while True:
                 self._answer(connection)
-        if entrance is None or not entrance.admits(hello):
+        entrance = next((one for one in self.entrances if one.admits(hello)), None)
+        if entrance is None:
             connection.send(JoinRefused(NOT_PREVIOUS))
             raise ProtocolError("it is not the previous device of this stage's ring")
         connection.set_receive_timeout(None)
@@ -232,8 +232,8 @@ class PeerServer:
 
     def _join_team(self, hello: PeerHello, connection: Connection) -> None:
         """Give the connection to the team, which closes it. Raises WireError."""
-        team = self.team
-        if team is None or not team.admits(hello):
+        team = next((one for one in self.teams if one.admits(hello)), None)
+        if team is None:
             connection.send(JoinRefused(NOT_MEMBER))
             raise ProtocolError("it is not an earlier member of this stage's team")
         # The peer's next step may need this member at work, so the welcome comes last.

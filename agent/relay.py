@@ -7,8 +7,9 @@ is told every token, but the ring does not wait for it.
 One thread at a time runs the stage. If the stage is idle and has one sequence, its token runs in
 the thread that received it, because a hand-over would cost more than the call. All other rows wait
 in agent.sequences for the stage's own thread. That thread runs the tokens of several sequences in
-one pass, and one prompt chunk between two such passes. Connections are read meanwhile, because a
-sender takes an unread connection for dead. Results leave by agent.hop.
+one pass, and one prompt chunk between two such passes. It also waits while a stage of another model
+computes (agent.turnstile). Connections are read meanwhile, because a sender takes an unread
+connection for dead. Results leave by agent.hop.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from agent.meter import StageMeter
 from agent.sampler import Sampler
 from agent.sampling_limits import problem_of
 from agent.sequences import Drafting, Rows, Sequence, SequenceTable, Turn
+from agent.turnstile import Ticket, Turnstile
 from backends.base import ALL_LOGITS, Array, BackendError, Stage, Tokens
 from model.grammar_process import GrammarProcess
 from model.spec import ModelSpec
@@ -73,8 +75,13 @@ class Relay:
         hop_bits: HopBits,
         report: Callable[[Message], None],
         grammars: GrammarProcess | None = None,
+        turnstile: Turnstile | None = None,
+        weight: float = 1.0,
     ) -> None:
         """Run ``stage``, whose rows leave at ``hop_bits`` a value.
+
+        turnstile: lets one stage of the device compute at a time. None: there is no other stage.
+        weight: the part of the time that this stage gets there, against those of others.
 
         ``report`` sends to the coordinator. If it raises WireError, the sequence of the message
         ends. Without ``grammars``, answers cannot be kept to a grammar. The relay closes it.
@@ -88,6 +95,8 @@ class Relay:
         self._hop_bits = hop_bits
         self._report = report
         self._grammars = grammars
+        self._turnstile = turnstile or Turnstile()
+        self._ticket = Ticket(weight)
         self._hop: Hop | None = None
         self._hop_lost: PeerLost | None = None
         """The report that was sent when the hop was lost."""
@@ -339,7 +348,8 @@ class Relay:
         """
         if self._closed or sequence is None or not self._table.add(sequence, rows) or self._busy:
             return []
-        turns = self._table.take(chunks=False) if self._table.alone else []
+        at_once = self._table.alone and not self._turnstile.is_taken
+        turns = self._table.take(chunks=False) if at_once else []
         if turns:
             self._busy = True
         else:
@@ -353,6 +363,7 @@ class Relay:
         while True:
             with self._lock:
                 while self._busy or not (turns := self._table.take(chunks=self._has_room())):
+                    self._turnstile.cede(self._ticket)
                     if self._closed:
                         return
                     self._changed.wait()
@@ -362,6 +373,13 @@ class Relay:
     def _has_room(self) -> bool:
         """Whether a chunk can be sent on. Otherwise tokens go first, which need no room."""
         return self._hop is None or self._hop.has_room
+
+    def _goes_on(self) -> bool:
+        """Whether this stage has other rows to run, while another stage waits to compute."""
+        if not self._turnstile.is_wanted:
+            return False
+        with self._lock:
+            return self._table.waiting
 
     def _wake(self) -> None:
         with self._lock:
@@ -384,12 +402,14 @@ class Relay:
         sequence, rows = turns[0]
         try:
             if outputs is None:
+                self._turnstile.enter(self._ticket)
                 started_s = time.monotonic()
                 self._meter.begins(turns, started_s)
                 try:
                     outputs = self._computed(turns)
                 finally:
                     self._meter.ends()
+                    self._turnstile.leave(self._ticket, returns=self._goes_on())
                 self._meter.ran(turns, started_s, time.monotonic())
             if alone:
                 self._pass_on(sequence, rows, outputs)

@@ -91,7 +91,7 @@ class StageProcess:
         )
         listener = Listener(config["address"], 0)
         server = PeerServer(config["name"], listener)
-        server.entrance = Entrance(config["previous"], HOP_KEY, relay.deliver)
+        server.entrances = (Entrance(config["previous"], HOP_KEY, relay.deliver),)
         server.start()
         say({"port": listener.port})
         for line in sys.stdin:

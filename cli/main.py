@@ -140,7 +140,12 @@ def run_load(options: argparse.Namespace, screen: Screen) -> None:
     with _client(options) as client:
         locate(options, client, screen)
         request = plan_arguments.request_of(options)
-        request = replace(request, generation_defaults=options.generation_defaults)
+        request = replace(
+            request,
+            generation_defaults=options.generation_defaults,
+            replaces=options.replace,
+            weight=options.weight,
+        )
         with screen.progress() as on_step:
             answer = client.operate("/shoal/v1/load", request.to_dict(), on_step)
     if options.json:
@@ -175,12 +180,16 @@ def run_events(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_unload(options: argparse.Namespace, screen: Screen) -> None:
     with _client(options) as client:
-        answer = client.post("/shoal/v1/unload", {})
+        answer = client.post("/shoal/v1/unload", {"model": options.name} if options.name else {})
     if options.json:
         screen.json(answer)
-    else:
-        name = answer["unloaded"]
-        screen.out.print("no model was loaded" if name is None else f"{name} is unloaded")
+        return
+    # An older coordinator names one model.
+    names = answer.get("models", [answer["unloaded"]] if answer["unloaded"] else [])
+    for name in names:
+        screen.out.print(f"{name} is unloaded")
+    if not names:
+        screen.out.print("no model was loaded")
 
 
 def run_rebalance(options: argparse.Namespace, screen: Screen) -> None:
@@ -484,6 +493,8 @@ def _plan(plan: argparse.ArgumentParser) -> Page:
 
 
 def _load(load: argparse.ArgumentParser) -> Page:
+    from cli import argument_types
+
     _add_model(load)
     load.add_argument(
         "--no-generation-defaults",
@@ -491,6 +502,18 @@ def _load(load: argparse.ArgumentParser) -> Page:
         action="store_false",
         help="Ignore the model's generation_config.json, apart from its end of text. Without it, "
         "requests that say no temperature, top_k, top_p or repetition_penalty take the file's.",
+    )
+    load.add_argument(
+        "--replace",
+        action="store_true",
+        help="End all other models first. Default: they stay, and the model gets what they leave.",
+    )
+    load.add_argument(
+        "--weight",
+        type=argument_types.between(0.01, 100),
+        default=1.0,
+        metavar="W",
+        help="The model's part of devices that it shares, against 1 for others. Default: 1.",
     )
     add_url_argument(load)
     return Page(
@@ -501,8 +524,10 @@ def _load(load: argparse.ArgumentParser) -> Page:
         "  shoal load ./opt-350m --plan plan.json  # exactly this plan\n"
         "  shoal load ./opt-350m --objective throughput --slots 8  # for many users\n"
         "  shoal load ./opt-350m --bits 32 --hop-bits 32  # as one machine computes it\n",
-        "A model that is loaded already is replaced. The coordinator reads the files, so a hub's "
-        "model must be on its machine: `shoal pull` there fetches it.",
+        "Other models stay loaded, because somebody may be using them: a load that does not fit "
+        "beside them fails, and says so. With --replace they end, as they always did up to 0.1. "
+        "The same model is loaded anew. The coordinator reads the files, so a hub's model must be "
+        "on its machine: `shoal pull` there fetches it.",
     )
 
 
@@ -715,8 +740,11 @@ def _top(parser: argparse.ArgumentParser) -> Page:
 
 
 def _unload(parser: argparse.ArgumentParser) -> Page:
+    parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="A loaded model, as in shoal ps. Default: all."
+    )
     add_url_argument(parser)
-    return Page(run_unload, "  shoal unload\n")
+    return Page(run_unload, "  shoal unload\n  shoal unload opt-350m  # the others stay\n")
 
 
 def _rebalance(parser: argparse.ArgumentParser) -> Page:
@@ -789,7 +817,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "top": ("Watch the shoal at work.", _top),
     "run": ("Generate text from a prompt.", _run),
     "chat": ("Talk with a model.", _chat),
-    "unload": ("Unload the model, and free the devices.", _unload),
+    "unload": ("Unload one model or all, and free the devices.", _unload),
     "rebalance": ("Move the loaded model to a better plan, if there is one now.", _rebalance),
 }
 """Each command's summary, and the function that adds its arguments."""

@@ -66,18 +66,26 @@ class AgentLost(AgentFailed):
     code = "device_lost"
 
     def __init__(
-        self, name: str, cause: str, alone: str | None = None, *, broke_protocol: bool = False
+        self,
+        name: str,
+        cause: str,
+        alone: str | None = None,
+        *,
+        broke_protocol: bool = False,
+        may_return: bool = False,
     ) -> None:
         """Make the message.
 
         alone: why the other devices cannot take its place, once that was tried.
         broke_protocol: the agent is alive, but the coordinator dropped it for what it sent.
+        may_return: perhaps only its connection ended, and its stage is well.
         """
         rest = "" if alone is None else f"; the others cannot take its place: {alone}"
         advice = UPDATE if broke_protocol else "check its power, network and agent"
         super().__init__(name, f"device lost ({cause}); {advice}{rest}")
         self.cause = cause
         self.broke_protocol = broke_protocol
+        self.may_return = may_return
 
     def unplaced(self, why: str) -> CoordinatorError:
         return AgentLost(self.name, self.cause, why, broke_protocol=self.broke_protocol)

@@ -279,7 +279,7 @@ class Coordinator:
         admin = AdminRoutes(
             self._config.cluster, self.roster, self._operations, self._models, self._story
         )
-        openai = OpenAIRoutes(self._models, self._gateway)
+        openai = OpenAIRoutes(self._models, self._gateway, self._admission.require_room)
         texts = TextRoutes(self._models, openai)
         page = PageRoutes(self._config, self._feed)
         health = HealthRoutes(self._models, self._requests)

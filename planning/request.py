@@ -40,6 +40,9 @@ MAX_SLOTS = 64
 THROUGHPUT_SLOTS = 4
 """Default for ``throughput``. One sequence at a time cannot reach the predicted speed."""
 
+MAX_WEIGHT = 100.0
+"""The largest weight of a model. With more, others on its devices would stand still."""
+
 
 def default_slots(objective: ObjectiveKind) -> int:
     """The default number of sequences that a deployment holds."""
@@ -70,6 +73,8 @@ _EXPECTED = {
     "check_quality": "true or false",
     "generation_defaults": "true or false",
     "with_problem": "true or false",
+    "replaces": "true or false",
+    "weight": f"a number from {1 / MAX_WEIGHT} to {MAX_WEIGHT:g}",
 }
 """The allowed values of each field, in words for the user."""
 
@@ -129,6 +134,10 @@ class LoadRequest:
     """The text that ``scheme`` looks at. None: the model's own, or the built-in one."""
     adapter: str | None = None
     """The absolute path of a LoRA adapter to merge; ``none`` leaves out one beside the model."""
+    replaces: bool = False
+    """Take the place of all loaded models. Otherwise the model gets what they leave."""
+    weight: float = 1.0
+    """The model's part of devices that it shares, against the weights of other models there."""
 
     def __post_init__(self) -> None:
         require_model(self.model)
@@ -163,6 +172,7 @@ class LoadRequest:
             or (bool(self.hop_bits) and set(self.hop_bits) <= set(HOP_BITS)),
             "quality_budget": _within(self.quality_budget, 0),
             "quality_margin": _within(self.quality_margin, 1),
+            "weight": 1 / MAX_WEIGHT <= self.weight <= MAX_WEIGHT,
         }
 
     @property

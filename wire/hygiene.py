@@ -23,6 +23,9 @@ MAX_PROFILE_CHARACTERS = 256
 MAX_PROFILE_ENTRIES = 64
 """The largest number of entries of each kind in a profile, which is kept as long as its device."""
 
+MAX_STAGES = 64
+"""The largest number of stages that a device tells of. Each holds weights of a model."""
+
 MAX_SHARES = 8
 """The largest number of measured shares of a block."""
 
@@ -76,14 +79,21 @@ def implausible_profile(profile: DeviceProfile) -> str | None:
 
 
 def implausible_gauges(heartbeat: Heartbeat) -> str | None:
-    """Name an impossible figure of a heartbeat's gauges and counters, or return None."""
+    """Name an impossible figure of a heartbeat's gauges and stages, or return None."""
     if not 0 <= heartbeat.load <= 1:
         return f"a load of {heartbeat.load:g}"
     low, high = CELSIUS
     if heartbeat.celsius is not None and not low <= heartbeat.celsius <= high:
         return f"a temperature of {heartbeat.celsius:g} degrees"
-    counts = () if heartbeat.stage is None else dataclasses.astuple(heartbeat.stage)
-    return None if all(0 <= count <= MAX_BYTES for count in counts) else "impossible counts"
+    if len(heartbeat.stages) > MAX_STAGES:
+        return f"{len(heartbeat.stages)} stages"
+    for stage in heartbeat.stages:
+        if not 0 <= stage.token_s <= MAX_SECONDS:
+            return f"{stage.token_s} s a token"
+        counts = () if stage.counts is None else dataclasses.astuple(stage.counts)
+        if not all(0 <= count <= MAX_BYTES for count in counts):
+            return "impossible counts"
+    return None
 
 
 def are_plausible(conditions: Conditions | None) -> bool:

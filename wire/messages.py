@@ -78,6 +78,17 @@ class Introduction:
 
 
 @dataclass(frozen=True, slots=True)
+class KeptStage:
+    """A stage that an agent kept when it lost its last coordinator.
+
+    newest_sequence: the newest sequence that was started on it. 0: none, or another member leads.
+    """
+
+    epoch: int
+    newest_sequence: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class AgentHello:
     """Agent to coordinator, first message: identity, abilities and addresses for peers."""
 
@@ -98,22 +109,19 @@ class AgentHello:
     """The port at which it listens on every address of its machine. 0 means only ``endpoints``."""
     advertised: tuple[Endpoint, ...] = ()
     """The addresses that its user configured for peers. They are tried first."""
-    kept_epoch: int = 0
-    """The epoch of the stage that it kept when it lost its last coordinator. 0: it has none."""
-    kept_sequence: int = 0
-    """The newest sequence that was started on that stage. 0: none, or another member leads."""
+    kept: tuple[KeptStage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class CoordinatorWelcome:
     """Coordinator's answer. ``name`` is the agent's name made unique in the cluster.
 
-    keeps_stage: the agent goes on with the stage that it kept. Otherwise it unloads the stage.
+    keeps: the epochs of stages that the agent goes on with. It unloads its other stages.
     """
 
     cluster: str
     name: str
-    keeps_stage: bool = False
+    keeps: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,22 +179,32 @@ class StageCounts:
 
 
 @dataclass(frozen=True, slots=True)
+class StageBeat:
+    """The state of one of an agent's stages, each HEARTBEAT_S.
+
+    token_s: the mean seconds of its last passes of one row, without sums over a team. 0: there were
+        too few passes.
+    counts: None if another member of its team leads.
+    """
+
+    epoch: int
+    token_s: float = 0.0
+    counts: StageCounts | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Heartbeat:
     """Either side, each HEARTBEAT_S.
 
-    epoch, token_s: an agent's stage, and the mean seconds of its last passes of one row, without
-        sums over a team. 0: there is no stage, or there were too few passes.
     load: the share of the machine's processor that is used, by all programs.
     celsius: the temperature of its hottest part, or None if it is not known.
-    stage: None without a stage.
+    stages: the loaded stages of an agent, oldest first.
     """
 
     memory_available_bytes: int = 0
-    epoch: int = 0
-    token_s: float = 0.0
     load: float = 0.0
     celsius: float | None = None
-    stage: StageCounts | None = None
+    stages: tuple[StageBeat, ...] = ()
 
 
 # ---- control: requests and their answers -------------------------------------------------------
@@ -308,7 +326,10 @@ class BlockRef(FileRef):
 
 @dataclass(frozen=True, slots=True)
 class LoadStage:
-    """Fetch these contiguous blocks, and load them as the stage of deployment ``epoch``."""
+    """Fetch these contiguous blocks, and load them as the stage of deployment ``epoch``.
+
+    keeps: the epochs of stages that stay beside it. All others are unloaded first.
+    """
 
     request: int
     epoch: int
@@ -335,6 +356,9 @@ class LoadStage:
     """The width of the partial rows that members exchange."""
     vocabulary: FileRef | None = None
     """The bytes of each token (model.token_bytes), for a stage that samples. None: not known."""
+    keeps: tuple[int, ...] = ()
+    weight: float = 1.0
+    """Its part of the device's time, against the weights of other stages there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -467,7 +491,27 @@ class TeamMeasured:
 
 @dataclass(frozen=True, slots=True)
 class UnloadStage:
+    """Unload the stage of deployment ``epoch``, or all stages if it is 0."""
+
     request: int
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class FetchBlocks:
+    """Fetch files into the block cache for a later LoadStage. Files of loaded stages stay."""
+
+    request: int
+    blocks: tuple[BlockRef, ...]
+    vocabulary: FileRef | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksFetched:
+    """``fetched_bytes`` came over the network. The other files were there."""
+
+    request: int
+    fetched_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -894,6 +938,8 @@ Message: TypeAlias = (
     | MeasureTeam
     | TeamMeasured
     | UnloadStage
+    | FetchBlocks
+    | BlocksFetched
     | FindBlocks
     | BlocksFound
     | MeasureQuality
@@ -956,6 +1002,8 @@ CODES: dict[int, type[Message]] = {
     33: PeerLost,
     34: HopMeasured,
     35: ConnectTeam,
+    36: FetchBlocks,
+    37: BlocksFetched,
     40: PeerHello,
     41: PeerWelcome,
     42: Activation,

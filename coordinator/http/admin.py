@@ -127,7 +127,7 @@ class AdminRoutes:
     async def ps(self, request: Request) -> Response:
         models = [model_view(state) for _, state in self._models.present()]
         answer: dict[str, Any] = {"model": models[0] if models else None}
-        if models[1:]:  # A model that is being loaded in place of the first.
+        if models[1:]:
             answer["beside"] = models[1:]
         return JSONResponse(answer)
 
@@ -239,8 +239,12 @@ class AdminRoutes:
         return json_lines(work)
 
     async def unload(self, request: Request) -> Response:
-        await read_json(request)
-        return JSONResponse({"unloaded": await self._operations.unload()})
+        """Unload the model ``model``, or all. The answer's ``models`` has their names."""
+        name = (await read_json(request)).get("model")
+        if name is not None and not isinstance(name, str):
+            raise RequestInvalid("model: give the name of a loaded model", "model")
+        names = await self._operations.unload(name)
+        return JSONResponse({"unloaded": names[0] if names else None, "models": names})
 
 
 def _hub_name(text: object) -> HubName:

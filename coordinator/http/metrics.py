@@ -115,13 +115,14 @@ class Metrics(Collector):
         yield from self._of_requests()
         yield from self._of_models()
         yield from self._of_devices()
-        for deployment in self._deployments():
-            yield from _of_deployment(deployment)
-
-    def _deployments(self) -> list[Deployment]:
-        """The deployment that answers. Metrics of two with equal labels would clash."""
-        serving = self._models.serving
-        return [] if serving is None else [serving]
+        found: dict[str, Metric] = {}
+        for deployment in self._models.all_serving:
+            for metric in _of_deployment(deployment):
+                if metric.name in found:  # A name comes once, with the samples of all models.
+                    found[metric.name].samples += metric.samples
+                else:
+                    found[metric.name] = metric
+        yield from found.values()
 
     def _of_requests(self) -> Iterator[Metric]:
         totals = self._ended.copy()
@@ -180,52 +181,54 @@ def _of_deployment(deployment: Deployment) -> Iterator[Metric]:
 
 def _of_stages(deployment: Deployment) -> Iterator[Metric]:
     """Figures of each stage by its lead's name, and of each device of a team."""
-    leads = deployment.leads
+    model, leads = deployment.name, deployment.leads
     found = [(lead.name, counts_of(deployment, lead)) for lead in leads]
     counted = [(name, counts) for name, counts in found if counts is not None]
     for metric, (field, about, unit) in COUNTERS.items():
-        values = {(name,): unit * getattr(counts, field) for name, counts in counted}
-        yield _counter(metric, about, values, "device")
-    held = {(name,): counts.held_rows for name, counts in counted}
-    most = {(name,): counts.most_rows for name, counts in counted}
-    yield _gauge("kv_rows", "Rows in the KV cache that sequences hold.", held, "device")
-    yield _gauge("kv_rows_limit", "Rows that fit the KV cache.", most, "device")
+        values = {(name, model): unit * getattr(counts, field) for name, counts in counted}
+        yield _counter(metric, about, values, "device", "model")
+    held = {(name, model): counts.held_rows for name, counts in counted}
+    most = {(name, model): counts.most_rows for name, counts in counted}
+    yield _gauge("kv_rows", "Rows in the KV cache that sequences hold.", held, "device", "model")
+    yield _gauge("kv_rows_limit", "Rows that fit the KV cache.", most, "device", "model")
     paces = {
-        (member.name,): pace
+        (member.name, model): pace
         for member in deployment.devices
         if (pace := token_s(deployment, member)) is not None
     }
     planned = {
-        (lead.name,): stage.compute_s
+        (lead.name, model): stage.compute_s
         for lead, stage in zip(leads, deployment.plan.stages, strict=True)
     }
     about = "Mean time of a device's last tokens."
-    yield _gauge("stage_token_seconds", about, paces, "device")
+    yield _gauge("stage_token_seconds", about, paces, "device", "model")
     about = "Predicted time of a stage's token."
-    yield _gauge("stage_token_predicted_seconds", about, planned, "device")
+    yield _gauge("stage_token_predicted_seconds", about, planned, "device", "model")
 
 
 def _of_hops(deployment: Deployment) -> Iterator[Metric]:
     """Figures of the way from each lead to the next one."""
-    leads = deployment.leads
+    model, leads = deployment.name, deployment.leads
     if len(leads) == 1:
         return
     ways = [
         (lead.name, target.name, counts_of(deployment, lead))
         for lead, target in zip(leads, (*leads[1:], leads[0]), strict=True)
     ]
-    counted = [((source, target), counts) for source, target, counts in ways if counts is not None]
+    counted = [
+        ((source, target, model), counts) for source, target, counts in ways if counts is not None
+    ]
     for metric, (field, about, unit) in HOP_COUNTERS.items():
         values = {way: unit * getattr(counts, field) for way, counts in counted}
-        yield _counter(metric, about, values, "source", "target")
+        yield _counter(metric, about, values, "source", "target", "model")
     trips = {way: 1e-6 * counts.round_trip_us for way, counts in counted if counts.round_trip_us}
     about = "Newest measured round trip of a hop's link."
-    yield _gauge("hop_round_trip_seconds", about, trips, "source", "target")
+    yield _gauge("hop_round_trip_seconds", about, trips, "source", "target", "model")
     plan = deployment.plan
     predicted = [*(hop.seconds for hop in plan.hops), plan.return_s]
-    values = {way[:2]: seconds for way, seconds in zip(ways, predicted, strict=True)}
+    values = {(*way[:2], model): seconds for way, seconds in zip(ways, predicted, strict=True)}
     about = "Predicted time of a token's row on a hop."
-    yield _gauge("hop_predicted_seconds", about, values, "source", "target")
+    yield _gauge("hop_predicted_seconds", about, values, "source", "target", "model")
 
 
 def _counter(name: str, about: str, values: Mapping[Labels, float], *labels: str) -> Metric:

@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
@@ -48,6 +48,8 @@ from wire.messages import (
 log = logging.getLogger(__name__)
 
 KEY_BYTES = 16
+
+DeploymentKey = tuple[int, int]
 
 Team = tuple[Member, ...]
 """The devices of a stage, the lead first. A device that is alone is a team of one."""
@@ -119,6 +121,13 @@ class Deployment:
     """The fingerprint of the checkpoint from which the stages were made."""
     newest_sequence: int = 0
     """The newest sequence that its stages knew when this coordinator took them over."""
+    takeover: int = 0
+    """How often a device's connection ended, and its stage was still there afterwards."""
+
+    @property
+    def key(self) -> DeploymentKey:
+        """Two deployments have the same key only if answers of one are answers of the other."""
+        return self.epoch, self.takeover
 
     @property
     def name(self) -> str:
@@ -203,11 +212,13 @@ async def deploy(
     on_step: Callable[[Step], None],
     on_loaded: Callable[[Member, StageLoaded], None],
     vocabulary: Vocabulary | None = None,
+    keeps: tuple[int, ...] = (),
 ) -> Deployment:
     """Load and connect the stages of a plan. If that fails, none of them stays loaded.
 
     blocks: the artifacts of each device, by its name in the plan.
     vocabulary: the device that samples gets it.
+    keeps: the epochs of deployments whose stages stay beside the new ones.
     on_loaded: is called for each loaded stage, even if another one fails.
     Raises AgentFailed, LinkFailed.
     """
@@ -216,7 +227,8 @@ async def deploy(
     devices = tuple(itertools.chain.from_iterable(teams))
     # A stage admits its previous device by this key, which no third device knows.
     hop_keys, team_keys = _keys(leads), _keys(teams)
-    orders = _orders(planned, teams, blocks, epoch, (hop_keys, team_keys), vocabulary)
+    order = partial(LoadStage, epoch=epoch, keeps=keeps, weight=planned.request.weight)
+    orders = _orders(planned, teams, blocks, order, (hop_keys, team_keys), vocabulary)
 
     async def load(member: Member, label: str, order: Callable[[int], Message]) -> StageLoaded:
         answer = await member.request(order, StageLoaded, forward(on_step, "load", label))
@@ -232,7 +244,7 @@ async def deploy(
             if member.lost is not None:
                 raise member.lost.with_traceback(None)
     except BaseException:  # Also when cancelled, no stage stays loaded.
-        await asyncio.shield(unload(devices))
+        await asyncio.shield(unload(devices, epoch))
         raise
     for stage, team in zip(planned.plan.stages, teams, strict=True):
         if stage.members:
@@ -276,19 +288,18 @@ def _orders(
     planned: Planned,
     teams: Sequence[Team],
     blocks: Mapping[str, Sequence[BlockRef]],
-    epoch: int,
+    begun: partial[LoadStage],
     keys: tuple[Sequence[bytes], Sequence[bytes]],
     vocabulary: Vocabulary | None,
 ) -> list[tuple[Member, str, partial[LoadStage]]]:
-    """Each device's order to load, with its label for progress.
+    """Each device's order to load, with its label for progress. ``begun`` is the same for all.
 
     Only leads have a place in the ring. ``keys`` are those of hops and of teams.
     """
     orders = []
     for index, (stage, team) in enumerate(zip(planned.plan.stages, teams, strict=True)):
         order = partial(
-            LoadStage,
-            epoch=epoch,
+            begun,
             spec=planned.checkpoint.spec.to_dict(),
             slots=planned.request.slots,
             context_tokens=planned.context_tokens,
@@ -373,15 +384,25 @@ async def _connect(
         raise LinkFailed(member.name, after.name, error.reason) from error
 
 
-async def unload(members: Sequence[Member]) -> None:
-    """Unload the stages of the living members."""
+async def unload(members: Sequence[Member], epoch: int = 0) -> None:
+    """Unload the stages of one deployment, or all stages, from the living members."""
 
     async def one(member: Member) -> None:
-        member.kept_epoch = 0
+        if epoch:
+            member.kept.pop(epoch, None)
+        else:
+            member.kept.clear()
         with contextlib.suppress(AgentFailed):
-            await member.request(UnloadStage, Done)
+            await member.request(partial(UnloadStage, epoch=epoch), Done)
 
     await asyncio.gather(*map(one, members))
+
+
+async def unload_forgotten(members: Sequence[Member], keeps: Collection[int]) -> None:
+    """Unload stages that members have kept for this coordinator, but for these epochs."""
+    await asyncio.gather(
+        *(unload([member], epoch) for member in members for epoch in set(member.kept) - set(keeps))
+    )
 
 
 def _bits(bits: int | None) -> HopBits:

@@ -13,11 +13,12 @@ from functools import partial
 
 from coordinator.errors import AgentDamaged, AgentLost, CoordinatorError, NotLoaded
 from coordinator.loading import state as states
-from coordinator.loading.deployment import Deployment, unload
+from coordinator.loading.deployment import Deployment, unload, unload_forgotten
 from coordinator.loading.doubts import Doubts
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
 from coordinator.loading.recovery import LoadedFile, awaited, recover
+from coordinator.loading.returns import Returns
 from coordinator.loading.state import (
     NO_MODEL,
     Adopted,
@@ -77,25 +78,28 @@ class Keeper:
         self._placing: dict[str, asyncio.Task[None]] = {}
         """The task that places a model, by the model's name."""
         self._doubts = Doubts(roster, models)
+        self._returns = Returns(roster)
         roster.subscribe(self._on_event, self._on_lost)
         models.carry_out(Place, self._place)
         models.carry_out(StopPlacing, self._stop_placing)
         models.carry_out(states.Keep, self._keep)
-        models.carry_out(states.Record, lambda action: kept.record.keep(action.deployment))
-        models.carry_out(states.Forget, lambda _: kept.forget())
-        self._record = kept.record.read()
-        """The stages that agents may still have from before the start of this coordinator."""
-        roster.kept_epoch = 0 if self._record is None else self._record.epoch
+        models.carry_out(states.Record, self._note)
+        models.carry_out(states.Forget, self._forget)
+        self._records = operations.records
+        self._records.update(kept.record.read())
+        self._epochs: dict[str, int] = {}
+        """The epochs whose stages joining agents keep, by model."""
+        for name, record in self._records.items():
+            self._keep_stages(name, record.epoch)
 
     def resume(self) -> None:
-        """Load the model that was loaded before the restart, once its devices join."""
+        """Load the models that were loaded before the restart, once their devices join."""
         kept = self._kept.read()
-        if kept is not None:
-            request, devices = kept
+        for name in self._records.keys() - {model_name(request.model) for request, _ in kept}:
+            self._forget_stages(name)
+        for request, devices in kept:
             names = tuple(map(self._roster.names.name, devices))
             self._models.apply(model_name(request.model), ResumeBegan(request, names))
-        else:
-            self._forget_stages()
 
     def close(self) -> None:
         """End every model, because the coordinator stops."""
@@ -113,8 +117,7 @@ class Keeper:
                         await try_links(self._roster, due[:1], self._turns.report)
 
     def _is_answering(self) -> bool:
-        serving = self._models.serving
-        return serving is not None and serving.slots.used + serving.slots.waiting > 0
+        return any(one.slots.used + one.slots.waiting > 0 for one in self._models.all_serving)
 
     # ---- losses ---------------------------------------------------------------------------------
 
@@ -124,8 +127,10 @@ class Keeper:
                 self._models.apply(name, Lost(error))
 
     def _on_event(self, member: Member, message: Message) -> None:
-        if isinstance(message, (StageDamaged, PeerLost)) and message.epoch == member.kept_epoch:
-            self._record = None  # This stage cannot be taken over. It is loaded again.
+        if isinstance(message, (StageDamaged, PeerLost)) and message.epoch in member.kept:
+            for name, record in list(self._records.items()):
+                if record.epoch == message.epoch:  # It cannot be taken over. It is loaded again.
+                    del self._records[name]
         if isinstance(message, StageDamaged):
             self._on_damage(member, message)
         elif isinstance(message, PeerLost):
@@ -152,12 +157,27 @@ class Keeper:
         ids = {member.name: member.device for member in action.deployment.devices}
         self._kept.keep(action.deployment.request, list(ids), ids)
 
-    def _forget_stages(self) -> None:
-        """Take no stages over. Agents that join from now on unload them."""
-        self._record, self._roster.kept_epoch = None, 0
+    def _note(self, action: states.Record) -> None:
+        """Keep on disk where the stages are. Agents that join again from now on keep theirs."""
+        self._kept.record.keep(action.deployment)
+        self._keep_stages(action.deployment.name, action.deployment.epoch)
+
+    def _forget(self, action: states.Forget) -> None:
+        self._kept.forget(action.name)
+        self._keep_stages(action.name, 0)
+
+    def _keep_stages(self, name: str, epoch: int) -> None:
+        """Let agents that join keep these stages of a model. 0: agents unload all of them."""
+        self._epochs[name] = epoch
+        self._roster.keeps = frozenset(self._epochs.values()) - {0}
+
+    def _forget_stages(self, name: str) -> None:
+        """Take no stages of a model over. Agents that join from now on unload them."""
+        self._records.pop(name, None)
+        self._keep_stages(name, 0)
 
     def _stop_placing(self, action: StopPlacing) -> None:
-        self._forget_stages()
+        self._forget_stages(action.name)
         task = self._placing.pop(action.name, None)
         if task is not None:
             task.cancel()
@@ -180,15 +200,16 @@ class Keeper:
             # A cancellation is lost if a device joins at that moment (wait_for before Python 3.12).
             if not isinstance(self._models[name], Resuming) or await self._adopts(name):
                 return
-        self._forget_stages()
+        self._forget_stages(name)
         await self._until_placed(name, 0)
 
     async def _adopts(self, name: str) -> bool:
         """Take over the stages of the model if all are still loaded. Returns whether they are."""
-        if self._record is None or self._record.teams(self._roster.members) is None:
+        record = self._records.get(name)
+        if record is None or record.teams(self._roster.members) is None:
             return False
         async with self._turns.unasked("stages that are still loaded are taken over"):
-            record, state = self._record, self._models[name]
+            record, state = self._records.get(name), self._models[name]
             if record is None or not isinstance(state, Resuming):
                 return False
             try:
@@ -196,9 +217,9 @@ class Keeper:
                 adopted = await self._operations.adopt(request, record)
             except (CoordinatorError, ModelError, RequestInvalid, OSError) as error:
                 log.warning("the stages of %s are not taken over: %s", name, error)
-                self._record = None
+                self._records.pop(name, None)
                 return False
-            self._forget_stages()
+            del self._records[name]
             self._models.apply(name, Adopted(adopted))
         log.warning("%s is still loaded, on %s", name, adopted.where)
         return True
@@ -207,8 +228,15 @@ class Keeper:
         """Place a model that lost a device or link on the remaining devices."""
         # The roster has logged why a device is lost.
         cause = f"without {state.cause.name}" if isinstance(state.cause, AgentLost) else state.cause
-        log.warning("placing %s anew: %s", name_of(state), cause)
-        await self._until_placed(name_of(state), self._wait_s)
+        name = name_of(state)
+        if isinstance(state.cause, AgentLost) and state.cause.may_return:
+            whole = await self._returns.whole(state.deployment)
+            if whole is not None and isinstance(self._models[name], Replacing):
+                self._models.apply(name, Adopted(whole))
+                log.warning("%s is back with its stage: %s goes on", state.cause.name, name)
+                return
+        log.warning("placing %s anew: %s", name, cause)
+        await self._until_placed(name, self._wait_s)
 
     async def _until_placed(self, name: str, wait_s: float) -> None:
         """Try to place the model until that works. After ``wait_s``, answers no longer wait."""
@@ -240,7 +268,9 @@ class Keeper:
             state = self._models[name]
             broken = states.deployment_of(state)
             if broken is not None:
-                await unload(broken.devices)
+                self._keep_stages(name, 0)
+                await unload(broken.devices, broken.epoch)
+                await unload_forgotten(self._roster.members, self._roster.keeps)
                 wanted = state.wanted if isinstance(state, Replacing) else None
                 if wanted is not None:
                     placed = await self._operations.carry_out(wanted, broken)
@@ -249,7 +279,7 @@ class Keeper:
             elif isinstance(state, states.Nothing):
                 raise state.error
             else:
-                await unload([one for one in self._roster.members if one.kept_epoch])
+                await unload_forgotten(self._roster.members, self._roster.keeps)
                 # Files of older versions have names in place of ids.
                 request = states.request_of(state).identified(self._roster.names.device)
                 placed = await self._operations.place(request)

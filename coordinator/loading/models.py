@@ -63,6 +63,7 @@ class Models:
     def __init__(self, story: Story) -> None:
         self._story = story
         self._states: dict[str, State] = {}
+        """In the order in which the models were loaded, the last one at the end."""
         self._handlers: dict[type[Any], Callable[[Any], None]] = {}
         self.changed = Signal()
         self.progress: Callable[[], str] = lambda: ""
@@ -76,6 +77,8 @@ class Models:
         """Apply an event to the model ``name``, carry out the actions, return the next state."""
         before = self[name]
         after, actions = advance(before, event, time.monotonic())
+        if isinstance(before, Nothing):
+            self._states.pop(name, None)
         self._states[name] = after
         if _is_news(before, event, after):
             is_replacement = isinstance(event, states.Placed) and deployment_of(before) is not None
@@ -92,11 +95,14 @@ class Models:
         return self._states.get(name) or Nothing()
 
     def present(self) -> tuple[tuple[str, Present], ...]:
-        """The name and state of every model that is not Nothing. The one that answers is first."""
+        """The name and state of every model that is not Nothing.
+
+        Models that answer come first, and of these the one that was loaded last.
+        """
         found = [
             (name, state) for name, state in self._states.items() if not isinstance(state, Nothing)
         ]
-        return tuple(sorted(found, key=lambda item: (_ORDER.index(type(item[1])), item[0])))
+        return tuple(sorted(reversed(found), key=lambda item: _ORDER.index(type(item[1]))))
 
     @property
     def current(self) -> State:
@@ -110,6 +116,30 @@ class Models:
         state = self.current
         return state.deployment if isinstance(state, Serving) else None
 
+    @property
+    def all_serving(self) -> tuple[Deployment, ...]:
+        """The deployments of all models that answer now."""
+        return tuple(state.deployment for _, state in self.present() if isinstance(state, Serving))
+
+    def is_busy_beside(self, deployment: Deployment) -> bool:
+        """Whether another model answers now on a device of this deployment."""
+        devices = set(deployment.devices)
+        return any(
+            other is not deployment and other.slots.used and not devices.isdisjoint(other.devices)
+            for other in self.all_serving
+        )
+
+    def named(self, name: object) -> str:
+        """The name of the model that a request means, or empty if none is here.
+
+        name: as the request gives it. A request that gives none, or one that is not here, is about
+        the first model of ``present``.
+        """
+        present = [known for known, _ in self.present()]
+        if name in present:
+            return str(name)
+        return present[0] if present else ""
+
     def of_epoch(self, epoch: int) -> Deployment | None:
         """The present deployment with this epoch, whether it serves or was broken."""
         for _, state in self.present():
@@ -120,18 +150,23 @@ class Models:
 
     # ---- requests -------------------------------------------------------------------------------
 
-    def require_soon(self) -> None:
-        """Raise NotReady while the model is being loaded or resumed. That may take minutes."""
-        state = self.current
+    def require_soon(self, name: object = None) -> None:
+        """Raise NotReady while a model is being loaded or resumed. That may take minutes.
+
+        name: as of ``named``.
+        """
+        state = self[self.named(name)]
         if isinstance(state, (Loading, Resuming)):
             what = f"{name_of(state)} is {describe(state)}"
             progress = self.progress()
             raise NotReady(f"{what}{progress and f' ({progress})'}", RETRY_LOADING_S)
 
-    async def deployment(self) -> Deployment:
-        """Wait for the deployment that answers. Raises the reason if there will be none."""
-        name = next((name for name, _ in self.present()), "")
-        return await self._served(name, lambda state: True)
+    async def deployment(self, name: object = None) -> Deployment:
+        """Wait for the deployment that answers. Raises the reason if there will be none.
+
+        name: as of ``named``.
+        """
+        return await self._served(self.named(name), lambda state: True)
 
     async def latest(self, deployment: Deployment) -> Deployment:
         """Wait for this deployment, or for the one that takes its place.
@@ -167,8 +202,8 @@ class Models:
         state = self[deployment.name]
         if not _continues(state, deployment):
             return state.error if isinstance(state, Nothing) else NotLoaded(UNLOADED)
-        if deployment.epoch in past_of(state).ended:
-            return past_of(state).ended[deployment.epoch]
+        if deployment.key in past_of(state).ended:
+            return past_of(state).ended[deployment.key]
         return state.error if isinstance(state, (Replacing, Broken)) else None
 
     def is_replaced(self, deployment: Deployment) -> bool:
@@ -183,9 +218,9 @@ class Models:
 def _continues(state: State, deployment: Deployment) -> bool:
     """Whether ``state`` has ``deployment`` or one that replaced it."""
     present = deployment_of(state)
-    return (
-        present is not None and present.epoch == deployment.epoch
-    ) or deployment.epoch in past_of(state).ended
+    return (present is not None and present.key == deployment.key) or deployment.key in past_of(
+        state
+    ).ended
 
 
 def _is_news(before: State, event: Event, after: State) -> bool:

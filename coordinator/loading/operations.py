@@ -22,11 +22,13 @@ from types import MappingProxyType
 from coordinator.errors import Busy, LinkFailed, Moved, NotLoaded
 from coordinator.files.artifacts import ArtifactStore
 from coordinator.files.vocabulary import Vocabulary, make_vocabulary
+from coordinator.loading.beside import use_of
 from coordinator.loading.deployment import (
     Deployment,
     Planned,
     deploy,
     unload,
+    unload_forgotten,
     wanted_artifacts,
 )
 from coordinator.loading.models import UNLOADED, Models
@@ -41,6 +43,7 @@ from coordinator.loading.state import (
     LoadFailed,
     MoveBegan,
     Placed,
+    Serving,
     StepBegan,
     Unloaded,
     deployment_of,
@@ -98,8 +101,12 @@ class Operations:
         self._report = turns.report
         self._store = store
         self._quality_meter = QualityMeter(store, quality)
-        self._vocabulary: tuple[Tokenizer | None, Vocabulary | None] = None, None
-        """The vocabulary of the tokenizer that was loaded last."""
+        self._vocabularies: list[tuple[Tokenizer, Vocabulary | None]] = []
+        """The vocabularies of the loaded models' tokenizers, and of the last one."""
+        self.records: dict[str, DeploymentRecord] = {}
+        """Deployments from before a restart whose stages may still be loaded, by model."""
+        self._crowded_out: frozenset[str] = frozenset()
+        """Broken models that the present attempt leaves no room for."""
         self._damaged_epochs: set[int] = set()
         """Epochs that were being loaded when one of their stages was found damaged."""
 
@@ -109,7 +116,10 @@ class Operations:
             return await self._plan(self._identified(request), asked=True, weights=False)
 
     async def load(self, request: LoadRequest, on_step: Callable[[Step], None]) -> Deployment:
-        """Plan, then replace the loaded model. Raises CoordinatorError, ModelError, PlanError."""
+        """Plan, then load the model beside the others, or in the place of all of them.
+
+        Raises CoordinatorError, ModelError, PlanError.
+        """
         async with self._turns.asked(on_step):
             tokenizer = await asyncio.to_thread(_tokenizer, request.model)
             request = self._identified(request)
@@ -121,13 +131,33 @@ class Operations:
         name = model_name(request.model)
         self._models.apply(name, LoadBegan(request))
         try:
-            deployment = await self._put(request, tokenizer, asked=True)
+            try:
+                deployment = await self._put(request, tokenizer, asked=True)
+            except InfeasiblePlan as error:
+                raise await self._explained(error, request) from error
         except BaseException as error:  # Also when cancelled, the state must say so.
             why = str(error) or "the load was stopped"
             self._models.apply(name, LoadFailed(NotLoaded(f"{name} was not loaded: {why}")))
             raise
         self._models.apply(name, Placed(deployment))
         return deployment
+
+    async def _explained(self, error: InfeasiblePlan, request: LoadRequest) -> InfeasiblePlan:
+        """Return the error with a word on the models that stay loaded, if there are others."""
+        present = [known for known, _ in self._models.present()]
+        others = [known for known in present if known != model_name(request.model)]
+        if request.replaces or not others:
+            return error
+        stay = f"{' and '.join(others)} {'stays' if len(others) == 1 else 'stay'} loaded"
+        try:
+            await self._plan(replace(request, replaces=True), asked=False)
+        except PlanError:
+            return InfeasiblePlan(f"{error} ({stay}, but alone it would not fit either)")
+        return InfeasiblePlan(
+            f"{error} {stay}. Alone it would fit: `shoal load --replace` ends other models, and "
+            "`shoal unload NAME` one of them",
+            error.advice,
+        )
 
     async def rebalance(
         self, on_step: Callable[[Step], None], *, moves: bool
@@ -163,17 +193,20 @@ class Operations:
             device = self._roster.names.device(name) or name
             _check_joined((device,), members, self._roster.names)
             (member,) = (member for member in members if member.device == device)
-            deployment = deployment_of(self._models.current)
-            serving = () if self._models.serving is None else self._models.serving.devices
             free: list[Member] = []
             for residents in machines(members):
-                if not any(resident in serving for resident in residents):
+                taken = [
+                    deployment.name
+                    for deployment in self._models.all_serving
+                    if set(residents) & set(deployment.devices)
+                ]
+                if not taken:
                     free += residents
-            if member not in free and deployment is not None:
-                raise Busy(
-                    f"{deployment.name} is loaded on {name} or its machine, and measuring needs "
-                    "the whole machine: run `shoal unload` first"
-                )
+                elif member in residents:
+                    raise Busy(
+                        f"{' and '.join(taken)} is loaded on {name} or its machine, and measuring "
+                        "needs the whole machine: run `shoal unload` first"
+                    )
             await measure_again(self._roster, member, free, self._report)
             return member
 
@@ -193,24 +226,36 @@ class Operations:
                 members = tuple(member for member in members if member.device == device)
             return await self._quality_meter.calibrate(request, members, everybody, self._report)
 
-    async def unload(self) -> str | None:
-        """Unload the model. Returns its name, or None if no model was loaded."""
-        self._turns.require_free()
-        present = self._models.present()
-        members = self._end_models()
-        async with self._turns.asked(lambda step: None):
-            await asyncio.shield(unload(members))
-        return present[0][0] if present else None
+    async def unload(self, name: str | None = None) -> tuple[str, ...]:
+        """Unload one model, or all. Returns their names, the one that answered first.
 
-    def _end_models(self) -> tuple[Member, ...]:
-        """End every model, and return the members that still have stages of them."""
-        members: list[Member] = []
+        Raises NotLoaded if the model ``name`` is not there.
+        """
+        self._turns.require_free()
+        present = [known for known, _ in self._models.present()]
+        if name is not None and name not in present:
+            loaded = " and ".join(present) or "nothing"
+            raise NotLoaded(f"the model {name!r} is not loaded; {loaded} is")
+        names = tuple(present) if name is None else (name,)
+        ended = self._end_models(names)
+        async with self._turns.asked(lambda step: None):
+            await asyncio.shield(self._unload(ended))
+        return names
+
+    def _end_models(self, names: Collection[str]) -> list[Deployment]:
+        """End models, and return the deployments whose stages are still loaded."""
+        ended: list[Deployment] = []
         for name, state in self._models.present():
-            deployment = deployment_of(state)
-            members += () if deployment is None else deployment.devices
-            self._models.apply(name, Unloaded(NotLoaded(UNLOADED)))
-        members += (member for member in self._roster.members if member.kept_epoch)
-        return tuple(dict.fromkeys(members))
+            if name in names:
+                deployment = deployment_of(state)
+                ended += () if deployment is None else (deployment,)
+                self._models.apply(name, Unloaded(NotLoaded(UNLOADED)))
+        return ended
+
+    async def _unload(self, ended: Iterable[Deployment]) -> None:
+        """Unload the stages of deployments, and those that nobody takes over any more."""
+        await asyncio.gather(*(unload(one.devices, one.epoch) for one in ended))
+        await unload_forgotten(self._roster.members, self._roster.keeps)
 
     def note_damage(self, epoch: int) -> None:
         """Note that a stage of ``epoch``, which may still be loading, was found damaged."""
@@ -222,8 +267,9 @@ class Operations:
     async def _put(self, request: LoadRequest, tokenizer: Tokenizer, *, asked: bool) -> Deployment:
         """Plan and deploy. A link that fails meanwhile is planned around.
 
-        asked: a user wants this model in place of the loaded one.
+        asked: a user wants this model, beside the others or in their place.
         """
+        name = model_name(request.model)
         for attempt in itertools.count(1):
             self._phase(request, "plan")
             planned = await self._plan(request, asked=asked)
@@ -234,8 +280,10 @@ class Operations:
             )
             if asked:
                 # The new stages may need the memory of the old ones.
-                await asyncio.shield(unload(self._end_models()))
-                self._models.apply(model_name(request.model), LoadBegan(request))
+                present = [known for known, _ in self._models.present()]
+                ended = self._end_models(present if request.replaces else (name,))
+                await asyncio.shield(self._unload(ended))
+                self._models.apply(name, LoadBegan(request))
             self._phase(request, "load")
             members = self._roster.members
             try:
@@ -376,8 +424,12 @@ class Operations:
         *,
         asked: bool,
     ) -> PlanningProblem:
-        """Measure what is not known yet, and build the planning problem."""
+        """Measure what is not known yet, and build the planning problem.
+
+        The devices have the memory and storage that other models leave.
+        """
         spec = checkpoint.spec
+        uses = use_of(self._beside(request))
         names = {member.device: member.name for member in members}
         excluded = [member.name for member in members if member.device in request.exclude]
         timings = await measure_blocks(
@@ -414,7 +466,9 @@ class Operations:
         devices = [
             DeviceInput(
                 member.name,
-                member.profile,
+                uses[member.device].left_of(member.profile)
+                if member.device in uses
+                else member.profile,
                 timings.get(member.name, ()),
                 held.get(member.name, ()),
                 rates.get(member.name, math.inf),
@@ -465,14 +519,20 @@ class Operations:
 
     def _vocabulary_of(self, tokenizer: Tokenizer, spec: ModelSpec) -> Vocabulary | None:
         """The vocabulary of a model, made once for each loaded tokenizer."""
-        known, vocabulary = self._vocabulary
-        if known is not tokenizer:
-            if vocabulary is not None:
-                vocabulary.close()
-            vocabulary = make_vocabulary(tokenizer, spec, self._store)
-            self._vocabulary = tokenizer, vocabulary
-        elif vocabulary is not None:
-            self._store.keep(vocabulary.data)
+        for known, vocabulary in self._vocabularies:
+            if known is tokenizer:
+                if vocabulary is not None:
+                    self._store.keep(vocabulary.data)
+                return vocabulary
+        used = [deployment_of(state) for _, state in self._models.present()]
+        loaded = [deployment.tokenizer for deployment in used if deployment is not None]
+        for known, vocabulary in tuple(self._vocabularies):
+            if not any(known is one for one in loaded):
+                self._vocabularies.remove((known, vocabulary))
+                if vocabulary is not None:
+                    vocabulary.close()
+        vocabulary = make_vocabulary(tokenizer, spec, self._store)
+        self._vocabularies.append((tokenizer, vocabulary))
         return vocabulary
 
     async def _deploy(
@@ -488,11 +548,19 @@ class Operations:
             epoch = secrets.randbits(62)  # Hard to guess, and not repeated after a restart.
             on_loaded = partial(self._on_loaded, model_name(planned.request.model))
             deployment = await deploy(
-                planned, tokenizer, blocks, members, epoch, self._report, on_loaded, vocabulary
+                planned,
+                tokenizer,
+                blocks,
+                members,
+                epoch,
+                self._report,
+                on_loaded,
+                vocabulary,
+                tuple(self._roster.keeps),
             )
             if epoch not in self._damaged_epochs:
                 return deployment
-            await asyncio.shield(unload(deployment.devices))
+            await asyncio.shield(unload(deployment.devices, epoch))
 
     def _on_loaded(self, name: str, member: Member, loaded: StageLoaded) -> None:
         if loaded.damaged_files:
@@ -510,14 +578,44 @@ class Operations:
             tokenizer = await asyncio.to_thread(_tokenizer, request.model)
         left = remaining(request, [member.device for member in self._roster.members])
         try:
-            deployment = await self._put(left, tokenizer, asked=False)
+            deployment = await self._put_in_room(left, tokenizer)
         except (PlanError, LinkFailed):
             if left.plan is None:
                 raise
             # The given plan's devices are here, but a link between them is not.
-            deployment = await self._put(replace(left, plan=None), tokenizer, asked=False)
+            deployment = await self._put_in_room(replace(left, plan=None), tokenizer)
         # The next recovery begins from the whole request.
         return replace(deployment, request=request)
+
+    async def _put_in_room(self, request: LoadRequest, tokenizer: Tokenizer) -> Deployment:
+        """Plan and deploy beside all other models, or else beside those that answer.
+
+        The others have lost devices too. If not all of them fit, the first attempt gets the room.
+        """
+        try:
+            return await self._put(request, tokenizer, asked=False)
+        except InfeasiblePlan:
+            present = self._models.present()
+            broken = {name for name, state in present if not isinstance(state, Serving)}
+            self._crowded_out = frozenset(broken - {model_name(request.model)})
+            if not self._crowded_out:
+                raise
+            try:
+                return await self._put(request, tokenizer, asked=False)
+            finally:
+                self._crowded_out = frozenset()
+
+    def _beside(self, request: LoadRequest) -> list[DeploymentRecord]:
+        """The deployments of other models that a plan leaves room for."""
+        if request.replaces:
+            return []
+        others = self._crowded_out | {model_name(request.model)}
+        found = [record for name, record in self.records.items() if name not in others]
+        for name, state in self._models.present():
+            deployment = deployment_of(state)
+            if deployment is not None and name not in others:
+                found.append(DeploymentRecord.of(deployment))
+        return found
 
     async def carry_out(self, planned: Planned, before: Deployment) -> Deployment:
         """Deploy a plan in place of a deployment that was unloaded. The caller holds the turn.
@@ -548,8 +646,7 @@ class Operations:
         if teams is None:
             raise NotLoaded("a device was lost")
         members = tuple(itertools.chain.from_iterable(teams))
-        for member in members:
-            member.kept_epoch = 0
+        newest = max(member.kept.pop(record.epoch) for member in members)
         return Deployment(
             request=request,
             spec=checkpoint.spec,
@@ -565,7 +662,7 @@ class Operations:
             weights=record.weights,
             vocabulary=vocabulary,
             fingerprint=record.fingerprint,
-            newest_sequence=max(member.kept_sequence for member in members),
+            newest_sequence=newest,
         )
 
     # ---- progress ------------------------------------------------------------------------------

@@ -29,13 +29,14 @@ ADVICE = (
 
 def token_s(deployment: Deployment, member: Member) -> float | None:
     """Return the measured seconds of one token in a device's part. None: not known yet."""
-    epoch, seconds = member.pace
-    return seconds if epoch == deployment.epoch and seconds else None
+    beat = member.beats.get(deployment.epoch)
+    return beat.token_s if beat is not None and beat.token_s else None
 
 
 def counts_of(deployment: Deployment, lead: Member) -> StageCounts | None:
     """Return what a stage of ``deployment`` has done. None: not known yet."""
-    return lead.counts if lead.pace[0] == deployment.epoch else None
+    beat = lead.beats.get(deployment.epoch)
+    return None if beat is None else beat.counts
 
 
 def planned_s(deployment: Deployment, member: Member) -> float | None:
@@ -59,18 +60,19 @@ class Paces:
 
     def _on_event(self, member: Member, message: Message) -> None:
         if isinstance(message, Heartbeat):
-            self._judge(member)
+            for stage in message.stages:
+                deployment = self._models.of_epoch(stage.epoch)
+                if deployment is not None:
+                    self._judge(member, deployment)
 
-    def _judge(self, member: Member) -> None:
-        deployment = self._models.of_epoch(member.pace[0])
-        if deployment is None:
-            return
+    def _judge(self, member: Member, deployment: Deployment) -> None:
         measured_s, expected_s = token_s(deployment, member), planned_s(deployment, member)
         if not measured_s or not expected_s:
             return
         key = (deployment.epoch, member)
         if key not in self._slow and _is_slow(measured_s, expected_s):
-            self._slow = {(epoch, one) for epoch, one in self._slow if epoch == key[0]} | {key}
+            present = {one for one in self._slow if self._models.of_epoch(one[0]) is not None}
+            self._slow = present | {key}
             text = _text(measured_s, expected_s)
             self._story.tell("slow", member.name, text)
             log.warning("%s %s; %s", member.name, text, ADVICE)

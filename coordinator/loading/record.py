@@ -1,12 +1,13 @@
-"""The record of a deployment on disk, by which a restarted coordinator takes over its stages.
+"""The records of deployments on disk, by which a restarted coordinator takes over their stages.
 
 Agents keep their stages when they lose the coordinator. The record says which stages belong
-together. It is written when a model is placed. It is of no use once one of the stages is gone, and
-the coordinator then loads the model again.
+together. It is written when its model is placed. It is of no use once one of the stages is gone:
+then the coordinator loads the model again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -69,7 +70,7 @@ class DeploymentRecord:
 
     def teams(self, members: Sequence[Member]) -> tuple[Team, ...] | None:
         """Return the members that have kept all stages, or None while one stage is missing."""
-        kept = {member.device: member for member in members if member.kept_epoch == self.epoch}
+        kept = {member.device: member for member in members if self.epoch in member.kept}
         if not set(self.devices.values()) <= kept.keys():
             return None
         return tuple(
@@ -78,39 +79,64 @@ class DeploymentRecord:
 
 
 class RecordFile:
-    """The file of the record, ``deployment.json`` in the coordinator's state directory."""
+    """The records by model in ``deployment.json``, in the coordinator's state directory."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / "deployment.json"
+        self._records: dict[str, Any] | None = None
+        """The contents of the file. None: it was not read yet."""
 
     def keep(self, deployment: Deployment) -> None:
         """Write the record of a deployment that was placed."""
-        try:
-            replace_text(self._path, json.dumps(to_plain(DeploymentRecord.of(deployment))))
-        except OSError as error:
-            log.warning("%s: %s: a restart will load the model again", self._path, error.strerror)
-            self.forget()
+        self._write({**self._known(), deployment.name: to_plain(DeploymentRecord.of(deployment))})
 
-    def forget(self) -> None:
-        """Remove the file."""
-        try:
-            self._path.unlink(missing_ok=True)
-        except OSError as error:
-            log.warning("%s: %s", self._path, error.strerror)
+    def forget(self, name: str) -> None:
+        """Remove the record of a model."""
+        records = self._known()
+        if name in records:
+            self._write({other: record for other, record in records.items() if other != name})
 
-    def read(self) -> DeploymentRecord | None:
-        """Return the record, or None if there is none that this version can use."""
+    def read(self) -> dict[str, DeploymentRecord]:
+        """Return the records by model, without those that this version cannot use."""
+        found = {}
+        for name, plain in self._known().items():
+            try:
+                record: DeploymentRecord = from_plain(
+                    DeploymentRecord, plain, "record", finite=True
+                )
+                _check(record)
+            except (ValueError, PlanError) as error:
+                log.warning("%s: %s cannot be taken over (%s)", self._path, name, error)
+            else:
+                found[name] = record
+        return found
+
+    def _known(self) -> dict[str, Any]:
+        """Return the contents of the file, which may be anything."""
+        if self._records is None:
+            self._records = {}
+            try:
+                records = read_json(self._path)
+                if not isinstance(records, dict):
+                    raise ValueError("it is no object")
+                self._records = records
+            except FileNotFoundError:
+                pass
+            except (OSError, ValueError) as error:
+                log.warning("%s cannot be used (%s): models are loaded again", self._path, error)
+        return self._records
+
+    def _write(self, records: dict[str, Any]) -> None:
+        self._records = records
         try:
-            record: DeploymentRecord = from_plain(
-                DeploymentRecord, read_json(self._path), "record", finite=True
-            )
-            _check(record)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, PlanError) as error:
-            log.warning("%s cannot be used (%s): the model is loaded again", self._path, error)
-            return None
-        return record
+            if records:
+                replace_text(self._path, json.dumps(records))
+            else:
+                self._path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s: %s: a restart will load models again", self._path, error.strerror)
+            with contextlib.suppress(OSError):
+                self._path.unlink(missing_ok=True)
 
 
 def _check(record: DeploymentRecord) -> None:

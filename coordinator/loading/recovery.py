@@ -14,7 +14,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from coordinator.errors import CoordinatorError
 from coordinator.loading.record import RecordFile
@@ -24,7 +24,7 @@ from model.durable import replace_text
 from model.errors import ModelError
 from planning.errors import RequestInvalid
 from planning.plan import PlanError
-from planning.request import LoadRequest
+from planning.request import LoadRequest, model_name
 
 log = logging.getLogger(__name__)
 
@@ -64,66 +64,95 @@ def remaining(request: LoadRequest, devices: Collection[str]) -> LoadRequest:
         teams=tuple(team for team in request.teams if set(team) <= set(devices)),
         plan=given,
         check_quality=False,
+        replaces=False,
     )
 
 
 class LoadedFile:
-    """The file from which a restarted coordinator knows the loaded request and its devices.
+    """The file from which a restarted coordinator knows the loaded requests and their devices.
 
-    It has device ids, because names may change. A file of an older version has names, and beside
-    them their ids.
+    It has device ids, because names may change. A file of an older version has one request, and
+    perhaps names with their ids beside them.
     """
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / "loaded.json"
         self.record = RecordFile(directory)
-        """The file beside it that says where the stages of the model are."""
+        """The file beside it that says where the stages of the models are."""
+        self._kept: dict[str, Any] | None = None
+        """The entries of the file, by model, in the order of the loads. None: not read yet."""
 
     def keep(
         self, request: LoadRequest, names: Sequence[str], ids: Mapping[str, str] | None = None
     ) -> None:
         """Write a request, the names of its devices, and the ids of those names."""
-        kept = {
-            "request": request.to_dict(),
-            "devices": list(names),
-            "ids": dict(ids or {}),
-        }
-        try:
-            replace_text(self._path, json.dumps(kept))
-        except OSError as error:
-            log.warning("%s: %s: a restart will load nothing", self._path, error.strerror)
+        name = model_name(request.model)
+        entry = {"request": request.to_dict(), "devices": list(names), "ids": dict(ids or {})}
+        others = {other: kept for other, kept in self._entries().items() if other != name}
+        self._write({**others, name: entry})
 
-    def forget(self) -> None:
-        """Remove the file and the record."""
-        self.record.forget()
-        try:
-            self._path.unlink(missing_ok=True)
-        except OSError as error:
-            log.warning("%s: %s: a restart will load it", self._path, error.strerror)
+    def forget(self, name: str) -> None:
+        """Remove a model and its record."""
+        self.record.forget(name)
+        kept = self._entries()
+        if name in kept:
+            self._write({other: entry for other, entry in kept.items() if other != name})
 
-    def read(self) -> tuple[LoadRequest, tuple[str, ...]] | None:
-        """The request and its devices, or None if there is no file.
+    def read(self) -> list[tuple[LoadRequest, tuple[str, ...]]]:
+        """Return each request with its devices, in the order of the loads.
 
         Devices are ids, or names if the file is of an older version.
         """
+        found = []
+        for name, entry in list(self._entries().items()):
+            try:
+                found.append(_read_entry(entry))
+            except (
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                RequestInvalid,
+                PlanError,
+            ) as error:
+                log.warning("%s: %s cannot be used (%s): run `shoal load`", self._path, name, error)
+                del self._entries()[name]
+        return found
+
+    def _entries(self) -> dict[str, Any]:
+        """Return the entries of the file. They may be anything."""
+        if self._kept is None:
+            self._kept = {}
+            try:
+                kept = read_json(self._path)
+                if isinstance(kept, dict) and "request" in kept:  # A file of an older version.
+                    kept = {"models": {model_name(Path(kept["request"]["model"])): kept}}
+                models = kept["models"]
+                if not isinstance(models, dict):
+                    raise ValueError("its models are no object")
+                self._kept = models
+            except FileNotFoundError:
+                pass
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                log.warning("%s cannot be used (%s): run `shoal load`", self._path, error)
+        return self._kept
+
+    def _write(self, kept: dict[str, Any]) -> None:
+        self._kept = kept
         try:
-            kept = read_json(self._path)
-            ids = {str(name): str(device) for name, device in kept.get("ids", {}).items()}
-            request = LoadRequest.from_dict(kept["request"]).identified(ids.get)
-            return request, tuple(ids.get(name, name) for name in map(str, kept["devices"]))
-        except FileNotFoundError:
-            return None
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            RequestInvalid,
-            PlanError,
-        ) as error:
-            log.warning("%s cannot be used (%s): run `shoal load`", self._path, error)
-            return None
+            if kept:
+                replace_text(self._path, json.dumps({"models": kept}))
+            else:
+                self._path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("%s: %s: a restart will load what it has now", self._path, error.strerror)
+
+
+def _read_entry(entry: Mapping[str, Any]) -> tuple[LoadRequest, tuple[str, ...]]:
+    """Return the request of an entry and its devices. Raises errors of malformed JSON."""
+    ids = {str(name): str(device) for name, device in entry.get("ids", {}).items()}
+    request = LoadRequest.from_dict(entry["request"]).identified(ids.get)
+    return request, tuple(ids.get(name, name) for name in map(str, entry["devices"]))
 
 
 async def awaited(

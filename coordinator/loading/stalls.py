@@ -34,12 +34,14 @@ class Stalls:
         roster.subscribe(self._on_event, lambda *_: None)
 
     def _on_event(self, member: Member, message: Message) -> None:
-        if isinstance(message, Heartbeat) and message.stage is not None:
-            self._judge(member, message.epoch, message.stage)
+        if isinstance(message, Heartbeat):
+            for stage in message.stages:
+                deployment = self._models.of_epoch(stage.epoch)
+                if deployment is not None and stage.counts is not None:
+                    self._judge(member, deployment, stage.counts)
 
-    def _judge(self, member: Member, epoch: int, counts: StageCounts) -> None:
-        deployment = self._models.serving
-        if deployment is None or deployment.epoch != epoch:
+    def _judge(self, member: Member, deployment: Deployment, counts: StageCounts) -> None:
+        if self._models.ended_by(deployment) is not None:
             return
         stage = _stage_of(deployment, member)
         if stage is None:

@@ -20,7 +20,7 @@ from coordinator.errors import CoordinatorError, NotLoaded
 from planning.request import LoadRequest, model_name
 
 if TYPE_CHECKING:
-    from coordinator.loading.deployment import Deployment, Planned
+    from coordinator.loading.deployment import Deployment, DeploymentKey, Planned
 
 NO_MODEL = "no model is loaded: run `shoal load MODEL`"
 
@@ -66,8 +66,10 @@ class Loading:
 class Past:
     """The deployments that the present one has replaced, without a load by a user between."""
 
-    ended: Mapping[int, CoordinatorError] = field(default_factory=lambda: MappingProxyType({}))
-    """The error that ended each deployment, by epoch."""
+    ended: Mapping[DeploymentKey, CoordinatorError] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
+    """The error that ended each deployment, by its key."""
     suspect: frozenset[int] = frozenset()
     """Epochs whose tokens may be wrong, because files were damaged."""
 
@@ -157,7 +159,10 @@ class Placed:
 
 @dataclass(frozen=True, slots=True)
 class Adopted:
-    """The model's stages were still loaded, and the restarted coordinator has taken them over."""
+    """The model's stages were still loaded, and the coordinator has taken them over.
+
+    It was restarted, or the connection to a device had ended and the device is back.
+    """
 
     deployment: Deployment
 
@@ -301,7 +306,9 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Forget:
-    """Remove the loaded request and the record of its stages from the disk."""
+    """Remove the loaded request of a model and the record of its stages from the disk."""
+
+    name: str
 
 
 Action: TypeAlias = EndAnswers | Place | StopPlacing | Keep | Record | Forget
@@ -343,9 +350,16 @@ def _adopt(state: Resuming, event: Adopted, now_s: float) -> Next:
 
 
 def _serve_replaced(state: Replacing, event: Placed, now_s: float) -> Next:
-    ended = {**state.past.ended, state.deployment.epoch: state.cause}
-    past = replace(state.past, ended=MappingProxyType(ended))
-    return Serving(event.deployment, now_s, past), (Record(event.deployment),)
+    return Serving(event.deployment, now_s, _with_ended(state)), (Record(event.deployment),)
+
+
+def _adopt_returned(state: Replacing, event: Adopted, now_s: float) -> Next:
+    return Serving(event.deployment, now_s, _with_ended(state)), ()
+
+
+def _with_ended(state: Replacing) -> Past:
+    ended = {**state.past.ended, state.deployment.key: state.cause}
+    return replace(state.past, ended=MappingProxyType(ended))
 
 
 def _serve_mended(state: Broken, event: Placed, now_s: float) -> Next:
@@ -418,7 +432,7 @@ def _end(state: State, event: Unloaded | Stopped) -> Next:
     if isinstance(state, (Resuming, Replacing, Broken)):
         actions.append(StopPlacing(name_of(state)))
     if isinstance(event, Unloaded):
-        actions.append(Forget())
+        actions.append(Forget(name_of(state)))
     return Nothing(event.error), tuple(actions)
 
 
@@ -462,6 +476,7 @@ TABLE: Mapping[type[State], Mapping[type[Event], tuple[type[State], Rule]]] = {
     },
     Replacing: {
         Placed: (Serving, _serve_replaced),
+        Adopted: (Serving, _adopt_returned),
         StageFoundDamaged: (Replacing, _doubt),
         FilesMended: (Replacing, _doubt),
         AttemptFailed: (Replacing, _explain),

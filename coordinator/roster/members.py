@@ -8,7 +8,7 @@ import itertools
 import logging
 import time
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field, replace
 from typing import TypeVar
 
@@ -57,7 +57,7 @@ from wire.messages import (
     QualityMeasured,
     RequestFailed,
     SequenceFailed,
-    StageCounts,
+    StageBeat,
     StageDamaged,
     StageLoaded,
     TeamMeasured,
@@ -133,20 +133,19 @@ class Member:
     """The port at which it listens on all its addresses. 0 means only at ``endpoints``."""
     advertised: tuple[Endpoint, ...] = ()
     """The endpoints of --advertise, where other agents reach it."""
-    kept_epoch: int = 0
-    """The epoch of the stage that it has kept for this coordinator. 0: none, or not any more."""
-    kept_sequence: int = 0
-    """The newest sequence that was started on that stage."""
+    kept: dict[int, int] = field(default_factory=dict)
+    """The newest sequence of each stage that it has kept for this coordinator, by epoch.
+
+    Stages that were taken over or unloaded are left out.
+    """
     told: DevicesKnown | None = None
     """The devices that this one was told it may connect to."""
     memory_available_bytes: int = 0
-    pace: tuple[int, float] = (0, 0.0)
-    """The epoch of the loaded stage and its seconds a token, as in Heartbeat."""
     load: float = 0.0
     """The share of its processor in use."""
     celsius: float | None = None
-    counts: StageCounts | None = None
-    """The counts of its stage since the load, unless another device leads its team."""
+    beats: Mapping[int, StageBeat] = field(default_factory=dict)
+    """The state of each of its stages in the newest heartbeat, by epoch."""
     lost: AgentLost | None = None
     timings: dict[ModelSpec, dict[int, list[BlockTiming]]] = field(default_factory=dict)
     """The measured block times of each model, by bits."""
@@ -335,8 +334,8 @@ class Roster:
         self._links = Links()
         self._closed = False
         self._rare_log = RareLog(log, most=MOST_LINES)
-        self.kept_epoch = 0
-        """The epoch whose stages joining agents keep. 0: none."""
+        self.keeps: frozenset[int] = frozenset()
+        """The epochs whose stages joining agents keep."""
         self.changed = Signal()
         """Fires when a device joins or is lost, and when a link works again."""
 
@@ -458,7 +457,9 @@ class Roster:
         hello = typing.cast("AgentHello", clean(hello))
         if not await self._replaces(hello, connection):
             return
-        keeps = 0 < hello.kept_epoch == self.kept_epoch
+        kept = {
+            stage.epoch: stage.newest_sequence for stage in hello.kept if stage.epoch in self.keeps
+        }
         member = Member(
             device=hello.device,
             name=self.names.assign(hello.device, hello.name, self._members.keys()),
@@ -471,13 +472,12 @@ class Roster:
             attempt=hello.attempt,
             port=hello.port,
             advertised=hello.advertised,
-            kept_epoch=hello.kept_epoch if keeps else 0,
-            kept_sequence=hello.kept_sequence if keeps else 0,
+            kept=kept,
         )
         self._members[member.device] = member
         heartbeat = asyncio.create_task(self._beat(member))
         try:
-            await connection.send(CoordinatorWelcome(self._cluster, member.name, keeps))
+            await connection.send(CoordinatorWelcome(self._cluster, member.name, tuple(kept)))
             if self._book is not None:
                 self._name_in(self._book, member)
                 self.tell_known()
@@ -490,7 +490,7 @@ class Roster:
         except ProtocolError as error:
             self._lose(member, AgentLost(member.name, str(error), broke_protocol=True))
         except WireError as error:
-            self._lose(member, AgentLost(member.name, str(error)))
+            self._lose(member, AgentLost(member.name, str(error), may_return=True))
         finally:
             heartbeat.cancel()
             self._lose(member, AgentLost(member.name, "its connection ended"))
@@ -551,7 +551,7 @@ class Roster:
                     )
                 )
                 return False
-            self._lose(previous, AgentLost(previous.name, "it joined again"))
+            self._lose(previous, AgentLost(previous.name, "it joined again", may_return=True))
         if self._closed:  # It may have been closed during the awaits above.
             await connection.send(JoinRefused("the coordinator stops"))
         return not self._closed
@@ -588,15 +588,12 @@ class Roster:
             if not 0 <= message.memory_available_bytes <= hygiene.MAX_BYTES:
                 raise ProtocolError(f"it has {message.memory_available_bytes} bytes of memory")
             member.memory_available_bytes = message.memory_available_bytes
-            if not 0 <= message.token_s <= hygiene.MAX_SECONDS:
-                raise ProtocolError(f"it takes {message.token_s} s a token")
-            member.pace = message.epoch, message.token_s
             wrong = implausible_gauges(message)
             if wrong is not None:
                 raise ProtocolError(f"it has {wrong}")
             member.load, member.celsius = message.load, message.celsius
-            member.counts = message.stage
-            if message.token_s or (message.stage is not None and message.stage.running_us):
+            member.beats = {stage.epoch: stage for stage in message.stages}
+            if any(map(_is_at_work, message.stages)):
                 self._tell(member, message)
         elif isinstance(message, _ANSWERS):
             if not _is_possible(message):
@@ -666,7 +663,10 @@ class Roster:
             return "its version is too long"
         if len(hello.advertised) > 64 or not 0 <= hello.port < 1 << 16 or len(hello.run) > 64:
             return "it has more than 64 addresses, or an impossible port"
-        if not 0 <= hello.kept_epoch < 1 << 62 or not 0 <= hello.kept_sequence < 1 << 53:
+        if len(hello.kept) > hygiene.MAX_STAGES or not all(
+            0 < stage.epoch < 1 << 62 and 0 <= stage.newest_sequence < 1 << 53
+            for stage in hello.kept
+        ):
             return "it keeps a stage that no coordinator has loaded"
         if not 0 < len(hello.endpoints) <= 64 or any(
             len(endpoint.host) > 255 or not 0 < endpoint.port < 1 << 16
@@ -682,6 +682,11 @@ class Roster:
 def _addresses(source: Member, target: Member) -> tuple[str, ...]:
     """The ``host:port`` texts where ``source`` looks for ``target``."""
     return tuple(f"{item.host}:{item.port}" for item in target.endpoints_for(source))
+
+
+def _is_at_work(stage: StageBeat) -> bool:
+    """Whether a stage has run tokens, or runs a pass now."""
+    return stage.token_s > 0 or (stage.counts is not None and stage.counts.running_us > 0)
 
 
 def _is_possible(message: Message) -> bool:

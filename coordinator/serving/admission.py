@@ -23,11 +23,15 @@ class Admission:
         self._requests = requests
         self._most_waiting = most_waiting
 
-    def require_room(self) -> None:
-        """Raise QueueFull if the line for slots is full."""
-        deployment = self._models.serving
-        if deployment is not None and deployment.slots.waiting >= self._most_waiting:
-            raise QueueFull(deployment.slots.waiting, self._retry_after_s(deployment.slots.total))
+    def require_room(self, name: str | None = None) -> None:
+        """Raise QueueFull if the line for slots of a model is full.
+
+        Without a name, raise it if the lines of all models are full.
+        """
+        found = [one for one in self._models.all_serving if name in (None, one.name)]
+        if found and all(one.slots.waiting >= self._most_waiting for one in found):
+            slots = found[0].slots
+            raise QueueFull(slots.waiting, self._retry_after_s(slots.total))
 
     def _retry_after_s(self, slots: int) -> int:
         """Estimate when a place in the line is free: when the next slot is given to its head."""

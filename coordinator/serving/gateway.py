@@ -64,7 +64,10 @@ Without a limit, requests in line could wait for ever."""
 
 
 SHARED_CHUNK_TOKENS = min(CHUNK_TOKENS)
-"""The rows of a prompt's chunk beside other sequences, whose tokens wait for it at each stage."""
+"""The rows of a prompt's chunk beside other sequences, whose tokens wait for it at each stage.
+
+They may be of other models on the same devices.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,7 +368,8 @@ class Gateway:
             if is_new:
                 timing.cached_tokens = held.cached
             requests.current().starts(deployment.epoch, number, held.cached if is_new else 0)
-            await _begin(deployment, number, held, prompt, sampling, drafts)
+            shared = deployment.slots.used > 1 or self._models.is_busy_beside(deployment)
+            await _begin(deployment, number, held, prompt, sampling, drafts, shared=shared)
             while not flight.ended or not flight.events.empty():
                 event = await _next_event(flight, len(prompt) - held.cached)
                 if isinstance(event, CoordinatorError):
@@ -510,6 +514,8 @@ async def _begin(
     prompt: tuple[int, ...],
     sampling: Sampling,
     drafts: int,
+    *,
+    shared: bool,
 ) -> None:
     """Start a sequence on every stage. The loss of a device ends the flight elsewhere.
 
@@ -517,6 +523,8 @@ async def _begin(
     prompt. It is told last, so that its rows find the others prepared. Only the last stage is told
     what may be long and what only it needs: the prompt's tokens if they are penalized or scored,
     the answer so far, biases and the grammar.
+
+    shared: other sequences run on some of its devices.
     """
 
     async def tell(member: Member, message: StartSequence) -> None:
@@ -524,7 +532,7 @@ async def _begin(
             await member.send(message)
 
     chunk_tokens = deployment.plan.chunk_tokens(len(prompt) - held.cached)
-    if deployment.slots.used > 1:
+    if shared:
         chunk_tokens = min(chunk_tokens, SHARED_CHUNK_TOKENS)
     common = replace(sampling, answer=(), logit_bias=(), grammar=b"")
     start = StartSequence(

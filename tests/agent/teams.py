@@ -145,7 +145,7 @@ class Member:
         self.stage = self.team.load(load, [(block, Path()) for block in blocks])
         self.listener = Listener("127.0.0.1", 0)
         self.peers = PeerServer(device, self.listener)
-        self.peers.team = self.team
+        self.peers.teams = (self.team,)
         self.peers.start()
 
     @property

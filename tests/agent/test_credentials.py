@@ -74,7 +74,7 @@ class Ring:
         self.delivered: list[Message] = []
         self.arrived = threading.Event()
         self.server = PeerServer("porch", self.listener)
-        self.server.entrance = Entrance("attic", KEY, self._deliver)
+        self.server.entrances = (Entrance("attic", KEY, self._deliver),)
         self.server.start()
 
     def _deliver(self, message: Message, payload: memoryview) -> None:

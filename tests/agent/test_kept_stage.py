@@ -28,6 +28,7 @@ from wire.messages import (
     CoordinatorWelcome,
     Endpoint,
     Heartbeat,
+    KeptStage,
     LoadStage,
     Sampling,
     SequenceFailed,
@@ -98,7 +99,7 @@ class Shoal:
         """End the connection, and welcome the agent again."""
         self.coordinator.close()
         hello = self.coordinator.hello()
-        self.coordinator.send(CoordinatorWelcome("test", hello.name, keeps))
+        self.coordinator.send(CoordinatorWelcome("test", hello.name, (EPOCH,) if keeps else ()))
         return hello
 
 
@@ -109,7 +110,7 @@ def loaded(directory: Path, said: list[str]) -> Iterator[Shoal]:
     try:
         with running_agent(directory / "agent", endpoint, said) as agent:
             hello = coordinator.welcome()
-            assert (hello.kept_epoch, hello.kept_sequence) == (0, 0)
+            assert hello.kept == ()
             shoal = Shoal(agent, coordinator)
             made = directory / "made"
             made.mkdir()
@@ -144,7 +145,7 @@ def test_a_stage_outlives_its_coordinator_and_answers_the_next_one(
     shoal.start(5)
     assert shoal.answer() == EXPECTED
     hello = shoal.lose(keeps=True)
-    assert (hello.kept_epoch, hello.kept_sequence) == (EPOCH, 5)
+    assert hello.kept == (KeptStage(EPOCH, 5),)
     shoal.start(6)
     assert shoal.answer() == EXPECTED
     assert sum(text.startswith("loaded") for text in said) == 1
@@ -153,28 +154,29 @@ def test_a_stage_outlives_its_coordinator_and_answers_the_next_one(
 def test_an_answer_in_flight_ends_with_its_coordinator(shoal: Shoal) -> None:
     shoal.start(5, CONTEXT - len(PROMPT))
     assert isinstance(shoal.coordinator.answer(), TokenSampled)
-    assert shoal.lose(keeps=True).kept_sequence == 5
+    assert shoal.lose(keeps=True).kept == (KeptStage(EPOCH, 5),)
     # The slot is free, and tokens of the old answer do not come.
     shoal.start(6)
     assert shoal.answer() == EXPECTED
 
 
 def test_a_stage_that_the_next_coordinator_does_not_want_is_unloaded(shoal: Shoal) -> None:
-    assert shoal.lose(keeps=False).kept_epoch == EPOCH
+    assert shoal.lose(keeps=False).kept == (KeptStage(EPOCH),)
     shoal.start(6)
     assert shoal.coordinator.answer() == SequenceFailed(EPOCH, 6, "the stage is not loaded")
-    assert shoal.lose(keeps=False).kept_epoch == 0
+    assert shoal.lose(keeps=False).kept == ()
 
 
 def test_a_stage_is_not_kept_for_ever(shoal: Shoal, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(daemon, "KEPT_S", -1.0)
-    assert shoal.lose(keeps=True).kept_epoch == 0
+    assert shoal.lose(keeps=True).kept == ()
 
 
 def test_a_stage_that_was_stopped_for_damage_is_not_kept(shoal: Shoal) -> None:
     agent = shoal.agent
-    agent._stop_damaged(EPOCH, agent._relay, None, agent._cache.path("0" * 64))
-    assert shoal.lose(keeps=True).kept_epoch == 0
+    (stage,) = agent._stages
+    agent._loader.stop_damaged(stage, agent._cache.path("0" * 64))
+    assert shoal.lose(keeps=True).kept == ()
 
 
 def test_a_pass_that_does_not_end_is_told_and_the_agent_joins_again_after_it(shoal: Shoal) -> None:
@@ -189,9 +191,11 @@ def test_a_pass_that_does_not_end_is_told_and_the_agent_joins_again_after_it(sho
         message, _ = connection.receive()
         assert isinstance(message, Heartbeat)
         connection.send(Heartbeat())
-        if message.stage is not None and message.stage.running_us:
-            running_us.append(message.stage.running_us)
-            assert (message.epoch, message.stage.running_rows) == (EPOCH, len(PROMPT))
+        (stage,) = message.stages
+        assert stage.counts is not None
+        if stage.counts.running_us:
+            running_us.append(stage.counts.running_us)
+            assert (stage.epoch, stage.counts.running_rows) == (EPOCH, len(PROMPT))
     assert running_us[0] < running_us[1]
     shoal.coordinator.close()
     joining: list[AgentHello] = []
@@ -202,7 +206,7 @@ def test_a_pass_that_does_not_end_is_told_and_the_agent_joins_again_after_it(sho
     WholeBackend.gate.set()
     waiting.join(ANSWER_S)
     (hello,) = joining
-    assert hello.kept_epoch == EPOCH
+    assert hello.kept == (KeptStage(EPOCH, 6),)
     shoal.coordinator.send(CoordinatorWelcome("test", hello.name))
     shoal.start(7)
     assert shoal.coordinator.answer() == SequenceFailed(EPOCH, 7, "the stage is not loaded")

@@ -131,7 +131,7 @@ class Node:
 
     def connect(self, other: Node) -> None:
         endpoint = Endpoint("127.0.0.1", other.listener.port)
-        other.peers.entrance = Entrance(self.device, HOP_KEY, other.relay.deliver)
+        other.peers.entrances = (Entrance(self.device, HOP_KEY, other.relay.deliver),)
         connection = connect_peer(self.device, other.device, [endpoint], hop_key=HOP_KEY)
         self.relay.connect(connection, Link(other.device), Measuring())
         self.others.append(other)
@@ -618,7 +618,7 @@ def test_a_link_is_measured_by_anyone_and_with_small_probes_only(ring: tuple[Nod
 
 def test_a_stage_that_is_gone_lets_nobody_in(ring: tuple[Node, Node]) -> None:
     first, last = ring
-    last.peers.entrance = None
+    last.peers.entrances = ()
     with pytest.raises(ConnectFailed, match="not the previous device"):
         connect_peer(
             first.device, "last", [Endpoint("127.0.0.1", last.listener.port)], hop_key=HOP_KEY

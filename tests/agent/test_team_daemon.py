@@ -214,7 +214,8 @@ def test_a_member_with_a_damaged_file_says_so_and_nobody_is_lost(
     lead, middle, _ = devices
     agent = middle.agent
     path = agent._cache.path(middle.blocks[0].sha256)
-    agent._stop_damaged(EPOCH, None, agent._team, path)
+    (stage,) = agent._stages
+    agent._loader.stop_damaged(stage, path)
     damaged = middle.coordinator.answer()
     assert isinstance(damaged, StageDamaged)
     assert damaged.epoch == EPOCH

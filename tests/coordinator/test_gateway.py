@@ -459,7 +459,7 @@ async def unload(cluster: Cluster) -> None:
 
     unloading = asyncio.ensure_future(cluster.operations.unload())
     await asyncio.gather(*(answer(agent) for agent in cluster.agents))
-    assert await unloading == "llama"
+    assert await unloading == ("llama",)
 
 
 async def stop(cluster: Cluster) -> None:
@@ -641,7 +641,7 @@ def test_an_unload_that_has_to_wait_for_others_ends_no_recovery(run: Run) -> Non
         with pytest.raises(AgentLost, match="no room"):
             await cluster.models.latest(deployment)
         # Attempts go on as devices join, until somebody says what he wants.
-        assert await cluster.operations.unload() == "llama"
+        assert await cluster.operations.unload() == ("llama",)
         with pytest.raises(NotLoaded):
             await cluster.models.deployment()
 
@@ -676,7 +676,7 @@ def test_a_link_that_failed_is_tried_again_while_nothing_else_is_done(
             message = await said(cluster.agents[0])
         assert isinstance(message, UnloadStage)
         await cluster.agents[0].send(Done(message.request))
-        assert await unloading == deployment.name
+        assert await unloading == (deployment.name,)
         with cluster.roster.changed.watch() as changed:
             while cluster.roster.link(first, last) is None:
                 message = await said(cluster.agents[0])

@@ -29,6 +29,7 @@ from wire.messages import (
     Endpoint,
     Heartbeat,
     JoinRefused,
+    KeptStage,
     LinkChanged,
     LinkMeasured,
     MeasureModel,
@@ -37,6 +38,7 @@ from wire.messages import (
     PeerHello,
     Progress,
     RequestFailed,
+    StageBeat,
     StageCounts,
     StageLoaded,
     TokenSampled,
@@ -203,8 +205,8 @@ def test_a_second_device_with_the_same_id_is_told_how_to_get_its_own() -> None:
         hello(name="a\nb"),
         hello(device="a\x1b[2J"),
         replace(hello(), version="9" * 65),
-        replace(hello(), kept_epoch=-1),
-        replace(hello(), kept_epoch=5, kept_sequence=1 << 53),
+        replace(hello(), kept=(KeptStage(-1),)),
+        replace(hello(), kept=(KeptStage(5, 1 << 53),)),
         AgentHello("a", "a", "1", (), PROFILE),
         AgentHello("a", "a", "1", (Endpoint("h", 0),), PROFILE),
         AgentHello("a", "a", "1", (Endpoint("h" * 256, 1),), PROFILE),
@@ -221,15 +223,20 @@ def test_a_hello_that_makes_no_sense_is_refused(message: AgentHello) -> None:
     run(test)
 
 
-@pytest.mark.parametrize(("kept", "wanted", "keeps"), [(5, 5, True), (5, 0, False), (0, 0, False)])
-def test_only_a_stage_that_is_awaited_is_kept(kept: int, wanted: int, keeps: bool) -> None:
+@pytest.mark.parametrize(
+    ("kept", "wanted", "keeps"),
+    [((5,), {5}, (5,)), ((5,), set(), ()), ((), {5}, ()), ((5, 6, 7), {8, 7, 5}, (5, 7))],
+)
+def test_only_stages_that_are_awaited_are_kept(
+    kept: tuple[int, ...], wanted: set[int], keeps: tuple[int, ...]
+) -> None:
     async def test(coordinator: Coordinator) -> None:
-        coordinator.roster.kept_epoch = wanted
-        message = replace(hello(), kept_epoch=kept, kept_sequence=9)
-        answer = await next_message(await coordinator.join(message))
+        coordinator.roster.keeps = frozenset(wanted)
+        stages = tuple(KeptStage(epoch, epoch + 4) for epoch in kept)
+        answer = await next_message(await coordinator.join(replace(hello(), kept=stages)))
         assert answer == CoordinatorWelcome("test", "pi", keeps)
         (member,) = coordinator.roster.members
-        assert (member.kept_epoch, member.kept_sequence) == ((5, 9) if keeps else (0, 0))
+        assert member.kept == {epoch: epoch + 4 for epoch in keeps}
 
     run(test)
 
@@ -381,8 +388,9 @@ def test_what_a_member_says_is_safe_for_a_terminal() -> None:
         Heartbeat(2**63 - 1),
         Heartbeat(1, load=1.5),
         Heartbeat(1, celsius=1e9),
-        Heartbeat(1, stage=StageCounts(1, 1, -1, 0, 0, 0, 0, 0, 0, 0)),
-        Heartbeat(1, stage=StageCounts(1, 1, 1, 0, 0, 2**63, 0, 0, 0, 0)),
+        Heartbeat(1, stages=(StageBeat(1, 0, StageCounts(1, 1, -1, 0, 0, 0, 0, 0, 0, 0)),)),
+        Heartbeat(1, stages=(StageBeat(1, -1.0),)),
+        Heartbeat(1, stages=tuple(map(StageBeat, range(1, 100)))),
         TraceTaken(1, 5, (TracedPass(1, 0, 1, 1, 0, -1, 0, 0),)),
         TraceTaken(1, 2**63 - 1, ()),
         Progress(1, "load", -1, 2, "bytes"),

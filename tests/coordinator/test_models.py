@@ -49,7 +49,10 @@ LOSS = AgentLost("pi-2", "silent")
 
 def deployment(epoch: int, request: LoadRequest = REQUEST) -> Deployment:
     name = request.model.name
-    return cast(Deployment, SimpleNamespace(epoch=epoch, request=request, where="", name=name))
+    key = epoch, 0
+    return cast(
+        Deployment, SimpleNamespace(epoch=epoch, key=key, request=request, where="", name=name)
+    )
 
 
 def serve(models: Models, placed: Deployment) -> None:

@@ -58,7 +58,7 @@ def test_stages_that_are_still_loaded_are_taken_over(
     async def test(shoal: Shoal, before: Deployment) -> None:
         for member in reversed(before.devices):
             assert not is_serving(shoal)
-            await shoal.join(member.name, kept=(before.epoch, ord(member.name)))
+            await shoal.join(member.name, kept=[(before.epoch, ord(member.name))])
         await shoal.until(lambda: is_serving(shoal))
         after = shoal.models.serving
         assert after is not None
@@ -67,7 +67,7 @@ def test_stages_that_are_still_loaded_are_taken_over(
         assert not shoal.of(LoadStage)
         told = [event for event in shoal.story.after() if event.kind == "adopted"]
         assert [event.text for event in told] == [f"still loaded on {before.where}"]
-        assert not any(member.kept_epoch for member in shoal.roster.members)
+        assert not any(member.kept for member in shoal.roster.members)
         # Numbers of sequences are above all that any stage knows.
         answer = asyncio.ensure_future(collect(shoal))
         await shoal.until(lambda: shoal.of(StartSequence))
@@ -81,7 +81,7 @@ def test_stages_that_are_still_loaded_are_taken_over(
 
 def test_devices_without_a_stage_are_not_awaited(tmp_path: Path) -> None:
     async def test(shoal: Shoal, before: Deployment) -> None:
-        await shoal.join("d", "a", kept=(before.epoch, 1))
+        await shoal.join("d", "a", kept=[(before.epoch, 1)])
         await shoal.until(lambda: is_serving(shoal))
 
     restarted(tmp_path, ALONE, test)
@@ -90,7 +90,7 @@ def test_devices_without_a_stage_are_not_awaited(tmp_path: Path) -> None:
 def test_a_missing_stage_means_that_all_are_loaded_again(tmp_path: Path) -> None:
     async def test(shoal: Shoal, before: Deployment) -> None:
         shoal.operations.plans = [plan_of(((("d",), BLOCKS),))]
-        await shoal.join("a", kept=(before.epoch, 1))
+        await shoal.join("a", kept=[(before.epoch, 1)])
         await shoal.join("d")
         await shoal.until(lambda: is_serving(shoal))
         assert [name for name, _ in shoal.of(UnloadStage)] == ["a"]
@@ -98,8 +98,8 @@ def test_a_missing_stage_means_that_all_are_loaded_again(tmp_path: Path) -> None
         assert shoal.models.serving is not None
         assert shoal.models.serving.epoch != before.epoch
         # Whoever is late with such a stage is told to unload it.
-        await shoal.join("c", kept=(before.epoch, 1))
-        assert shoal.member("c").kept_epoch == 0
+        await shoal.join("c", kept=[(before.epoch, 1)])
+        assert not shoal.member("c").kept
 
     restarted(tmp_path, ALONE, test)
 
@@ -107,10 +107,10 @@ def test_a_missing_stage_means_that_all_are_loaded_again(tmp_path: Path) -> None
 def test_a_stage_that_lost_its_neighbour_is_loaded_again(tmp_path: Path) -> None:
     async def test(shoal: Shoal, before: Deployment) -> None:
         shoal.operations.plans = [plan_of(ALONE)]
-        await shoal.join("a", kept=(before.epoch, 1))
+        await shoal.join("a", kept=[(before.epoch, 1)])
         await shoal.said("a", PeerLost(before.epoch, "id-of-d", "gone"))
         await shoal.member("a").lives()
-        await shoal.join("d", kept=(before.epoch, 1))
+        await shoal.join("d", kept=[(before.epoch, 1)])
         await shoal.until(lambda: is_serving(shoal))
         assert [name for name, _ in shoal.of(LoadStage)] == ["a", "d"]
 
@@ -119,15 +119,15 @@ def test_a_stage_that_lost_its_neighbour_is_loaded_again(tmp_path: Path) -> None
 
 def test_an_unload_while_stages_are_awaited_reaches_the_kept_ones(tmp_path: Path) -> None:
     async def test(shoal: Shoal, before: Deployment) -> None:
-        await shoal.join("a", kept=(before.epoch, 1))
+        await shoal.join("a", kept=[(before.epoch, 1)])
         assert isinstance(shoal.models.current, Resuming)
         await shoal.operations.unload()
         assert [name for name, _ in shoal.of(UnloadStage)] == ["a"]
-        await shoal.join("d", kept=(before.epoch, 1))
-        assert shoal.member("d").kept_epoch == 0
+        await shoal.join("d", kept=[(before.epoch, 1)])
+        assert not shoal.member("d").kept
 
     restarted(tmp_path, ALONE, test)
-    assert RecordFile(tmp_path).read() is None
+    assert RecordFile(tmp_path).read() == {}
 
 
 def test_a_record_that_cannot_be_used_is_told(
@@ -135,7 +135,7 @@ def test_a_record_that_cannot_be_used_is_told(
 ) -> None:
     async def test(shoal: Shoal, before: Deployment) -> None:
         written = to_plain(DeploymentRecord.of(before))
-        assert json.loads((tmp_path / "deployment.json").read_text()) == written
+        assert json.loads((tmp_path / "deployment.json").read_text()) == {before.name: written}
         changes: tuple[dict[str, object], ...] = (
             {"version": 2},
             {"epoch": 0},
@@ -146,8 +146,13 @@ def test_a_record_that_cannot_be_used_is_told(
             {"unheard": 1},
         )
         for change in changes:
-            (tmp_path / "deployment.json").write_text(json.dumps({**written, **change}))
-            assert RecordFile(tmp_path).read() is None
-        assert caplog.text.count("the model is loaded again") == 7
+            records = {"bad": {**written, **change}, "good": written}
+            (tmp_path / "deployment.json").write_text(json.dumps(records))
+            assert list(RecordFile(tmp_path).read()) == ["good"]
+        assert caplog.text.count("bad cannot be taken over") == 7
+        for damaged in ("[1]", "{", ""):
+            (tmp_path / "deployment.json").write_text(damaged)
+            assert RecordFile(tmp_path).read() == {}
+        assert caplog.text.count("models are loaded again") == 3
 
     restarted(tmp_path, RING, test)

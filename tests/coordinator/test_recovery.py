@@ -143,18 +143,18 @@ def test_what_is_loaded_is_kept_until_it_is_unloaded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept = LoadedFile(tmp_path)
-    assert kept.read() is None
+    assert kept.read() == []
     asked = {"model": str(LLAMA), "bits": [4, 8], "slots": 2, "pins": {"0": "pi-1"}}
     request = LoadRequest.from_dict(asked)
     kept.keep(request, ["pi-1", "pi-2"])
-    assert LoadedFile(tmp_path).read() == (request, ("pi-1", "pi-2"))
+    assert LoadedFile(tmp_path).read() == [(request, ("pi-1", "pi-2"))]
     for damaged in (b"", b"{}", b"[1]", b'{"request": {"model": 3}, "devices": []}', b"\xff"):
         (tmp_path / "loaded.json").write_bytes(damaged)
-        assert kept.read() is None
+        assert LoadedFile(tmp_path).read() == []
     assert caplog.text.count("cannot be used") == 5
-    kept.forget()
-    kept.forget()
-    assert kept.read() is None
+    kept.forget("llama")
+    kept.forget("llama")
+    assert LoadedFile(tmp_path).read() == []
     assert caplog.text.count("cannot be used") == 5
 
 
@@ -196,7 +196,7 @@ def test_teams_count_while_all_their_members_are_here(tmp_path: Path) -> None:
     assert remaining(asked, {"pi-1", "pi-2"}).plan is given
     # A restarted coordinator loads the same shares.
     LoadedFile(tmp_path).keep(asked, ["pi-1", "pi-2"])
-    assert LoadedFile(tmp_path).read() == (asked, ("pi-1", "pi-2"))
+    assert LoadedFile(tmp_path).read() == [(asked, ("pi-1", "pi-2"))]
 
 
 def test_what_is_kept_means_the_devices_that_it_was_asked_for(tmp_path: Path) -> None:
@@ -219,14 +219,14 @@ def test_what_is_kept_means_the_devices_that_it_was_asked_for(tmp_path: Path) ->
     assert request.plan.stages == (("9" * 16, (8,)),)
     LoadedFile(tmp_path).keep(request, ["pi-2"], {"pi-2": "2" * 16})
     kept = LoadedFile(tmp_path).read()
-    assert kept == (request, ("2" * 16,))
+    assert kept == [(request, ("2" * 16,))]
 
 
 def test_a_kept_request_from_before_devices_had_ids_is_still_read(tmp_path: Path) -> None:
     asked = {"model": str(LLAMA), "pins": {"0": "pi"}}
     text = json.dumps({"request": asked, "devices": ["pi", "pi-2"]})
     (tmp_path / "loaded.json").write_text(text)
-    assert LoadedFile(tmp_path).read() == (LoadRequest.from_dict(asked), ("pi", "pi-2"))
+    assert LoadedFile(tmp_path).read() == [(LoadRequest.from_dict(asked), ("pi", "pi-2"))]
 
 
 def test_a_kept_request_that_has_names_with_their_ids_is_still_read(tmp_path: Path) -> None:
@@ -234,4 +234,4 @@ def test_a_kept_request_that_has_names_with_their_ids_is_still_read(tmp_path: Pa
     text = json.dumps({"request": asked, "devices": ["pi"], "ids": {"pi": "1" * 16}})
     (tmp_path / "loaded.json").write_text(text)
     kept = LoadedFile(tmp_path).read()
-    assert kept == (LoadRequest(LLAMA, bits=(4, 8), pins={0: "1" * 16}), ("1" * 16,))
+    assert kept == [(LoadRequest(LLAMA, bits=(4, 8), pins={0: "1" * 16}), ("1" * 16,))]

@@ -26,7 +26,7 @@ from tests.coordinator.test_teams import (
     plan_of,
     run,
 )
-from wire.messages import Heartbeat, LoadStage, StageCounts, StartSequence, TokenSampled
+from wire.messages import Heartbeat, LoadStage, StageBeat, StageCounts, StartSequence, TokenSampled
 
 __all__ = ["run"]
 
@@ -36,7 +36,7 @@ COUNTS = StageCounts(1, 1, 1, 1, 1, 1, 1, 1, 1, 1)
 
 def beat(epoch: int, running_s: float, rows: int = 1, passes: int = 1) -> Heartbeat:
     counts = replace(COUNTS, passes=passes, running_us=round(1e6 * running_s), running_rows=rows)
-    return Heartbeat(1, epoch, stage=counts)
+    return Heartbeat(1, stages=(StageBeat(epoch, counts=counts),))
 
 
 def test_a_pass_may_take_a_few_times_the_predicted_time() -> None:

@@ -61,7 +61,8 @@ from planning.request import LoadRequest
 NOW_S = 9.0
 REQUEST = LoadRequest(Path("/models/llama"))
 OLD, NEW = (
-    cast(Deployment, SimpleNamespace(epoch=epoch, request=REQUEST, where="")) for epoch in (1, 2)
+    cast(Deployment, SimpleNamespace(epoch=epoch, key=(epoch, 0), request=REQUEST, where=""))
+    for epoch in (1, 2)
 )
 LOSS = AgentLost("pi-2", "silent")
 DAMAGE = AgentDamaged("pi-1", "a file was damaged")
@@ -100,7 +101,7 @@ EVENT: dict[type[Event], Event] = {
     Stopped: Stopped(WHY),
 }
 RESUMED = Resuming(REQUEST, ("pi-1", "pi-2"), ("pi-1", "pi-2"), NOW_S)
-REPLACED = Past({1: LOSS})
+REPLACED = Past({(1, 0): LOSS})
 SUSPECT = Past(suspect=frozenset({1}))
 DAMAGED = Replacing(OLD, DAMAGE, DAMAGE, NOW_S, SUSPECT)
 LOST = Replacing(OLD, LOSS, LOSS, NOW_S, Past())
@@ -115,7 +116,7 @@ EXPECTED: dict[tuple[type[State], type[Event]], tuple[State, tuple[object, ...]]
     (Resuming, Placed): (Serving(NEW, NOW_S), (Record(NEW),)),
     (Resuming, Adopted): (Serving(NEW, NOW_S), ()),
     (Resuming, WaitEnded): (Broken(RESUMING, LOSS, NOW_S), ()),
-    (Resuming, Unloaded): (GONE, (StopPlacing("llama"), Forget())),
+    (Resuming, Unloaded): (GONE, (StopPlacing("llama"), Forget("llama"))),
     (Resuming, Stopped): (GONE, (StopPlacing("llama"),)),
     (Loading, StepBegan): (Loading(REQUEST, 1.0, "quantize"), ()),
     (Loading, Placed): (Serving(NEW, NOW_S), (Keep(NEW), Record(NEW))),
@@ -124,18 +125,19 @@ EXPECTED: dict[tuple[type[State], type[Event]], tuple[State, tuple[object, ...]]
     (Serving, Lost): (LOST, (EndAnswers(OLD, LOSS), Place(LOST))),
     (Serving, MoveBegan): (MOVING, (EndAnswers(OLD, MOVED), Place(MOVING))),
     (Serving, StageFoundDamaged): (DAMAGED, (EndAnswers(OLD, DAMAGE), Place(DAMAGED))),
-    (Serving, Unloaded): (GONE, (EndAnswers(OLD, WHY), Forget())),
+    (Serving, Unloaded): (GONE, (EndAnswers(OLD, WHY), Forget("llama"))),
     (Serving, Stopped): (GONE, (EndAnswers(OLD, WHY),)),
     (Replacing, Placed): (Serving(NEW, NOW_S, REPLACED), (Record(NEW),)),
+    (Replacing, Adopted): (Serving(NEW, NOW_S, REPLACED), ()),
     (Replacing, StageFoundDamaged): (replace(REPLACING, past=SUSPECT), ()),
     (Replacing, FilesMended): (replace(REPLACING, past=SUSPECT), ()),
     (Replacing, WaitEnded): (Broken(REPLACING, LOSS, NOW_S), ()),
-    (Replacing, Unloaded): (GONE, (StopPlacing("llama"), Forget())),
+    (Replacing, Unloaded): (GONE, (StopPlacing("llama"), Forget("llama"))),
     (Replacing, Stopped): (GONE, (StopPlacing("llama"),)),
     (Broken, Placed): (Serving(NEW, NOW_S, REPLACED), (Record(NEW),)),
     (Broken, StageFoundDamaged): (replace(BROKEN, of=replace(REPLACING, past=SUSPECT)), ()),
     (Broken, FilesMended): (replace(BROKEN, of=replace(REPLACING, past=SUSPECT)), ()),
-    (Broken, Unloaded): (GONE, (StopPlacing("llama"), Forget())),
+    (Broken, Unloaded): (GONE, (StopPlacing("llama"), Forget("llama"))),
     (Broken, Stopped): (GONE, (StopPlacing("llama"),)),
 }
 """What each event does in each state; a pair that is not here changes nothing. Failed attempts make
@@ -197,7 +199,7 @@ def test_what_was_replaced_is_remembered_over_several_losses() -> None:
     state: State = SERVING
     for event in (Lost(LOSS), FilesMended(), Placed(NEW), StageFoundDamaged(DAMAGE), Placed(OLD)):
         state, _ = advance(state, event, NOW_S)
-    assert past_of(state) == Past({1: LOSS, 2: DAMAGE}, frozenset({1, 2}))
+    assert past_of(state) == Past({(1, 0): LOSS, (2, 0): DAMAGE}, frozenset({1, 2}))
 
 
 def test_what_states_say() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -53,6 +53,7 @@ from wire.messages import (
     Done,
     Endpoint,
     Heartbeat,
+    KeptStage,
     LoadStage,
     MeasureTeam,
     Message,
@@ -61,6 +62,7 @@ from wire.messages import (
     RequestFailed,
     Sampling,
     SequenceFailed,
+    StageBeat,
     StageLoaded,
     StartSequence,
     TeamMeasured,
@@ -164,14 +166,14 @@ class Shoal:
         assert isinstance(message, AgentHello)
         await self.roster.serve(message, connection)
 
-    async def join(self, *names: str, kept: tuple[int, int] = (0, 0)) -> None:
-        """``kept``: the epoch of the stage that the agents still have, and its newest sequence."""
+    async def join(self, *names: str, kept: Sequence[tuple[int, int]] = ()) -> None:
+        """``kept``: epochs of stages that the agents still have, and their newest sequences."""
         for name in names:
             reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
             agent = self.agents[name] = AsyncConnection(reader, writer)
             ports = (Endpoint("127.0.0.1", 1000 + ord(name)),)
             hello = AgentHello(f"id-of-{name}", name, "1", ports, PROFILE)
-            await agent.send(replace(hello, kept_epoch=kept[0], kept_sequence=kept[1]))
+            await agent.send(replace(hello, kept=tuple(itertools.starmap(KeptStage, kept))))
             await agent.receive(5)
             self.playing[name] = asyncio.ensure_future(self.play(name, agent))
 
@@ -280,8 +282,9 @@ async def shown_model(shoal: Shoal) -> dict[str, Any]:
 async def report_pace(shoal: Shoal, name: str, epoch: int, token_s: float) -> None:
     """Send a heartbeat, and wait until the coordinator has read it."""
     member = shoal.member(name)
-    await shoal.said(name, Heartbeat(1, epoch, token_s))
-    while member.pace != (epoch, token_s):
+    beat = StageBeat(epoch, token_s)
+    await shoal.said(name, Heartbeat(1, stages=(beat,)))
+    while member.beats != {epoch: beat}:
         member.heard.clear()
         await member.heard.wait()
 
@@ -656,9 +659,8 @@ def test_reports_about_strangers_and_old_teams_change_nothing(run: Run) -> None:
 def test_a_restarted_coordinator_waits_for_all_members(run: Run) -> None:
     async def test(shoal: Shoal) -> None:
         await shoal.load(plan_of(RING))
-        kept = shoal.kept.read()
-        assert kept is not None
-        assert kept[1] == ("id-of-b", "id-of-a", "id-of-c", "id-of-d")
+        ((_, devices),) = shoal.kept.read()
+        assert devices == ("id-of-b", "id-of-a", "id-of-c", "id-of-d")
 
     run(test)
 
@@ -697,7 +699,7 @@ def test_members_are_unloaded_and_measuring_them_is_refused(run: Run) -> None:
         deployment = await shoal.load(plan_of([(("b", "a", "c"), BLOCKS)]))
         with pytest.raises(CoordinatorError, match="is loaded on c or its machine"):
             await shoal.operations.measure("c", lambda step: None)
-        assert await shoal.operations.unload() == deployment.name
+        assert await shoal.operations.unload() == (deployment.name,)
         assert {name for name, _ in shoal.of(UnloadStage)} == {"a", "b", "c"}
 
     run(test)

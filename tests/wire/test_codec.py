@@ -24,6 +24,7 @@ from wire.messages import (
     LoadStage,
     Message,
     Sampling,
+    StageBeat,
     StartSequence,
     TeamFailed,
     TeamLogits,
@@ -112,7 +113,7 @@ def test_missing_and_surplus_fields_are_refused(kind: type[Message]) -> None:
 
 
 GOLDEN: dict[str, tuple[Message, int]] = {
-    "heartbeat": (Heartbeat(1024, 1, 0.5), 0),
+    "heartbeat": (Heartbeat(1024, 0.5, None, (StageBeat(1, 0.25),)), 0),
     "token": (TokenSampled(1, 7, 0, 42, ""), 0),
     "activation": (Activation(1, 7, 0, 5, 1, 16, True), 260),
     "pass": (TeamPass(1, 3, (0,), (5,), 1, 16, 1), 260),

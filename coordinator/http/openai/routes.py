@@ -38,7 +38,7 @@ from coordinator.http.openai.events import Outcome, events
 from coordinator.http.openai.jobs import Job
 from coordinator.http.openai.responses import Responses
 from coordinator.loading.models import Models
-from coordinator.loading.state import Loading, Replacing, Resuming, describe, name_of
+from coordinator.loading.state import Loading, Replacing, Resuming, describe
 from coordinator.serving.gateway import Gateway
 
 PROMPT_THREADS = 4
@@ -53,8 +53,15 @@ Result = TypeVar("Result")
 class OpenAIRoutes:
     """Route handlers that answer with a gateway."""
 
-    def __init__(self, models: Models, gateway: Gateway) -> None:
+    def __init__(
+        self,
+        models: Models,
+        gateway: Gateway,
+        require_room: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        """``require_room`` raises QueueFull if no more requests may wait for a model."""
         self._models = models
+        self._require_room = require_room
         self._gateway = gateway
         # Threads of their own, so that a flood of prompts does not delay block downloads.
         self._threads = ThreadPoolExecutor(PROMPT_THREADS, "prompt")
@@ -76,11 +83,13 @@ class OpenAIRoutes:
 
     async def _answer(self, request: Request, make: type[Api]) -> Response:
         api = make(await read_json(request))
-        state = self._models.current
+        name = self._models.named(api.body.get("model"))
+        self._require_room(name)
+        state = self._models[name]
         if api.wants_stream and isinstance(state, (Resuming, Loading, Replacing)):
-            return server_sent_events(self._late_stream(api, _is_long(request)), api.form)
-        self._models.require_soon()
-        deployment = await while_connected(request, self._models.deployment())
+            return server_sent_events(self._late_stream(name, api, _is_long(request)), api.form)
+        self._models.require_soon(name)
+        deployment = await while_connected(request, self._models.deployment(name))
         job = await while_connected(
             request, self.prepare(lambda: api.read(deployment), is_long=_is_long(request))
         )
@@ -88,10 +97,12 @@ class OpenAIRoutes:
             return server_sent_events(self._stream(api, job), api.form)
         return JSONResponse(await while_connected(request, self._whole(api, job)))
 
-    async def _late_stream(self, api: Api, is_long: bool) -> AsyncIterator[dict[str, Any] | str]:
+    async def _late_stream(
+        self, name: str, api: Api, is_long: bool
+    ) -> AsyncIterator[dict[str, Any] | str]:
         """Stream what the answer waits for, then the answer. Errors come in the stream."""
-        yield f"{name_of(self._models.current)} is {describe(self._models.current)}"
-        deployment = await self._models.deployment()
+        yield f"{name} is {describe(self._models[name])}"
+        deployment = await self._models.deployment(name)
         job = await self.prepare(lambda: api.read(deployment), is_long=is_long)
         async with aclosing(self._stream(api, job)) as found:
             async for event in found:

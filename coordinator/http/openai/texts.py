@@ -91,8 +91,9 @@ class TextRoutes:
 
     async def _answer(self, request: Request, work: Work) -> Response:
         body = await read_json(request)
-        self._models.require_soon()
-        deployment = await while_connected(request, self._models.deployment())
+        name = self._models.named(body.get("model"))
+        self._models.require_soon(name)
+        deployment = await while_connected(request, self._models.deployment(name))
         found = self._answers.prepare(lambda: work(deployment, body), is_long=True)
         return JSONResponse(await while_connected(request, found))
 

@@ -22,6 +22,7 @@ from coordinator.config import CoordinatorConfig
 from coordinator.errors import AgentLost
 from coordinator.http.admin import model_view
 from coordinator.loading.models import Models
+from coordinator.loading.paces import counts_of
 from coordinator.loading.state import Present, deployment_of
 from coordinator.loading.turns import Turns
 from coordinator.roster.members import Member, Roster
@@ -159,7 +160,7 @@ class StateFeed:
         self.watchers = 0
         """The streams that are open."""
         self._trips_us: dict[int, list[deque[int]]] = {}
-        """The last different round trips behind each stage, of the present epoch."""
+        """The last different round trips behind each stage, by epoch."""
         self._closed = asyncio.Event()
         self._built_s = -math.inf
         self._parts: dict[str, str] = {}
@@ -237,9 +238,14 @@ class StateFeed:
             return view
         epoch, leads = deployment.epoch, deployment.leads
         trips_us = self._trips_us.get(epoch) or [deque(maxlen=ROUND_TRIPS) for _ in leads]
-        self._trips_us = {epoch: trips_us}
+        present = {
+            one.epoch for _, state in self._models.present() if (one := deployment_of(state))
+        }
+        self._trips_us = {
+            known: trips for known, trips in self._trips_us.items() if known in present
+        } | {epoch: trips_us}
         for stage, lead, known in zip(view["stages"], leads, trips_us, strict=True):
-            counts = lead.counts if lead.pace[0] == epoch else None
+            counts = counts_of(deployment, lead)
             if counts and counts.round_trip_us and counts.round_trip_us not in known:
                 known.append(counts.round_trip_us)
             stage["hop_s"] = statistics.median(known) / 2e6 if known else None

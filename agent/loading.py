@@ -1,0 +1,250 @@
+"""Makes a loaded stage of a request: fetches its blocks, checks and loads them, and has it run."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from agent.blocks import BlockCache, CacheError
+from agent.config import AgentConfig
+from agent.credentials import Credentials
+from agent.grammars import open_grammars, with_vocabulary
+from agent.integrity import Contents, Watch, load_whole
+from agent.pace import PacedStage
+from agent.peers import Entrance
+from agent.quiet import Figures
+from agent.relay import Relay
+from agent.stages import LoadedStage, Stages
+from agent.team import Team
+from backends.base import Artifacts, Backend, BackendError, Stage, StageOptions, TeamSum
+from calibration.trial import Trials
+from model.artifact import read_format
+from model.grammar_process import library_version
+from model.spec import ModelSpec
+from wire.errors import WireError
+from wire.messages import (
+    BlockRef,
+    BlocksFetched,
+    Endpoint,
+    FetchBlocks,
+    FileRef,
+    LoadStage,
+    Message,
+    StageDamaged,
+    StageLoaded,
+)
+
+log = logging.getLogger(__name__)
+
+LEAST_WEIGHT = 1e-3
+"""With less, a stage would stand still beside others."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the files of a request come from, and who hears how far it is."""
+
+    coordinator: Endpoint
+    fetched: Callable[[int, int], None]
+    """Gets the bytes that are here, and those that are wanted. Raises Cancelled."""
+    waiting: Callable[[], None]
+    """Is called while the stage is loaded. Raises Cancelled."""
+
+
+class StageLoader:
+    """Loads stages, one at a time."""
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        device: str,
+        figures: Figures,
+        trials: Trials,
+        cache: BlockCache,
+        credentials: Credentials,
+        stages: Stages,
+        report: Callable[[Message], None],
+    ) -> None:
+        """``report`` sends news of a loaded stage to the coordinator. Raises WireError."""
+        self._config = config
+        self._device = device
+        self._figures = figures
+        self._trials = trials
+        self._cache = cache
+        self._credentials = credentials
+        self._stages = stages
+        self._report = report
+        self._had_damage = False
+        """Whether a damaged file has stopped a stage. Then the next load hashes all files."""
+
+    def fetch(self, request: FetchBlocks, source: Source) -> BlocksFetched:
+        """Make files present that a later load wants. Raises CacheError, WireError."""
+        files = with_vocabulary(request.blocks, request.vocabulary)
+        return BlocksFetched(request.request, self._fetch(files, source, set()))
+
+    def load(self, request: LoadStage, backend: Backend, source: Source) -> StageLoaded:
+        """Load a stage beside those that ``request`` keeps, and unload the others first.
+
+        Raises BackendError, CacheError, ModelError and WireError.
+        """
+        spec = ModelSpec.from_dict(request.spec)
+        blocks = _contiguous(request.blocks, spec)
+        if not LEAST_WEIGHT <= request.weight <= 1 / LEAST_WEIGHT:
+            raise BackendError(f"the coordinator sent a stage of weight {request.weight}")
+        self._stages.keep([epoch for epoch in request.keeps if epoch != request.epoch])
+        contents = Contents(check_all_first=self._had_damage)
+        fetched_bytes, started_s = 0, 0.0
+        files = with_vocabulary(request.blocks, request.vocabulary)
+
+        def fetch() -> None:
+            nonlocal fetched_bytes, started_s
+            came: set[Path] = set()
+            contents.expect({self._cache.path(ref.sha256): ref.sha256 for ref in files})
+            fetched_bytes += self._fetch(files, source, came)
+            contents.trust(came)
+            started_s = time.perf_counter()
+
+        team = Team(request, self._device, spec, self._report) if request.team else None
+        stage = load_whole(
+            contents,
+            fetch,
+            lambda: self._load_stage(backend, request, spec, contents.hashed, source.waiting, team),
+            self._cache.remove,
+        )
+        self._had_damage = False
+        loaded = self._run(request, spec, blocks, stage, team)
+        self._stages.add(loaded)
+        loaded.watch = Watch(contents, partial(self.stop_damaged, loaded))
+        return StageLoaded(
+            request.request,
+            stage.memory_bytes,
+            fetched_bytes,
+            time.perf_counter() - started_s,
+            contents.damaged_files,
+            library_version() if request.vocabulary is not None else "",
+        )
+
+    def stop_damaged(self, stage: LoadedStage, path: Path) -> None:
+        """Stop a stage that runs from a damaged file, and have the coordinator load it again."""
+        stage.stop()
+        self._had_damage = True
+        reason = f"a file of its stage was damaged in its cache ({path.name})"
+        log.warning("%s is damaged: the stage stops, and the file is removed", path)
+        try:
+            self._cache.remove(path)
+        except CacheError as error:
+            reason = str(error)
+        with contextlib.suppress(WireError):  # The coordinator sees the agent's loss.
+            self._report(StageDamaged(stage.epoch, reason))
+
+    def _fetch(self, files: Sequence[FileRef], source: Source, came: set[Path]) -> int:
+        """Make files present beside those of loaded stages. Return the bytes that came."""
+        return self._cache.fetch(
+            files,
+            source.coordinator,
+            self._device,
+            source.fetched,
+            token=self._credentials.to_coordinator("blocks"),
+            keep=self._stages.files,
+            hashed=came,
+        )
+
+    def _run(
+        self, request: LoadStage, spec: ModelSpec, blocks: range, stage: Stage, team: Team | None
+    ) -> LoadedStage:
+        """Return a stage that takes rows from its previous device, unless another member leads."""
+        paced = stage if isinstance(stage, PacedStage) else None
+        names = dict.fromkeys((spec.block_name(blocks[0]), spec.block_name(blocks[-1])))
+        loaded = LoadedStage(
+            request.epoch,
+            " .. ".join(names),
+            len(spec.layers),
+            stage.memory_bytes,
+            frozenset(ref.sha256 for ref in with_vocabulary(request.blocks, request.vocabulary)),
+            relay=None,
+            team=team,
+            paced=paced if team is None else team.paced,
+            entrance=None,
+        )
+        if team is None or team.leads:
+            loaded.relay = Relay(
+                stage,
+                spec,
+                blocks,
+                epoch=request.epoch,
+                slots=request.slots,
+                context_tokens=request.context_tokens,
+                hop_bits=request.hop_bits,
+                report=self._report,
+                grammars=open_grammars(request, self._cache),
+                # A team must not keep others from computing while it waits for its members.
+                turnstile=self._stages.turnstile if team is None else None,
+                weight=request.weight,
+            )
+            loaded.entrance = Entrance(request.previous, request.hop_key, loaded.relay.deliver)
+        return loaded
+
+    def _load_stage(
+        self,
+        backend: Backend,
+        request: LoadStage,
+        spec: ModelSpec,
+        hashed: frozenset[Path],
+        waiting: Callable[[], None],
+        team: Team | None,
+    ) -> Stage:
+        """Load blocks that are in the cache. The files in ``hashed`` are known to be whole."""
+        prepared_dir, prepared_bytes = self._prepared(backend, request)
+        options = StageOptions(
+            request.slots,
+            request.context_tokens,
+            self._config.threads,
+            memory_bytes=max(self._figures.profile.memory_bytes - self._stages.memory_bytes, 0),
+            exact=self._config.exact,
+            prepared_dir=prepared_dir,
+            prepared_bytes=prepared_bytes,
+            fast_prompts=self._config.fast_prompts,
+            hashed=hashed,
+        )
+
+        def load(own: ModelSpec, blocks: Artifacts, team_sum: TeamSum | None = None) -> Stage:
+            kinds = [(block, read_format(path)) for block, path in blocks]
+            self._trials.require(own, kinds, waiting)
+            return backend.load(own, blocks, replace(options, team_sum=team_sum))
+
+        artifacts = [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks]
+        if team is None:
+            return PacedStage(load(spec, artifacts), request.epoch)
+        if not backend.probe().shares:
+            raise BackendError(f"{self._config.backend} cannot run shares of layers")
+        return team.load(load, artifacts)
+
+    def _prepared(self, backend: Backend, request: LoadStage) -> tuple[Path | None, int]:
+        """Return a folder for prepared weights (None without room) and its size in bytes.
+
+        Exact stages keep none. Their files would be many times larger, and nobody waits for their
+        loads.
+        """
+        factor = backend.PREPARED_FACTOR * (2 if self._config.fast_prompts else 1)
+        if self._config.exact or factor == 0:
+            return None, 0
+        size_bytes = int(factor * sum(ref.size_bytes for ref in request.blocks))
+        keep = set(self._stages.files)
+        if request.vocabulary is not None:
+            keep.add(request.vocabulary.sha256)
+        return self._cache.prepare(request.blocks, size_bytes, keep), size_bytes
+
+
+def _contiguous(refs: Sequence[BlockRef], spec: ModelSpec) -> range:
+    """Return the blocks of a stage. Raises BackendError if they are not those of one."""
+    indices = [ref.block for ref in refs]
+    if not indices or indices != list(range(indices[0], indices[0] + len(indices))):
+        raise BackendError("the blocks of a stage must be contiguous")
+    if indices[0] < 0 or indices[-1] >= spec.block_count:
+        raise BackendError("the model has no such blocks")
+    return range(indices[0], indices[-1] + 1)

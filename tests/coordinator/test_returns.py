@@ -1,0 +1,165 @@
+"""A device that only lost its connection to the coordinator comes back with its stage."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from coordinator.loading import returns
+from coordinator.loading.deployment import Deployment
+from coordinator.loading.state import Replacing
+from tests.coordinator.test_teams import (
+    BLOCKS,
+    RING,
+    Parts,
+    Run,
+    Shoal,
+    collect,
+    plan_of,
+    run,
+)
+from wire.messages import LoadStage, PeerLost, StartSequence, TokenSampled, UnloadStage
+
+__all__ = ["run"]
+
+ALONE: tuple[Parts, ...] = ((("a",), 3), (("d",), BLOCKS))
+ELSEWHERE: tuple[Parts, ...] = ((("c",), BLOCKS),)
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing here depends on how long the coordinator waits."""
+    monkeypatch.setattr(returns, "RETURN_S", 60.0)
+
+
+async def lose(shoal: Shoal, name: str) -> None:
+    member = shoal.member(name)
+    shoal.kill(name)
+    assert not await member.lives()
+
+
+async def serving_after(shoal: Shoal, before: Deployment) -> Deployment:
+    await shoal.until(lambda: shoal.models.serving not in (None, before))
+    after = shoal.models.serving
+    assert after is not None
+    return after
+
+
+@pytest.mark.parametrize("parts", [ALONE, RING], ids=["alone", "team"])
+@pytest.mark.parametrize("name", ["a", "d"])
+def test_nothing_is_loaded_again_and_the_answer_goes_on(
+    run: Run, name: str, parts: tuple[Parts, ...]
+) -> None:
+    async def test(shoal: Shoal) -> None:
+        before = await shoal.load(plan_of(parts))
+        answer = asyncio.ensure_future(collect(shoal))
+        await shoal.until(lambda: shoal.of(StartSequence))
+        number = shoal.of(StartSequence)[0][1].sequence
+        await shoal.said("d", TokenSampled(before.epoch, number, 0, 5, ""))
+        await shoal.member("d").lives()
+        loads = len(shoal.of(LoadStage))
+        for lost in (name, name, "d"):  # It may happen again.
+            last = shoal.models.serving
+            assert last is not None
+            await lose(shoal, lost)
+            shoal.told.clear()
+            await shoal.join(lost, kept=[(before.epoch, number)])
+            after = await serving_after(shoal, last)
+            await shoal.until(lambda: len(shoal.of(StartSequence)) == len(parts))
+        assert (after.epoch, after.where, after.plan) == (before.epoch, before.where, before.plan)
+        assert loads == len(before.devices)
+        assert not shoal.of(LoadStage)
+        assert not shoal.of(UnloadStage)
+        start = next(one for _, one in shoal.of(StartSequence) if one.prompt)
+        assert (start.prompt, start.cached) == ((1, 2, 5), 0)
+        await shoal.said("d", TokenSampled(after.epoch, start.sequence, 0, 6, "length"))
+        pieces = await answer
+        assert [token for piece in pieces for token in piece.tokens] == [5, 6]
+        told = [event.kind for event in shoal.story.after()]
+        assert told.count("adopted") == 3
+        assert "replaced" not in told
+        assert not any(member.kept for member in shoal.roster.members)
+
+    run(test)
+
+
+Gone = Callable[[Shoal, Deployment], Awaitable[None]]
+
+
+async def _is_torn(shoal: Shoal, before: Deployment) -> None:
+    await shoal.said("a", PeerLost(before.epoch, "id-of-d", "its end"))
+    await shoal.member("a").lives()
+    await lose(shoal, "d")
+
+
+async def _is_torn_later(shoal: Shoal, before: Deployment) -> None:
+    await lose(shoal, "d")
+    await shoal.said("a", PeerLost(before.epoch, "id-of-d", "its end"))
+
+
+async def _is_empty(shoal: Shoal, before: Deployment) -> None:
+    await lose(shoal, "d")
+    await shoal.join("d")
+
+
+async def _is_dropped(shoal: Shoal, before: Deployment) -> None:
+    shoal.roster.drop(shoal.member("d"), "a pass hangs")
+
+
+@pytest.mark.parametrize("goes", [_is_torn, _is_torn_later, _is_empty, _is_dropped])
+def test_a_device_whose_stage_is_gone_is_not_awaited(run: Run, goes: Gone) -> None:
+    async def test(shoal: Shoal) -> None:
+        before = await shoal.load(plan_of(ALONE))
+        shoal.operations.plans = [plan_of(ELSEWHERE)]
+        await goes(shoal, before)
+        after = await serving_after(shoal, before)
+        assert after.where == "c"
+        # Whoever is late with its stage unloads it.
+        await shoal.join("b", kept=[(before.epoch, 1)])
+        assert not shoal.member("b").kept
+
+    run(test)
+
+
+def test_a_device_that_is_late_does_not_keep_its_stage(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(returns, "RETURN_S", 0.05)
+
+    async def test(shoal: Shoal) -> None:
+        before = await shoal.load(plan_of(ALONE))
+        shoal.operations.plans = [plan_of(ELSEWHERE)]
+        await lose(shoal, "a")
+        assert (await serving_after(shoal, before)).where == "c"
+
+    run(test)
+
+
+def test_stages_that_are_back_are_unloaded_if_another_one_stays_away(run: Run) -> None:
+    async def test(shoal: Shoal) -> None:
+        before = await shoal.load(plan_of(ALONE))
+        shoal.operations.plans = [plan_of(ELSEWHERE)]
+        await lose(shoal, "a")
+        await lose(shoal, "d")
+        await shoal.join("a", kept=[(before.epoch, 1)])
+        assert isinstance(shoal.models.current, Replacing)
+        await shoal.join("d")
+        assert (await serving_after(shoal, before)).where == "c"
+        assert [name for name, _ in shoal.of(UnloadStage)] == ["a"]
+
+    run(test)
+
+
+def test_an_unload_ends_the_waiting(run: Run, tmp_path: Path) -> None:
+    async def test(shoal: Shoal) -> None:
+        before = await shoal.load(plan_of(ALONE))
+        await lose(shoal, "d")
+        await shoal.operations.unload()
+        await shoal.join("d", kept=[(before.epoch, 1)])
+        assert not shoal.member("d").kept
+        assert shoal.models.serving is None
+
+    run(test)
