@@ -47,9 +47,9 @@ CASES = (
     Case("home-4-pis", ("llama-1b", "qwen3-0.6b"), (1, 1)),
     Case("home-4-pis", ("llama-1b", "qwen3-0.6b"), (1, 3)),
     Case("home-4-pis", ("qwen2.5-1.5b", "qwen3-0.6b"), (1, 1), "latency"),
+    Case("home-4-pis", ("smollm2-1.7b", "llama-1b"), (1, 1)),
     Case("four-pis-8b", ("llama-8b", "llama-3b"), (1, 1)),
     Case("four-pis-8b", ("llama-8b", "qwen3-4b", "llama-1b"), (1, 1, 1)),
-    Case("jetson-pis-coral", ("llama-3b", "qwen3-0.6b"), (1, 1)),
     Case("smart-city-16", ("llama-3b", "llama-1b"), (1, 2)),
 )
 

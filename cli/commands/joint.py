@@ -330,7 +330,7 @@ def _best(
 def _measured(
     screen: Screen, described: Sequence[Described], plan: JointPlan
 ) -> list[float | None]:
-    """What each plan loses, measured; None where it cannot be, or where nothing bounds it."""
+    """Each plan's loss, measured; None where it cannot be, or where nothing bounds it."""
     return [
         measured_loss(screen, one.losses, own)
         for one, own in zip(described, plan.plans, strict=True)

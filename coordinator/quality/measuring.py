@@ -263,7 +263,7 @@ class QualityMeter:
     async def loss_of(
         self, request: LoadRequest, checkpoint: Checkpoint, plan: Plan, on_step: OnStep
     ) -> float | None:
-        """What a plan loses by its bits, measured as the estimate was. None: it cannot be."""
+        """A plan's loss by its bits, measured as the estimate was. None: it cannot be."""
         form = Form(checkpoint, request.scheme, request.group_size)
         bits = tuple(placement.bits for placement in plan.placements)
 
