@@ -72,8 +72,8 @@ from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
 from planning.build import DeviceInput, RequestInput, build_problem
 from planning.errors import RequestInvalid
+from planning.joint.beside import solve_beside
 from planning.plan import InfeasiblePlan, Plan, PlanError
-from planning.planner import solve
 from planning.problem import PlanningProblem
 from planning.request import DEFAULT_CONTEXT_TOKENS, LoadRequest, model_name
 from planning.sensitivity import choose_hops
@@ -465,7 +465,10 @@ class Operations:
         self._step("plan", "solving", 0, 0, "")
         if request.plan is not None:
             return request.plan.renamed(self._roster.names.name).to_plan(problem)
-        return await asyncio.to_thread(solve, problem, time_limit_s=request.time_limit_s)
+        others = [record.plan for record in self._beside(request)]
+        return await asyncio.to_thread(
+            solve_beside, problem, others, time_limit_s=request.time_limit_s
+        )
 
     async def _links_back(self, error: PlanError, failed_before_s: float) -> bool:
         """Try failed links that a plan may have lacked. Returns whether one of them works.
