@@ -50,7 +50,7 @@ CONTEXT_TOKENS, PROMPT_TOKENS, OUTPUT_TOKENS, SEED = 256, 64, 12, 7
 BITS = 8
 CPU_PERCENT = {"ash": 40, "birch": 30, "cedar": 20, "dogwood": 15}
 OBJECTIVE = {"kind": "request", "prompt_tokens": PROMPT_TOKENS, "output_tokens": OUTPUT_TOKENS}
-ROOM = {"ash": 0.60, "birch": 0.45, "cedar": 0.40, "dogwood": 0.35}
+ROOM = {"ash": 0.90, "birch": 0.70, "cedar": 0.50, "dogwood": 0.35}
 """Each host's memory, as a share of both models' bytes at 8 bits."""
 
 
