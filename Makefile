@@ -91,6 +91,12 @@ bench-rest: $(VENV)/run.stamp ## measure what an idle agent and coordinator take
 bench-planner: $(VENV)/run.stamp ## measure the planner's solve times and proved gaps
 	$(BIN)/python benchmarks/planner.py $(ARGS)
 
+bench-joint: $(VENV)/run.stamp ## plan models together and one after the other, on described labs
+	$(BIN)/python -m benchmarks.joint $(ARGS)
+
+bench-fidelity-joint: $(VENV)/run.stamp ## compare predicted and measured times of two models at once on emulated hosts (root)
+	$(BIN)/python -m benchmarks.fidelity_joint $(ARGS)
+
 bench-team-simulation: $(VENV)/run.stamp ## compute what teams of 2 to 8 Pis would give, from the parts in a lab
 	$(BIN)/python -m benchmarks.team_simulation $(ARGS)
 
