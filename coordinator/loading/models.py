@@ -133,16 +133,19 @@ class Models:
             for other in self.all_serving
         )
 
-    def named(self, name: object) -> str:
+    def named(self, name: object, *kinds: str | None) -> str:
         """The name of the model that a request means, or empty if none is here.
 
         name: as the request gives it. A request that gives none, or one that is not here, is about
-        the first model of ``present``.
+        the first model of ``present`` of one of these kinds, or else about the first model.
+        kinds: as of ``OutputSpec.kind``, or None for a model that generates. Without any, all are
+        meant.
         """
-        present = [known for known, _ in self.present()]
-        if name in present:
+        present = self.present()
+        if any(known == name for known, _ in present):
             return str(name)
-        return present[0] if present else ""
+        meant = [known for known, state in present if not kinds or _kind(state) in kinds]
+        return next(iter((*meant, *(known for known, _ in present))), "")
 
     def of_epoch(self, epoch: int) -> Deployment | None:
         """The present deployment with this epoch, whether it serves or was broken."""
@@ -224,6 +227,13 @@ class Models:
     def is_suspect(self, deployment: Deployment) -> bool:
         """Whether tokens from ``deployment`` may be wrong, because files were damaged."""
         return deployment.epoch in past_of(self[deployment.name]).suspect
+
+
+def _kind(state: State) -> str | None:
+    """The kind of what a model returns. A model that is still being loaded has none."""
+    deployment = deployment_of(state)
+    output = None if deployment is None else deployment.spec.output
+    return "" if deployment is None else None if output is None else output.kind
 
 
 def _continues(state: State, deployment: Deployment) -> bool:
