@@ -87,7 +87,7 @@ class Shoal:
         coordinator = self._spawn(
             "coordinator", "coordinator", "--json", "--no-mdns", "--bind=127.0.0.1", "--port=0",
             "--http=127.0.0.1:0", f"--state-dir={self.directory}/coordinator", "--queue=2",
-            "--log-level=warning",
+            "--log-level=warning", "--create-token", f"--token-file={self.directory}/token",
         )  # fmt: skip
         ready = json.loads(coordinator.stdout.readline() if coordinator.stdout else "")
         self.url, self.control_port = ready["http"], ready["control_port"]
@@ -99,6 +99,7 @@ class Shoal:
             name, "agent", f"--name={name}", "--bind=127.0.0.1", "--threads=1", "--exact",
             f"--memory={MEMORY}", f"--coordinator=127.0.0.1:{self.control_port}",
             f"--state-dir={self.directory}/{name}", f"--measurements-dir={self.directory}",
+            f"--token-file={self.directory}/token",
         )  # fmt: skip
 
     def _spawn(self, name: str, *arguments: str) -> subprocess.Popen[str]:

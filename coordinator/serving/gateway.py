@@ -38,6 +38,8 @@ from coordinator.loading.state import EndAnswers, Lost
 from coordinator.roster.measurements import together
 from coordinator.roster.members import Member, Roster
 from coordinator.serving import requests
+from coordinator.serving.journal import AnswerJournal, Entry
+from coordinator.serving.kept_answers import KeptAnswers
 from coordinator.serving.urgency import Lanes, Urgency
 from model.spec import ModelSpec
 from model.tokenizer import StreamDecoder
@@ -140,6 +142,8 @@ class Timing:
     """Tokens that the first stage guessed ahead."""
     accepted_tokens: int = 0
     """Guesses that were right."""
+    kept_tokens: int = 0
+    """Tokens of the answer that an identical request had got before."""
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
@@ -250,8 +254,16 @@ class Gateway:
         roster: Roster,
         models: Models,
         shortcuts: Shortcuts = ALL_SHORTCUTS,
+        kept: KeptAnswers | None = None,
+        journal: AnswerJournal | None = None,
     ) -> None:
-        """Answer with the deployments of ``models``, by no other shortcuts than these."""
+        """Answer with the deployments of ``models``, by no other shortcuts than these.
+
+        kept: answers that identical requests get again. None keeps none.
+        journal: keeps answers that are cut off. None keeps none.
+        """
+        self._kept = kept or KeptAnswers(0)
+        self._journal = journal or AnswerJournal()
         self._models = models
         self._shortcuts = shortcuts
         self._lanes = Lanes()
@@ -263,7 +275,7 @@ class Gateway:
         roster.subscribe(self.on_event, lambda *_: None)  # Losses end answers by EndAnswers.
         models.carry_out(EndAnswers, self._end)
 
-    async def generate(
+    def generate(
         self,
         deployment: Deployment,
         prompt: Sequence[int],
@@ -279,7 +291,8 @@ class Gateway:
 
         ``max_tokens`` is cut to the room in the context. If a device is lost, the answer goes on
         once the model is placed anew. If a stage was damaged, the answer begins again. Should it
-        then differ from the tokens that the caller has, AnswerWithdrawn is raised.
+        then differ from the tokens that the caller has, AnswerWithdrawn is raised. An answer that
+        was cut off before, to a request with the same id, begins with the tokens that it had.
 
         withdrawable: the caller accepts pieces that withdraw all earlier ones instead.
         markers: the special tokens whose texts are shown.
@@ -287,19 +300,88 @@ class Gateway:
         Closing the iterator cancels the sequence on every stage. Raises RequestInvalid,
         CoordinatorError.
         """
+        timing = timing or Timing()
+        pieces = self._journaled(
+            deployment,
+            prompt,
+            sampling,
+            stop,
+            timing,
+            withdrawable=withdrawable,
+            markers=markers,
+            shortcuts=shortcuts,
+        )
+        if not shortcuts.cache_prompt:
+            return pieces
+        key = self._kept.key(deployment.epoch, prompt, sampling, stop, markers)
+        if key is None:
+            return pieces
+        answer = self._kept.find(key)
+        if answer is None:
+            return self._kept.record(key, pieces)
+        return _again(answer, deployment.name, len(prompt), timing)
+
+    async def _journaled(
+        self,
+        deployment: Deployment,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        stop: Sequence[str],
+        timing: Timing,
+        *,
+        withdrawable: bool,
+        markers: Collection[str],
+        shortcuts: Shortcuts,
+    ) -> AsyncGenerator[Piece, None]:
+        """Yield the pieces of an answer that is computed, as ``generate`` says."""
+        parts: tuple[object, ...] = deployment.name, tuple(prompt), sampling, tuple(stop)
+        # The scores of earlier tokens are not kept.
+        is_kept = not sampling.prompt_logprobs and sampling.top_logprobs < 0
+        journal = self._journal if requests.current().id and is_kept else AnswerJournal()
+        with journal.entry(requests.current().id, *parts) as entry:
+            pieces = self._pieces(
+                deployment,
+                prompt,
+                sampling,
+                _StopFilter(stop),
+                timing,
+                entry,
+                withdrawable=withdrawable,
+                markers=markers,
+                shortcuts=shortcuts,
+            )
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    yield piece
+
+    async def _pieces(
+        self,
+        deployment: Deployment,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        text: _StopFilter,
+        timing: Timing,
+        entry: Entry,
+        *,
+        withdrawable: bool,
+        markers: Collection[str],
+        shortcuts: Shortcuts,
+    ) -> AsyncGenerator[Piece, None]:
+        """Yield the pieces of ``generate``, and write their tokens into ``entry``."""
         room = room_for_answer(len(prompt), deployment.context_tokens, deployment.spec)
         limit = min(sampling.max_tokens, room)
-        timing = timing or Timing()
         timing.prompt_tokens = len(prompt)
         taken = shortcuts.within(self._shortcuts)
         request = requests.current()
         request.asks(deployment.name, len(prompt))
         decoder = deployment.tokenizer.stream(markers)
-        text = _StopFilter(stop)
-        answer: list[int] = []
-        given: list[int] = []
+        answer = _tokens_of(entry, limit, deployment.spec.vocab)
+        given: list[int] = list(answer)
         """The tokens that the caller has. The answer has fewer after it began again."""
         scores: list[bytes] = []
+        for token in given:
+            yield _piece(TokenSampled(0, 0, 0, token, ""), decoder, text, Timing())
+            request.answers(1)
         lost_at, lost_times = -1, 0
         """The tokens of the answer when rows were lost last, and how often they were lost there."""
         while True:
@@ -307,8 +389,9 @@ class Gateway:
             if given and before is not deployment and self._models.is_suspect(before):
                 answer.clear()
                 if withdrawable:
+                    entry.withdraw()
                     given.clear()
-                    decoder, text = deployment.tokenizer.stream(markers), _StopFilter(stop)
+                    decoder, text = deployment.tokenizer.stream(markers), text.fresh()
                     yield Piece("", (), "", withdraws=True)
             left = _rest(sampling, limit, answer, scored=len(scores) == len(prompt) - 1)
             if left.prompt_logprobs:
@@ -335,12 +418,14 @@ class Gateway:
                         request.accepted_tokens += event.accepted
                         answer += piece.tokens
                         given += piece.tokens
+                        entry.add(piece.tokens)
                         yield piece
                         if piece.finish:
                             return
             except _Paused:
                 continue  # It goes on behind the tokens that it has.
             except (AnswerWithdrawn, AgentLied):
+                entry.withdraw()
                 raise  # Not even the earlier tokens can be trusted.
             except RowsLost as error:
                 lost_times = lost_times + 1 if lost_at == len(answer) else 1
@@ -559,6 +644,10 @@ class _StopFilter:
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown, False
 
+    def fresh(self) -> _StopFilter:
+        """Return a filter for the same strings that has seen no text."""
+        return _StopFilter(self._stop)
+
     def rest(self) -> str:
         """The held text, once no more text comes."""
         rest, self._held = self._held, ""
@@ -587,6 +676,26 @@ def _piece(event: TokenSampled, decoder: StreamDecoder, text: _StopFilter, timin
         more, stopped = text.feed(decoder.finish())
         return Piece(shown + more + text.rest(), (event.token,), "stop" if stopped else "length")
     return Piece(shown, (event.token,), "")
+
+
+async def _again(
+    answer: Sequence[Piece], model: str, prompt_tokens: int, timing: Timing
+) -> AsyncGenerator[Piece, None]:
+    """Yield an answer that was kept. Nothing of its prompt runs."""
+    timing.prompt_tokens = timing.cached_tokens = prompt_tokens
+    request = requests.current()
+    request.asks(model, prompt_tokens)
+    request.cached_tokens += prompt_tokens
+    for piece in answer:
+        timing.kept_tokens += len(piece.tokens)
+        request.answers(len(piece.tokens))
+        yield piece
+
+
+def _tokens_of(entry: Entry, limit: int, vocab: int) -> list[int]:
+    """Return the tokens with which an answer of up to ``limit`` tokens goes on."""
+    usable = all(0 <= token < vocab for token in entry.tokens)
+    return list(entry.tokens[: limit - 1]) if usable else []
 
 
 def _with_logprobs(piece: Piece, event: TokenSampled, sampling: Sampling, vocab: int) -> Piece:
