@@ -6,7 +6,7 @@
 Hosts have shares of a core and wired links (testbed/). One client asks for an answer after the
 other, with a pause between them. In each scenario something changes:
 
-- join: a host that has six times as much of a core joins;
+- join: a host that has three times as much of a core joins;
 - link: the link to the second of two hosts degrades 20 times, and heals; a third host is there;
 - throttle: the host that runs the model throttles to 30 %; another one is there.
 
@@ -45,7 +45,7 @@ from testbed.network import HUB, Host, Link, Network
 
 STATE = Path("/var/tmp/shoal-moving")  # noqa: S108 - a fixed place, so that a run can continue
 
-SHAPE = Shape(hidden=1024, ffn=2816, layers=8, heads=8)
+SHAPE = Shape(hidden=1536, ffn=4096, layers=12, heads=12)
 MEMORY_BYTES = 2 << 30
 STORAGE_BYTES = 4 << 30
 WIRED = Link(1e-3, 12.5e6)
@@ -82,8 +82,8 @@ class Scenario:
 
 SCENARIOS = {
     "join": Scenario(
-        "A device joins that has six times as much of a core",
-        {"ash": 10.0, "birch": 60.0},
+        "A device joins that has three times as much of a core",
+        {"ash": 20.0, "birch": 60.0},
         {},
         180.0,
         ((20.0, "birch", "join", "birch joins"),),
@@ -91,7 +91,7 @@ SCENARIOS = {
     ),
     "link": Scenario(
         "A link degrades 20 times, and heals",
-        {"ash": 20.0, "birch": 40.0, "cedar": 30.0},
+        {"ash": 20.0, "birch": 50.0, "cedar": 35.0},
         {"0": "ash"},
         480.0,
         ((20.0, "birch", DEGRADED, "link degrades"), (160.0, "birch", "heal", "link heals")),
