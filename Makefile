@@ -111,6 +111,8 @@ bench-recovery: $(VENV)/run.stamp ## measure how much later an answer ends when 
 
 bench-moving: $(VENV)/run.stamp ## draw the time of a token while devices and links change, with moves and without (root)
 	$(BIN)/python -m benchmarks.moving $(ARGS)
+fault-matrix: $(VENV)/run.stamp ## try each fault in each phase of an answer, on emulated hosts (root)
+	$(BIN)/python -m benchmarks.fault_matrix $(ARGS)
 
 chaos: $(VENV)/run.stamp ## inject random faults for 10 minutes while clients ask, and check every answer (root)
 	$(BIN)/python -m benchmarks.chaos $(ARGS)

@@ -52,6 +52,7 @@ from coordinator.roster.names import NameBook
 from coordinator.serving.admission import Admission
 from coordinator.serving.encoding import Encoders
 from coordinator.serving.gateway import Gateway, Shortcuts
+from coordinator.serving.journal import AnswerJournal
 from coordinator.serving.requests import Requests
 from coordinator.serving.standstills import Standstills
 from coordinator.story import Story
@@ -156,7 +157,10 @@ class Coordinator:
             self.roster, self._models, turns, self._operations, self._story
         )
         self._gateway = Gateway(
-            self.roster, self._models, Shortcuts(config.prefix_cache, config.drafts)
+            self.roster,
+            self._models,
+            Shortcuts(config.prefix_cache, config.drafts),
+            AnswerJournal(config.state_dir / "answers"),
         )
         self._operations.mover.warm = self._gateway.warm
         self._standstills = Standstills(self.roster, self._models, self._gateway)

@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from cli import argument_types
 from cli.argument_types import CONTROL_PORT, HTTP_PORT
@@ -22,6 +22,7 @@ from cli.render import Screen
 from cli.service.install import add_service_actions
 from cli.service.running import Running, told
 from cli.shared_arguments import add_memory_argument, add_threads_argument, add_watts_argument
+from coordinator.claim import claim_alone, stand_by
 from coordinator.config import (
     DEFAULT_MOST_WAITING,
     DEFAULT_RECOVERY_WAIT_S,
@@ -170,6 +171,12 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         "hold the model. Default: %(default)g.",
     )
     parser.add_argument(
+        "--standby",
+        action="store_true",
+        help="Wait while another coordinator runs with the same state directory, and take over "
+        "when it ends. With the directory on a shared disk, it may run on another machine.",
+    )
+    parser.add_argument(
         "--rebalance",
         choices=("auto", "off"),
         default="auto",
@@ -312,6 +319,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
         raise UsageError("--http-key needs the certificate: name it with --http-cert FILE")
 
     state = contextlib.ExitStack()
+    service = ServiceManager.from_environment()
 
     def on_ready(ready: Ready) -> None:
         running = _running(config, ready)
@@ -337,6 +345,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
     _raise_descriptor_limit()
     try:
         _require_one_way(options)
+        state.enter_context(_claimed(options, screen, service))
         if not options.insecure:
             _prepare_token(options)
         config = CoordinatorConfig(
@@ -361,14 +370,32 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
             prefix_cache=not options.no_prefix_cache,
             drafts=options.speculate,
         )
-        coordinator = Coordinator(
-            config, screen.note, ServiceManager.from_environment(), LocalMakers()
-        )
+        coordinator = Coordinator(config, screen.note, service, LocalMakers())
         _follow_parent(options, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with state:
-            asyncio.run(coordinator.run(on_ready))
+        asyncio.run(coordinator.run(on_ready))
     except (ConfigError, TokenError, WireError) as error:
         raise CommandFailed(str(error)) from error
+    finally:
+        state.close()
+
+
+def _claimed(options: argparse.Namespace, screen: Screen, service: ServiceManager) -> TextIO:
+    """Lock the state directory, if need be after another coordinator. Raises ConfigError."""
+    state_dir = options.state_dir or default_state_dir("coordinator")
+    if not options.standby:
+        return claim_alone(state_dir)
+    tells = True
+
+    def on_wait() -> None:
+        nonlocal tells
+        if tells:
+            screen.note(f"standing by: another coordinator runs with {state_dir}")
+            service.ready()
+            service.status("standing by")
+            tells = False
+        service.alive()
+
+    return stand_by(state_dir, on_wait)
 
 
 def _require_one_way(options: argparse.Namespace) -> None:

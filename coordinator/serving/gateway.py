@@ -37,6 +37,7 @@ from coordinator.loading.state import EndAnswers, Lost
 from coordinator.roster.measurements import together
 from coordinator.roster.members import Member, Roster
 from coordinator.serving import requests
+from coordinator.serving.journal import AnswerJournal, Entry
 from model.spec import ModelSpec
 from model.tokenizer import StreamDecoder
 from planning.errors import RequestInvalid
@@ -240,8 +241,13 @@ class Gateway:
         roster: Roster,
         models: Models,
         shortcuts: Shortcuts = ALL_SHORTCUTS,
+        journal: AnswerJournal | None = None,
     ) -> None:
-        """Answer with the deployments of ``models``, by no other shortcuts than these."""
+        """Answer with the deployments of ``models``, by no other shortcuts than these.
+
+        journal: keeps answers that are cut off. None keeps none.
+        """
+        self._journal = journal or AnswerJournal()
         self._models = models
         self._shortcuts = shortcuts
         self._newest = 0
@@ -268,7 +274,8 @@ class Gateway:
 
         ``max_tokens`` is cut to the room in the context. If a device is lost, the answer goes on
         once the model is placed anew. If a stage was damaged, the answer begins again. Should it
-        then differ from the tokens that the caller has, AnswerWithdrawn is raised.
+        then differ from the tokens that the caller has, AnswerWithdrawn is raised. An answer that
+        was cut off before, to a request with the same id, begins with the tokens that it had.
 
         withdrawable: the caller accepts pieces that withdraw all earlier ones instead.
         markers: the special tokens whose texts are shown.
@@ -276,19 +283,54 @@ class Gateway:
         Closing the iterator cancels the sequence on every stage. Raises RequestInvalid,
         CoordinatorError.
         """
+        parts: tuple[object, ...] = deployment.name, tuple(prompt), sampling, tuple(stop)
+        # The scores of earlier tokens are not kept.
+        is_kept = not sampling.prompt_logprobs and sampling.top_logprobs < 0
+        journal = self._journal if requests.current().id and is_kept else AnswerJournal()
+        with journal.entry(requests.current().id, *parts) as entry:
+            pieces = self._pieces(
+                deployment,
+                prompt,
+                sampling,
+                _StopFilter(stop),
+                timing or Timing(),
+                entry,
+                withdrawable=withdrawable,
+                markers=markers,
+                shortcuts=shortcuts,
+            )
+            async with aclosing(pieces):
+                async for piece in pieces:
+                    yield piece
+
+    async def _pieces(
+        self,
+        deployment: Deployment,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        text: _StopFilter,
+        timing: Timing,
+        entry: Entry,
+        *,
+        withdrawable: bool,
+        markers: Collection[str],
+        shortcuts: Shortcuts,
+    ) -> AsyncGenerator[Piece, None]:
+        """Yield the pieces of ``generate``, and write their tokens into ``entry``."""
         room = room_for_answer(len(prompt), deployment.context_tokens, deployment.spec)
         limit = min(sampling.max_tokens, room)
-        timing = timing or Timing()
         timing.prompt_tokens = len(prompt)
         taken = shortcuts.within(self._shortcuts)
         request = requests.current()
         request.asks(deployment.name, len(prompt))
         decoder = deployment.tokenizer.stream(markers)
-        text = _StopFilter(stop)
-        answer: list[int] = []
-        given: list[int] = []
+        answer = _tokens_of(entry, limit, deployment.spec.vocab)
+        given: list[int] = list(answer)
         """The tokens that the caller has. The answer has fewer after it began again."""
         scores: list[bytes] = []
+        for token in given:
+            yield _piece(TokenSampled(0, 0, 0, token, ""), decoder, text, Timing())
+            request.answers(1)
         lost_at, lost_times = -1, 0
         """The tokens of the answer when rows were lost last, and how often they were lost there."""
         while True:
@@ -296,8 +338,9 @@ class Gateway:
             if given and before is not deployment and self._models.is_suspect(before):
                 answer.clear()
                 if withdrawable:
+                    entry.withdraw()
                     given.clear()
-                    decoder, text = deployment.tokenizer.stream(markers), _StopFilter(stop)
+                    decoder, text = deployment.tokenizer.stream(markers), text.fresh()
                     yield Piece("", (), "", withdraws=True)
             left = _rest(sampling, limit, answer, scored=len(scores) == len(prompt) - 1)
             if left.prompt_logprobs:
@@ -324,10 +367,12 @@ class Gateway:
                         request.accepted_tokens += event.accepted
                         answer += piece.tokens
                         given += piece.tokens
+                        entry.add(piece.tokens)
                         yield piece
                         if piece.finish:
                             return
             except (AnswerWithdrawn, AgentLied):
+                entry.withdraw()
                 raise  # Not even the earlier tokens can be trusted.
             except RowsLost as error:
                 lost_times = lost_times + 1 if lost_at == len(answer) else 1
@@ -516,6 +561,10 @@ class _StopFilter:
         shown, self._held = self._held[:cut], self._held[cut:]
         return shown, False
 
+    def fresh(self) -> _StopFilter:
+        """Return a filter for the same strings that has seen no text."""
+        return _StopFilter(self._stop)
+
     def rest(self) -> str:
         """The held text, once no more text comes."""
         rest, self._held = self._held, ""
@@ -544,6 +593,12 @@ def _piece(event: TokenSampled, decoder: StreamDecoder, text: _StopFilter, timin
         more, stopped = text.feed(decoder.finish())
         return Piece(shown + more + text.rest(), (event.token,), "stop" if stopped else "length")
     return Piece(shown, (event.token,), "")
+
+
+def _tokens_of(entry: Entry, limit: int, vocab: int) -> list[int]:
+    """Return the tokens with which an answer of up to ``limit`` tokens goes on."""
+    usable = all(0 <= token < vocab for token in entry.tokens)
+    return list(entry.tokens[: limit - 1]) if usable else []
 
 
 def _with_logprobs(piece: Piece, event: TokenSampled, sampling: Sampling, vocab: int) -> Piece:
