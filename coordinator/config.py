@@ -58,6 +58,8 @@ class CoordinatorConfig:
     """Ask no HTTP client for an API key, wherever HTTP listens."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose web pages may use the API, as "https://chat.lan". "*" means all."""
+    answer_cache_bytes: int = 0
+    """The memory for greedy answers that identical requests get again. 0 keeps none."""
     most_waiting: int = DEFAULT_MOST_WAITING
     """The most requests that wait for a slot. More get an error."""
 
