@@ -68,7 +68,7 @@ class _Move:
 
 @dataclass(slots=True)
 class _Watched:
-    """What the loop knows of one deployment.
+    """The loop's knowledge of one deployment.
 
     links: what its links cost when the loop saw them first.
     basis: the figures from which ``compared`` was made.
@@ -110,9 +110,16 @@ class Rebalancer:
 
     async def follow(self) -> None:
         """Look for ever."""
+        told: set[str] = set()
         while True:
             await asyncio.sleep(LOOK_S)
-            await self.look()
+            try:
+                await self.look()
+            except Exception as error:  # A look that failed must not be the last one.
+                text = f"{type(error).__name__}: {error}"
+                if text not in told:
+                    told.add(text)
+                    log.exception("no other plan was looked for: %s", text)
 
     async def look(self) -> None:
         """Look at every model that answers once."""
@@ -165,6 +172,10 @@ class Rebalancer:
     def _answers(self, deployment: Deployment) -> bool:
         return self._models.ended_by(deployment) is None
 
+    def _may_go_on(self, deployment: Deployment) -> bool:
+        """Whether work for a move may go on. Losses and users do not wait for it."""
+        return self._answers(deployment) and not self._turns.is_awaited
+
     # ---- figures --------------------------------------------------------------------------------
 
     def _basis(self, deployment: Deployment) -> object:
@@ -203,7 +214,7 @@ class Rebalancer:
                 work = self._operations.compare(
                     deployment, self._remeasuring.slow, measures=False, without=without
                 )
-                compared = await run_while(lambda: self._answers(deployment), work)
+                compared = await run_while(lambda: self._may_go_on(deployment), work)
         except FAILURES as error:
             log.info("%s: no other plan: %s", deployment.name, error)
             compared = None
@@ -245,9 +256,8 @@ class Rebalancer:
         watched.begun = move
         try:
             async with self._turns.unasked("a move to a better plan is under way"):
-                await run_while(
-                    lambda: self._answers(deployment), self._carry_out(deployment, planned, reason)
-                )
+                work = self._carry_out(deployment, planned, reason)
+                await run_while(lambda: self._may_go_on(deployment), work)
         except FAILURES as error:
             log.warning("%s is not moved: %s", deployment.name, error)
             watched.memory = watched.memory.moved(self._clock())
@@ -269,10 +279,10 @@ def _timings(member: Member, deployment: Deployment) -> object:
 def _way_back(compared: Compared) -> Planned | None:
     """Return how to move back to the present plan, or None if no measured figure says whether to.
 
-    A plan of less energy may be slower, and so may one of more throughput. A plan that the user
-    gave is taken as it is.
+    A plan of less energy may be slower, and so may one of more throughput. What the user asked for
+    is taken as it is.
     """
     request = compared.planned.request
-    if request.plan is not None or request.objective.kind not in ("latency", "request"):
+    if compared.choice.is_wished or request.objective.kind not in ("latency", "request"):
         return None
     return replace(compared.planned, plan=compared.present)
