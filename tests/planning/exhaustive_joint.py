@@ -199,17 +199,19 @@ def exhaustive_at(problem: JointProblem, paces_s: Sequence[float]) -> float:
             continue
         value = 0.0
         for m, way in enumerate(ways):
+            met = [
+                sum(
+                    (other.busy_s[i] or 0.0) * min(1.0, paces_s[m] / paces_s[k])
+                    for k, other in enumerate(ways)
+                    if k != m
+                )
+                for i in devices
+            ]
+            here = [i for i in devices if way.busy_s[i] is not None]
             seconds = way.alone_s
-            for i in devices:
-                if way.busy_s[i] is not None:
-                    seconds = max(
-                        seconds,
-                        sum(
-                            (other.busy_s[i] or 0.0)
-                            * (1.0 if k == m else min(1.0, paces_s[m] / paces_s[k]))
-                            for k, other in enumerate(ways)
-                        ),
-                    )
+            if problem.problems[m].objective.kind != "throughput":
+                seconds += sum(met[i] for i in here) / 2
+            seconds = max(seconds, *((way.busy_s[i] or 0.0) + met[i] for i in here), 0.0)
             value += problem.weights[m] / total * (seconds + way.load_s)
         best = min(best, value)
     return best
