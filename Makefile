@@ -33,6 +33,9 @@ test: $(VENV)/dev.stamp ## run all tests in 4 processes (options in ARGS; durati
 test-fast: $(VENV)/dev.stamp ## run the tests that start no process and open no connection
 	$(BIN)/python -m pytest -n 2 --dist worksteal --fast $(ARGS)
 
+fuzz: $(VENV)/dev.stamp ## send hostile bytes to codec, TLS, and the ports of a running shoal, for a minute (ARGS)
+	$(BIN)/python -W ignore::UserWarning -m tests.fuzz $(ARGS)
+
 test-matrix: ## test an installation on every supported Python that pyenv or PATH has
 	tests/install/matrix.sh
 
@@ -46,6 +49,11 @@ dist: $(VENV)/run.stamp ## make a folder to install from: wheel, locks, install.
 	cp install.sh requirements/agent.lock requirements/run.lock dist/
 
 # pip would judge "python_full_version < '3.11'" by its own Python. So uv resolves the lock for the target.
+audit: $(VENV)/run.stamp ## look for known holes in all locked packages (asks PyPI; fails where it knows nothing)
+	$(BIN)/pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv tool run pip-audit --strict --disable-pip --require-hashes --progress-spinner off \
+		$(foreach lock,agent run dev,-r requirements/$(lock).lock)
+
 bundle: dist ## make dist with every wheel for MACHINE and PYTHON_VERSION, to install offline
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip compile --quiet --no-header --generate-hashes --python-version $(PYTHON_VERSION) \
@@ -104,8 +112,17 @@ bench-throughput: $(VENV)/run.stamp ## measure several generations at once over 
 bench-serve: $(VENV)/run.stamp ## measure chats, repeated text and a long prompt beside streams, on emulated hosts (root)
 	$(BIN)/python -m benchmarks.serve $(ARGS)
 
+bench-peer-loading: $(VENV)/run.stamp ## measure loading blocks from other devices instead of the coordinator (root)
+	$(BIN)/python -m benchmarks.peer_loading $(ARGS)
+
 bench-recovery: $(VENV)/run.stamp ## measure how much later an answer ends when a device is lost (root)
 	$(BIN)/python -m benchmarks.recovery $(ARGS)
+
+bench-moving: $(VENV)/run.stamp ## draw the time of a token while devices and links change, with moves and without (root)
+	$(BIN)/python -m benchmarks.moving $(ARGS)
+
+fault-matrix: $(VENV)/run.stamp ## try each fault in each phase of an answer, on emulated hosts (root)
+	$(BIN)/python -m benchmarks.fault_matrix $(ARGS)
 
 chaos: $(VENV)/run.stamp ## inject random faults for 10 minutes while clients ask, and check every answer (root)
 	$(BIN)/python -m benchmarks.chaos $(ARGS)
@@ -122,8 +139,14 @@ bench-quantizers: $(VENV)/run.stamp ## measure quantizers on a model, and with -
 bench-pages: $(VENV)/run.stamp ## measure decoding speed of fresh processes, by the memory of their weights
 	$(BIN)/python -m benchmarks.pages $(ARGS)
 
+bench-encoders: $(VENV)/run.stamp ## measure texts per second of encoders, also by transformers
+	$(BIN)/python -m benchmarks.encoders $(ARGS)
+
 bench-telemetry: $(VENV)/run.stamp ## measure what counting and remembering passes costs a token
 	$(BIN)/python -m benchmarks.telemetry $(ARGS)
+
+soak-models: $(VENV)/run.stamp ## load and unload three models at random for half an hour, while clients ask them
+	$(BIN)/python -m benchmarks.soak_models $(ARGS)
 
 soak: $(VENV)/run.stamp ## let random clients and failing devices loose for an hour, and watch for what is left
 	$(BIN)/python -m benchmarks.soak $(ARGS)

@@ -1,15 +1,18 @@
 #!/bin/sh
 # Install shoal on this machine: an environment in /opt/shoal and a systemd service.
 #
-#   sudo SHOAL_TOKEN=... sh install.sh agent [options of `shoal agent install`]
 #   sudo sh install.sh coordinator [options of `shoal coordinator install`]
+#   sudo sh install.sh agent --token-file - [options of `shoal agent install`]
 #   sudo sh install.sh rollback
 #   sudo sh install.sh uninstall [--yes | --keep-data]
+#
+# An agent needs a token once: `sudo shoal token create` where the coordinator runs prints it.
+# With `--token-file -` this script asks for it, or reads it from standard input. So it lands
+# neither in the shell's history nor in sudo's log. `--token-file FILE` reads a file.
 #
 # It installs the wheel beside it (make dist), or the source tree that it is part of.
 # Run it again to upgrade. It then restarts the machine's services, and keeps the old
 # environment in /opt/shoal.previous. `rollback` goes back to that. Variables:
-#   SHOAL_TOKEN    The cluster's token. It is kept in /etc/shoal/token.
 #   SHOAL_WHEELS   A folder with all needed wheels. Nothing is downloaded then.
 #                  Default: wheels/ beside this script, if it exists (make bundle).
 #   SHOAL_EXTRAS   More extras of the package, such as highs.
@@ -147,6 +150,38 @@ report() {
     echo "shoal $(version_in "$PREVIOUS") is kept in $PREVIOUS: \`sudo sh install.sh rollback\` goes back"
 }
 
+# Reads the token, if it comes by standard input, before anything takes long.
+read_token() {
+    token=
+    previous=
+    for option in "$@"; do
+        if [ "$previous $option" = "--token-file -" ] || [ "$option" = --token-file=- ]; then
+            if [ -t 0 ]; then
+                printf 'Paste the token (it is not shown): ' >&2
+                trap 'stty echo; exit 130' INT
+                stty -echo
+                IFS= read -r token || true
+                stty echo
+                trap - INT
+                echo >&2
+            else
+                token=$(cat)
+            fi
+            [ -n "$token" ] || fail "no token was given"
+        fi
+        previous=$option
+    done
+}
+
+# Installs the service. The shell's own printf keeps the token out of the list of processes.
+install_service() {
+    if [ -n "$token" ]; then
+        printf '%s\n' "$token" | "$PREFIX/bin/shoal" "$kind" install "$@"
+    else
+        "$PREFIX/bin/shoal" "$kind" install "$@"
+    fi
+}
+
 check_python() {
     command -v "$PYTHON" >/dev/null || fail "$PYTHON is missing: install Python 3.10 or newer"
     "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10) or sys.maxsize < 2 ** 32)' ||
@@ -245,6 +280,7 @@ if [ "$kind" = rollback ]; then
 fi
 
 check_python
+read_token "$@"
 before=
 keep_environment
 make_environment
@@ -257,7 +293,7 @@ else
 fi
 accept_environment
 ln -sfn "$PREFIX/bin/shoal" "$COMMAND"
-"$PREFIX/bin/shoal" "$kind" install "$@"
+install_service "$@"
 restarted=shoal-$kind
 for option in "$@"; do
     if [ "$option" = --no-start ]; then restarted=; fi

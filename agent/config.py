@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TextIO
 
 from wire.addresses import is_everywhere
-from wire.auth import Token
 from wire.invite import Invite
 from wire.messages import Endpoint
 
@@ -47,8 +46,10 @@ class AgentConfig:
     backend: str
     watts: float | None = None
     """The power that the device draws while it computes, as its user says. None if unknown."""
-    token: Token | Invite | None = field(default=None, repr=False)
-    """The token of the whole shoal, or an invite to one with TLS. None if there is none."""
+    token: Invite | None = field(default=None, repr=False)
+    """The token by which a new device joins. None: the coordinator knows the device already."""
+    insecure: bool = False
+    """Do not encrypt. Then this device joins only a coordinator that does not either."""
     exact: bool = False
     """Do not round activations. Slower, for comparing results."""
     fast_prompts: bool = False

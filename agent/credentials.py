@@ -1,8 +1,7 @@
 """What an agent shows to the coordinator and to other agents, and whom it lets in.
 
-With a token of the whole shoal, that is the token. With an invite, or once the agent has joined by
-one, connections are encrypted. Then the agent shows its own certificate, and the coordinator tells
-it the fingerprints of all others.
+Connections are encrypted. The agent shows its own certificate, and the coordinator tells it the
+fingerprints of all others. With --insecure there is nothing to show, and everybody is let in.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import threading
 from dataclasses import dataclass
 
 from agent.config import AgentConfig, ConfigError
-from wire.auth import Token
 from wire.claim import FINGERPRINT_BYTES, Claim, Fingerprint
 from wire.errors import AuthFailed, ConnectFailed
 from wire.identity import Identity, IdentityError, own_identity
@@ -23,6 +21,10 @@ from wire.messages import DevicesKnown
 UNKNOWN_S = 2.0
 """How long a device may be unknown. The coordinator may just be telling us about it."""
 
+NEEDS_INVITE = (
+    "a token is needed to join: `shoal token create` makes one where the coordinator runs; give it "
+    "by --token-file FILE or SHOAL_TOKEN"
+)
 NOT_KNOWN = "the device that was called does not know this one: it has not joined, or was revoked"
 
 
@@ -33,23 +35,24 @@ class Credentials:
         """Raises ConfigError."""
         self._device = device
         self._path = config.state_dir / "coordinator-fingerprint"
-        token = config.token
-        self._token: Token | None = None
-        self._tls: _Tls | None = None
+        self._tls = None if config.insecure else self._chosen(config)
         self._known: dict[str, Fingerprint] = {}
         self._told = threading.Condition()
+
+    def _chosen(self, config: AgentConfig) -> _Tls:
+        """Take the coordinator of the token, else the one that was joined before."""
+        token = config.token
         try:
-            if isinstance(token, Invite):
-                self._tls = _Tls(own_identity(config.identity_path), token.coordinator, token)
-            elif token is None and self._path.exists():
-                coordinator = bytes.fromhex(self._path.read_text(encoding="ascii"))
-                if len(coordinator) != FINGERPRINT_BYTES:
-                    raise ValueError("not a fingerprint")
-                self._tls = _Tls(own_identity(config.identity_path), coordinator, None)
-            else:
-                self._token = token
+            if token is not None:
+                return _Tls(own_identity(config.identity_path), token.coordinator, token)
+            coordinator = bytes.fromhex(self._path.read_text(encoding="ascii"))
+            if len(coordinator) != FINGERPRINT_BYTES:
+                raise ValueError("not a fingerprint")
+            return _Tls(own_identity(config.identity_path), coordinator, None)
         except IdentityError as error:
             raise ConfigError(str(error)) from error
+        except FileNotFoundError as error:
+            raise ConfigError(NEEDS_INVITE) from error
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{self._path} is damaged: remove it, and start with a token again"
@@ -57,31 +60,31 @@ class Credentials:
 
     @property
     def coordinator(self) -> Fingerprint | None:
-        """The fingerprint of the only coordinator to join. None without TLS."""
+        """The fingerprint of the only coordinator to join. None with --insecure."""
         return None if self._tls is None else self._tls.coordinator
 
-    def to_coordinator(self, purpose: Purpose) -> Token | Caller | None:
+    def to_coordinator(self, purpose: Purpose) -> Caller | None:
         """Return what a connection to the coordinator needs."""
         tls = self._tls
         if tls is None:
-            return self._token
+            return None
         return Caller(tls.identity, tls.coordinator, purpose, self._device, COORDINATOR, tls.invite)
 
-    def to_device(self, device: str) -> Token | Caller | None:
+    def to_device(self, device: str) -> Caller | None:
         """Return what a connection to another agent needs. Raises ConnectFailed."""
         tls = self._tls
         if tls is None:
-            return self._token
+            return None
         fingerprint = self._await(device)
         if fingerprint is None:
             raise ConnectFailed(f"the coordinator has not told the key of device {device}")
         return Caller(tls.identity, fingerprint, "data", self._device, device)
 
-    def of_others(self) -> Token | Answerer | None:
+    def of_others(self) -> Answerer | None:
         """Return what other agents must show."""
         tls = self._tls
         if tls is None:
-            return self._token
+            return None
         return Answerer(tls.identity, self._device, frozenset(("data",)), self._admit)
 
     def joined(self) -> None:

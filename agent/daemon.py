@@ -28,6 +28,7 @@ from agent.credentials import Credentials
 from agent.files import FileExchange
 from agent.gauges import Gauges
 from agent.links import Link, Measuring
+from agent.loaded import encode
 from agent.loading import Source, StageLoader
 from agent.peers import PeerServer, connect_peer, measure_link_steadily
 from agent.quality import StreamedModel, measure_quality
@@ -46,7 +47,7 @@ from wire import limits
 from wire.addresses import is_everywhere, is_loopback, is_own, reachable_addresses
 from wire.connection import Connection, Listener, protocol_of_silent
 from wire.discovery import find_coordinator
-from wire.errors import ConnectFailed, ConnectionLost, ProtocolError, WireError
+from wire.errors import ConnectFailed, ConnectionLost, NoTls, ProtocolError, WireError
 from wire.exhaustive import assert_never
 from wire.hygiene import clean
 from wire.messages import (
@@ -60,6 +61,7 @@ from wire.messages import (
     DeviceMeasured,
     DevicesKnown,
     Done,
+    EncodeTexts,
     Endpoint,
     FetchBlocks,
     FindBlocks,
@@ -107,7 +109,6 @@ Request = (
     | MeasureDevice
     | MeasureQuality
     | MeasureLink
-    | FindBlocks
     | LoadStage
     | ConnectStage
     | ConnectTeam
@@ -177,9 +178,10 @@ class Agent:
         self._cache = BlockCache(config.cache_dir, profile.storage_bytes)
         self._credentials = Credentials(config, self._device)
         self._listener = Listener(
-            config.bind_host, config.data_port, token=self._credentials.of_others()
+            config.bind_host, config.data_port, answerer=self._credentials.of_others()
         )
         self._peers = PeerServer(self._device, self._listener)
+        self._peers.files = self._cache.held
         self._stages = Stages(self._peers)
         self._loader = StageLoader(
             config,
@@ -293,18 +295,18 @@ class Agent:
         started_s = time.monotonic()
         try:
             return self._welcomed_at(endpoint)
-        except ConnectionLost as error:
-            # Only an older version closes at once and in silence.
+        except (ConnectionLost, NoTls) as error:
+            # An older version closes at once and in silence, and does not speak TLS.
             if self._stop.is_set() or time.monotonic() - started_s > limits.HEARTBEAT_S:
                 raise
-            protocol = protocol_of_silent(endpoint, self._credentials.to_coordinator("control"))
+            protocol = protocol_of_silent(endpoint)
             if protocol is None or protocol == PROTOCOL_VERSION:
                 raise
             raise ConnectFailed(Stranger(endpoint.host, protocol).story()) from error
 
     def _welcomed_at(self, endpoint: Endpoint) -> Connection:
-        token = self._credentials.to_coordinator("control")
-        connection = Connection.connect(endpoint, token=token)
+        caller = self._credentials.to_coordinator("control")
+        connection = Connection.connect(endpoint, caller=caller)
         self._control = connection
         if self._stop.is_set():
             connection.close()
@@ -415,7 +417,11 @@ class Agent:
             while True:
                 message = clean(connection.receive()[0])  # Heartbeats come every second.
                 self._service.alive()
-                if isinstance(message, Request):
+                if isinstance(message, FindBlocks):
+                    # At once, because another device waits for it while this one may be loading.
+                    found = self._cache.find(message.sha256s)
+                    connection.send(BlocksFound(message.request, found))
+                elif isinstance(message, Request):
                     requests.put(message)
                 elif isinstance(message, CancelRequest):
                     self._cancelled.add(message.request)
@@ -426,6 +432,8 @@ class Agent:
                         connection.send(SequenceFailed(message.epoch, message.sequence, reason))
                     else:
                         relay.start(message)
+                elif isinstance(message, EncodeTexts):
+                    encode(message, self._stages.relay_of(message.epoch), connection)
                 elif isinstance(message, ReleaseSequence):
                     relay = self._stages.relay_of(message.epoch)
                     if relay is not None:
@@ -501,8 +509,6 @@ class Agent:
                     return self._measure_quality(request, connection, coordinator)
             case MeasureLink():
                 return self._measure_link(request)
-            case FindBlocks():
-                return BlocksFound(request.request, self._cache.find(request.sha256s))
             case LoadStage():
                 return self._load(request, connection, coordinator)
             case ConnectStage():
@@ -582,8 +588,8 @@ class Agent:
         self, request: int, connection: Connection, coordinator: Endpoint
     ) -> FileExchange:
         progress = self._progress(connection, request, "files", "bytes")
-        token = self._credentials.to_coordinator("blocks")
-        return FileExchange(self._device, self._cache, coordinator, token, progress)
+        caller = self._credentials.to_coordinator("blocks")
+        return FileExchange(self._device, self._cache, coordinator, caller, progress)
 
     def _supplied(self, request: int, connection: Connection, coordinator: Endpoint) -> Backend:
         """Return the backend for ``request``; the shoal makes the files that it lacks."""
@@ -596,7 +602,7 @@ class Agent:
             self._device,
             request.device,
             request.endpoints,
-            token=self._credentials.to_device(request.device),
+            caller=self._credentials.to_device(request.device),
             hop_key=request.hop_key if isinstance(request, ConnectStage) else b"",
             team_key=request.team_key if isinstance(request, ConnectTeam) else b"",
         )

@@ -18,7 +18,6 @@ from backends.registry import backend_class
 from model.artifact import SHA256, file_sha256
 from model.errors import CheckpointError
 from model.spec import ModelSpec
-from wire.auth import Token
 from wire.chunks import file_chunks
 from wire.connection import Connection
 from wire.errors import ProtocolError
@@ -51,7 +50,7 @@ class FileExchange:
     device: str
     cache: BlockCache
     coordinator: Endpoint
-    token: Token | Caller | None
+    caller: Caller | None
     progress: Callable[[int, int], None]
 
     def supply(self, backend: str, spec: ModelSpec, artifacts: Artifacts) -> list[Path]:
@@ -88,7 +87,7 @@ class FileExchange:
             self.coordinator,
             self.device,
             self.progress,
-            token=self.token,
+            caller=self.caller,
             keep=paths,
         )
         return [self.cache.path(ref.sha256) for ref in answer.files]
@@ -100,7 +99,7 @@ class FileExchange:
         """
         spec = ModelSpec.from_dict(request.spec)
         self.cache.fetch(
-            request.blocks, self.coordinator, self.device, self.progress, token=self.token
+            request.blocks, self.coordinator, self.device, self.progress, caller=self.caller
         )
         artifacts = [(ref.block, self.cache.path(ref.sha256)) for ref in request.blocks]
         waiting = self._waiting(request.blocks)
@@ -121,7 +120,7 @@ class FileExchange:
         return answer
 
     def _connect(self) -> Connection:
-        connection = Connection.connect(self.coordinator, token=self.token)
+        connection = Connection.connect(self.coordinator, caller=self.caller)
         connection.set_receive_timeout(SILENCE_S)
         connection.send(BlocksHello(self.device))
         return connection

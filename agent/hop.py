@@ -20,7 +20,15 @@ from agent.links import Link, Measuring
 from wire.connection import Connection
 from wire.errors import ConnectionLost, WireError
 from wire.framing import NO_PAYLOAD
-from wire.messages import Activation, LinkChanged, Message, ProbePing, ProbePong, TokenSampled
+from wire.messages import (
+    Activation,
+    LinkChanged,
+    Message,
+    ProbePing,
+    ProbePong,
+    TextRows,
+    TokenSampled,
+)
 
 QUEUED_CHUNKS = 2
 """The chunks that wait to be sent. A stage that is further ahead waits for the link."""
@@ -33,6 +41,14 @@ ANSWER_S = 10.0
 
 TIMED_BYTES = 32 << 10
 """Smaller frames take too short a time to measure."""
+
+
+_Sent = Activation | TokenSampled | TextRows
+
+
+def _sequence(message: _Sent) -> int | None:
+    """Return the message's sequence. A pass of whole texts has none."""
+    return None if isinstance(message, TextRows) else message.sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +101,7 @@ class Hop:
         self._on_room = on_room
         self._changed = threading.Condition()
         """Guards the following fields."""
-        self._waiting: deque[tuple[Activation | TokenSampled, memoryview]] = deque()
+        self._waiting: deque[tuple[_Sent, memoryview]] = deque()
         """The first one is being sent."""
         self._passing = 0
         """The number of small messages that go before the next chunk."""
@@ -109,18 +125,25 @@ class Hop:
         """Whether a chunk can be sent without waiting for one before it."""
         return len(self._waiting) < QUEUED_CHUNKS
 
-    def send(self, message: Activation | TokenSampled, payload: memoryview = NO_PAYLOAD) -> None:
+    @property
+    def is_sending(self) -> bool:
+        """Whether anything waits to be sent, or is not acknowledged by the next machine."""
+        return bool(self._waiting) or self._connection.unacknowledged_bytes > 0
+
+    def send(self, message: _Sent, payload: memoryview = NO_PAYLOAD) -> None:
         """Send a token's row and its guesses now; queue a chunk and later rows of its sequence.
 
         A chunk waits for room in the queue. Raises WireError once the hop is lost.
         """
-        small = isinstance(message, TokenSampled) or message.rows == 1 or bool(message.drafts)
+        small = isinstance(message, TokenSampled) or (
+            isinstance(message, Activation) and (message.rows == 1 or bool(message.drafts))
+        )
         if small and not self._waiting:  # The common case takes no lock.
             self._send_now(message, payload)
             return
         with self._changed:
             passing = small and all(
-                message.sequence != waiting.sequence for waiting, _ in self._waiting
+                _sequence(message) != _sequence(waiting) for waiting, _ in self._waiting
             )
             if passing:
                 self._passing += 1
@@ -152,7 +175,7 @@ class Hop:
         """Close at once, and drop all waiting frames."""
         self._end(None)
 
-    def _send_now(self, message: Activation | TokenSampled, payload: memoryview) -> None:
+    def _send_now(self, message: _Sent, payload: memoryview) -> None:
         started_s = time.monotonic()
         try:
             self._connection.send(message, payload)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from backends.base import Array, Stage, Tokens
+from model.texts import Texts
 
 PASSES = 128
 """The last passes that count."""
@@ -62,6 +63,9 @@ class PacedStage(Stage):
     ) -> Array:
         self._stage.candidates = self.candidates
         return self._stage.decode(slots, positions, inputs)
+
+    def encode(self, inputs: Array | Tokens, texts: Texts) -> Array:
+        return self._stage.encode(inputs, texts)
 
     @property
     def memory_bytes(self) -> int:

@@ -24,7 +24,6 @@ from model.artifact import Tensor, read_block, values_of
 from model.errors import CheckpointError
 from model.quantize import BITS, Format, QuantizedMatrix, own_format
 from model.spec import ModelSpec
-from wire.auth import Token
 from wire.introduction import Caller
 from wire.messages import (
     BlockRef,
@@ -49,7 +48,7 @@ class StreamedModel:
         cache: BlockCache,
         coordinator: Endpoint,
         device: str,
-        token: Token | Caller | None = None,
+        caller: Caller | None = None,
         prepared: Sequence[tuple[int, BlockRef]] = (),
     ) -> None:
         """Take originals of all blocks, and blocks whose codes the coordinator chose.
@@ -64,7 +63,7 @@ class StreamedModel:
         self._cache = cache
         self._coordinator = coordinator
         self._device = device
-        self._token = token
+        self._caller = caller
         self._formats: dict[int, Format] = {}
         self._prepared = {(ref.block, bits): ref for bits, ref in prepared}
 
@@ -103,7 +102,7 @@ class StreamedModel:
 
     def _fetched(self, ref: BlockRef) -> Path:
         self._cache.fetch(
-            [ref], self._coordinator, self._device, lambda done, total: None, token=self._token
+            [ref], self._coordinator, self._device, lambda done, total: None, caller=self._caller
         )
         return self._cache.path(ref.sha256)
 

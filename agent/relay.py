@@ -169,6 +169,7 @@ class Relay:
         meter, sent = self._meter, HopCounts() if self._hop is None else self._hop.counts()
         with self._lock:
             held_rows = self._table.held_rows
+            busy = self._busy or self._table.waiting
         running_s, running_rows = meter.running()
         return StageCounts(
             meter.passes,
@@ -183,6 +184,7 @@ class Relay:
             self._table.most_rows,
             round(1e6 * running_s),
             running_rows,
+            busy or (self._hop is not None and self._hop.is_sending),
         )
 
     def traced(self, sequences: tuple[int, ...]) -> tuple[TracedPass, ...]:

@@ -12,9 +12,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from agent.integrity import Watch
+from agent.loaded import AnyRelay
 from agent.pace import PacedStage
 from agent.peers import Entrance, PeerServer
-from agent.relay import Relay
 from agent.team import Team
 from agent.turnstile import Turnstile
 from backends.base import BackendError
@@ -35,7 +35,7 @@ class LoadedStage:
     memory_bytes: int
     files: frozenset[str]
     """The hashes of the files that it was loaded from."""
-    relay: Relay | None
+    relay: AnyRelay | None
     """Runs the stage, unless another member of its team leads."""
     team: Team | None
     """None if this device is alone."""
@@ -123,7 +123,7 @@ class Stages:
         """The stage of this deployment, or None."""
         return next((stage for stage in self if stage.epoch == epoch), None)
 
-    def relay_of(self, epoch: int) -> Relay | None:
+    def relay_of(self, epoch: int) -> AnyRelay | None:
         """The relay of this deployment, or None if there is none here."""
         stage = self.find(epoch)
         return None if stage is None else stage.relay

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.spec import ModelSpec
+from model.texts import Texts
 
 Array = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int64]
@@ -171,6 +172,17 @@ class Stage(ABC):
         rows = [self.forward(slot, at, inputs[row : row + 1]) for slot, at, row in calls]
         return np.concatenate(rows)
 
+    def encode(self, inputs: Array | Tokens, texts: Texts) -> Array:
+        """Run whole texts through the blocks of an encoder (``ModelSpec.encodes``).
+
+        inputs: token ids int64 [n] of all texts, one behind the other, if the stage holds the
+            embedding, else hidden float32 [n, hidden].
+
+        Returns hidden float32 [n, hidden]. A stage with the head returns float32 [texts,
+        output_width], or [n, output_width] if each token has a result. Raises BackendError.
+        """
+        raise BackendError("this backend runs no encoders")
+
     @property
     @abstractmethod
     def memory_bytes(self) -> int:
@@ -250,3 +262,12 @@ class Backend(ABC):
         BackendError if the blocks cannot be run, and model.errors.CheckpointError if an artifact is
         damaged.
         """
+
+    def load_encoder(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Stage:
+        """As ``load``, of a model that encodes whole texts. The stage has ``encode``."""
+        raise BackendError(f"{type(self).__name__} runs no encoders: use another backend")
+
+    def stage(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Stage:
+        """Load blocks of any model: by ``load_encoder`` if it encodes, else by ``load``."""
+        load = self.load_encoder if spec.encodes else self.load
+        return load(spec, artifacts, options)

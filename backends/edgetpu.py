@@ -13,6 +13,7 @@ kept.
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -51,11 +52,13 @@ from backends.edgetpu_host import HostLayer, Span, stacks
 from backends.edgetpu_product import Counts, Int8Product, Int8Weights
 from backends.edgetpu_runtime import Engine, Runtime, Target, find_runtime
 from backends.edgetpu_tflite import fully_connected
+from backends.encoder import EncoderLayers, EncoderStage, read_encoder
 from backends.onnx_cpu import CHUNK_ROWS, OnnxCpuBackend
 from model.artifact import read_block, values_of
 from model.costs import stage_buffer_bytes
 from model.rotary import rotary_table
 from model.spec import LayerSpec, ModelSpec, RopeSpec
+from model.texts import Texts
 
 log = logging.getLogger(__name__)
 
@@ -96,12 +99,17 @@ class TfliteCpuBackend(Backend):
         )
 
     def load(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Int8Stage:
+        return _load(spec, artifacts, options, self._engines(options))
+
+    def load_encoder(
+        self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions
+    ) -> EncoderStage:
+        return _load_encoder(spec, artifacts, options, self._engines(options))
+
+    @staticmethod
+    def _engines(options: StageOptions) -> MakeEngines:
         runtime = find_runtime()
-
-        def engines(files: Sequence[ProductFile]) -> list[Engine]:
-            return [Engine(runtime, file.path, None, options.threads) for file in files]
-
-        return _load(spec, artifacts, options, engines)
+        return lambda files: [Engine(runtime, file.path, None, options.threads) for file in files]
 
 
 class EdgeTpuBackend(Backend):
@@ -125,6 +133,14 @@ class EdgeTpuBackend(Backend):
         )
 
     def load(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Int8Stage:
+        return _load(spec, artifacts, options, self._engines(spec, artifacts, options))
+
+    def load_encoder(
+        self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions
+    ) -> EncoderStage:
+        return _load_encoder(spec, artifacts, options, self._engines(spec, artifacts, options))
+
+    def _engines(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> MakeEngines:
         runtime, target = find_runtime(edge_tpu=True), choose_target(self.root)
 
         def engines(files: Sequence[ProductFile]) -> list[Engine]:
@@ -144,7 +160,7 @@ class EdgeTpuBackend(Backend):
                 )
             return [Engine(runtime, path, target, options.threads) for path in compiled.files]
 
-        return _load(spec, artifacts, options, engines)
+        return engines
 
     @classmethod
     def maker(cls) -> str | None:
@@ -170,6 +186,10 @@ class ProductFile:
     name: str
     path: Path
     weights: Int8Weights
+
+
+MakeEngines = Callable[[Sequence[ProductFile]], list[Engine]]
+"""Makes an engine for each product of a stage, in order."""
 
 
 class Int8Stage(Stage):
@@ -277,6 +297,33 @@ class Int8Stage(Stage):
             )
 
 
+class HostEncoderLayers(EncoderLayers):
+    """Layers of an encoder. A product takes the rows of all texts at once."""
+
+    def __init__(
+        self, layers: Sequence[HostLayer], memory_bytes: int, resources: ExitStack
+    ) -> None:
+        self._layers = list(layers)
+        self._memory_bytes = memory_bytes
+        self._resources = resources
+
+    @property
+    def memory_bytes(self) -> int:
+        return self._memory_bytes
+
+    def run(self, hidden: Array, texts: Texts) -> Array:
+        begins = texts.begins().tolist()
+        spans = [Span(0, 0, begin, end) for begin, end in itertools.pairwise(begins)]
+        with np.errstate(over="ignore", invalid="ignore"):
+            for layer in self._layers:
+                hidden = layer(hidden, spans)
+        return hidden
+
+    def close(self) -> None:
+        self._layers = []
+        self._resources.close()
+
+
 def product_files(
     spec: ModelSpec, artifacts: Artifacts, directory: Path
 ) -> tuple[list[ProductFile], dict[int, dict[str, Array]]]:
@@ -316,34 +363,12 @@ def product_files(
 
 
 def _load(
-    spec: ModelSpec,
-    artifacts: Artifacts,
-    options: StageOptions,
-    make_engines: Callable[[Sequence[ProductFile]], list[Engine]],
+    spec: ModelSpec, artifacts: Artifacts, options: StageOptions, make_engines: MakeEngines
 ) -> Int8Stage:
     check_blocks(spec, [block for block, _ in artifacts], options)
-    directory = artifacts[0][1].parent
-    try:
-        return _build(spec, artifacts, options, make_engines, directory)
-    except OSError as error:
-        # The directory must hold files of a byte per weight until they are mapped.
-        reason = (error.strerror or str(error)).lower()
-        raise BackendError(f"cannot write products to {directory}: {reason}") from error
-
-
-def _build(
-    spec: ModelSpec,
-    artifacts: Artifacts,
-    options: StageOptions,
-    make_engines: Callable[[Sequence[ProductFile]], list[Engine]],
-    directory: Path,
-) -> Int8Stage:
-    with (
-        ExitStack() as resources,
-        tempfile.TemporaryDirectory(dir=directory, prefix=".products-") as name,
-    ):
-        # Two stages cannot share one directory of prepared weights, because each drops the other's.
-        end_options = replace(options, prepared_dir=None)
+    # Two stages cannot share one directory of prepared weights, because each drops the other's.
+    end_options = replace(options, prepared_dir=None)
+    with ExitStack() as resources:
         ends = {
             kind: resources.enter_context(
                 closing(
@@ -355,31 +380,12 @@ def _build(
             for block, path in artifacts
             if (kind := spec.block_kind(block)) != "layer"
         }
-        files, vectors = product_files(spec, artifacts, Path(name))
-        engines = make_engines(files) if files else []
-        products = []
-        for file, engine in zip(files, engines, strict=True):
-            resources.callback(engine.close)
-            products.append((file.name, Int8Product(file.weights, engine)))
-        left = iter(product for _, product in products)
-        layers = [
-            HostLayer(
-                spec.layer(block),
-                own,
-                {name: next(left) for name in stacks(spec.layer(block))},
-                _rotary(spec.layer(block), options.context_tokens),
-                options.slots,
-                options.context_tokens,
-            )
-            for block, own in vectors.items()
-        ]
-        memory_bytes = sum(layer.memory_bytes for layer in layers)
-        memory_bytes += sum(
-            file.weights.codes.size + 2 * file.weights.steps.nbytes for file in files
+        layers, products, memory_bytes = _host_layers(
+            spec, artifacts, options, make_engines, resources
         )
         memory_bytes += sum(stage.memory_bytes for stage in ends.values())
         if layers:
-            blocks = list(vectors)
+            blocks = [block for block, _ in artifacts if spec.block_kind(block) == "layer"]
             memory_bytes += stage_buffer_bytes(spec, blocks, CHUNK_ROWS, options.context_tokens)
         return Int8Stage(
             spec,
@@ -391,6 +397,61 @@ def _build(
             memory_bytes,
             resources.pop_all(),
         )
+
+
+def _load_encoder(
+    spec: ModelSpec, artifacts: Artifacts, options: StageOptions, make_engines: MakeEngines
+) -> EncoderStage:
+    check_blocks(spec, [block for block, _ in artifacts], options)
+    ends, _, buffer_bytes = read_encoder(spec, artifacts, options)
+    with ExitStack() as resources:
+        # Texts run one after the other, so one slot holds the keys of each in turn.
+        layers, _, memory_bytes = _host_layers(
+            spec, artifacts, replace(options, slots=1), make_engines, resources
+        )
+        host = HostEncoderLayers(layers, memory_bytes, resources.pop_all()) if layers else None
+        return EncoderStage(spec, ends, host, options, buffer_bytes)
+
+
+def _host_layers(
+    spec: ModelSpec,
+    artifacts: Artifacts,
+    options: StageOptions,
+    make_engines: MakeEngines,
+    resources: ExitStack,
+) -> tuple[list[HostLayer], list[tuple[str, Int8Product]], int]:
+    """Return a stage's layers, their products by name, and their bytes.
+
+    The engines are closed with ``resources``.
+    """
+    directory = artifacts[0][1].parent
+    try:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".products-") as name:
+            files, vectors = product_files(spec, artifacts, Path(name))
+            engines = make_engines(files) if files else []
+            products = []
+            for file, engine in zip(files, engines, strict=True):
+                resources.callback(engine.close)
+                products.append((file.name, Int8Product(file.weights, engine)))
+    except OSError as error:
+        # The directory must hold files of a byte per weight until they are mapped.
+        reason = (error.strerror or str(error)).lower()
+        raise BackendError(f"cannot write products to {directory}: {reason}") from error
+    left = iter(product for _, product in products)
+    layers = [
+        HostLayer(
+            spec.layer(block),
+            own,
+            {name: next(left) for name in stacks(spec.layer(block))},
+            _rotary(spec.layer(block), options.context_tokens),
+            options.slots,
+            options.context_tokens,
+        )
+        for block, own in vectors.items()
+    ]
+    memory_bytes = sum(layer.memory_bytes for layer in layers)
+    memory_bytes += sum(file.weights.codes.size + 2 * file.weights.steps.nbytes for file in files)
+    return layers, products, memory_bytes
 
 
 def compile_stage(

@@ -1,4 +1,4 @@
-"""The host's part of a decoder layer beside a chip that multiplies, in numpy.
+"""The host's part of a layer beside a chip that multiplies, in numpy.
 
 It has norms, rotary embedding, attention with its KV cache, activations, biases and residuals, in
 float32.
@@ -40,7 +40,7 @@ def stacks(layer: LayerSpec) -> dict[str, tuple[str, ...]]:
 
 
 class HostLayer:
-    """One decoder layer.
+    """One layer. Whole texts of an encoder run one after the other in a slot, from position 0 on.
 
     products: by the names of ``stacks``.
     rotary: float32 [context, head_dim / 2] cosines and sines.
@@ -81,6 +81,8 @@ class HostLayer:
 
     def _entered(self, part: str, hidden: Array) -> Array:
         """Return the rows that attention or MLP takes."""
+        if part == "attn" and self._layer.enters_plain:
+            return hidden
         if self._layer.norm_position in ("pre", "both"):
             return self._norm(f"{part}_norm", hidden)
         return hidden
@@ -151,6 +153,8 @@ class HostLayer:
             scores = np.tanh(scores / cap) * cap
         if count > 1:
             distance = np.arange(position, end)[:, None] - np.arange(begin, end)
+            if layer.bidirectional:
+                distance = np.abs(distance)
             hidden = (distance < 0) | (distance >= (window or end))
             scores.reshape(layer.kv_heads, group, count, -1)[..., hidden] = -np.inf
         scores -= scores.max(axis=-1, keepdims=True)

@@ -41,6 +41,8 @@ from backends.base import (
     Tokens,
 )
 from backends.checks import check_blocks, check_inputs, check_rows
+from backends.encoder import EncoderStage
+from backends.onnx_encoder import load_encoder
 from backends.onnx_experts import (
     Experts,
     ExpertThreads,
@@ -121,6 +123,14 @@ class OnnxCpuBackend(Backend):
                 raise BackendError(f"head width {layer.head_dim} is odd, which no kernel takes")
         with translated("cannot load the stage"):
             stage = _Loader(spec, options).load(artifacts)
+        return_free_memory()
+        return stage
+
+    def load_encoder(
+        self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
+    ) -> EncoderStage:
+        check_blocks(spec, [block for block, _ in artifacts], options)
+        stage = load_encoder(spec, artifacts, options)
         return_free_memory()
         return stage
 

@@ -22,6 +22,7 @@ from backends.torch_capture import DEVICE
 from model.spec import ModelSpec
 
 if TYPE_CHECKING:
+    from backends.encoder import EncoderStage
     from backends.torch_stage import TorchStage
 
 GPU_CONTAINER_BITS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8, 16: 16, 32: 32}
@@ -85,6 +86,14 @@ class TorchCudaBackend(Backend):
         check_gpu(torch)
         return _load(torch, spec, artifacts, options, "cuda:0")
 
+    def load_encoder(
+        self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
+    ) -> EncoderStage:
+        check_blocks(spec, [block for block, _ in artifacts], options)
+        torch = _torch("torch_cuda")
+        check_gpu(torch)
+        return _load_encoder(torch, spec, artifacts, options, "cuda:0")
+
 
 class TorchCpuBackend(Backend):
     """The processor, by the GPU backend's code without graphs. Slower than ``onnx_cpu``."""
@@ -101,6 +110,14 @@ class TorchCpuBackend(Backend):
         torch = _torch("torch_cpu")
         torch.set_num_threads(options.threads)
         return _load(torch, spec, artifacts, options, "cpu")
+
+    def load_encoder(
+        self, spec: ModelSpec, artifacts: Sequence[tuple[int, Path]], options: StageOptions
+    ) -> EncoderStage:
+        check_blocks(spec, [block for block, _ in artifacts], options)
+        torch = _torch("torch_cpu")
+        torch.set_num_threads(options.threads)
+        return _load_encoder(torch, spec, artifacts, options, "cpu")
 
 
 def is_integrated(gpu: Any, device_tree: Path = _DEVICE_TREE) -> bool:
@@ -140,6 +157,18 @@ def _load(
     from backends.torch_stage import TorchStage
 
     return TorchStage(spec, artifacts, options, torch.device(device))
+
+
+def _load_encoder(
+    torch: Any,
+    spec: ModelSpec,
+    artifacts: Sequence[tuple[int, Path]],
+    options: StageOptions,
+    device: str,
+) -> EncoderStage:
+    from backends.torch_encoder import load_encoder
+
+    return load_encoder(spec, artifacts, options, torch.device(device))
 
 
 def _torch(backend: str) -> Any:

@@ -341,6 +341,8 @@ class Bench:
         """Passes of TIMED_ROWS rows, each of another sequence; None of an embedding, which shares
         nothing, and of what does not fit here.
         """
+        if spec.encodes:
+            return None  # All its passes have many rows.
         if task.kind == "layer":
             several = timed_layers(spec, task, self.backend.probe().on_chip_bytes)
             if several is None:
@@ -381,6 +383,8 @@ class Bench:
     ) -> Measured | None:
         """The times of one row, or of passes of several ``rows``."""
         head = range(spec.head_block, spec.head_block + 1)
+        if spec.encodes:
+            return self._output(spec, task, head)
         whole_bytes = executed_bytes(
             spec, spec.head_block, Format.of(task.bits), task.container_bits
         )
@@ -400,6 +404,14 @@ class Bench:
         if rows is not None:
             return Measured(tuple(times_s), conditions)
         return Measured((times_s[0], times_s[0] / PREFILL_CHUNK_TOKENS), conditions)
+
+    def _output(self, spec: ModelSpec, task: Task, head: range) -> Measured | None:
+        """The times of an encoder's head, which takes all rows of a pass."""
+        if not fits_memory(spec, head, task):
+            return None
+        chunk = chunk_tokens(spec)
+        (one_s, pass_s), conditions = self._time(spec, head, task.bits, (1, chunk))
+        return Measured((one_s, pass_s / chunk), conditions)
 
     def _time(
         self,
@@ -456,7 +468,7 @@ class Bench:
                 written = frozenset(path for _, path in artifacts)
                 prepared = Path(name) / "prepared"
                 options = replace(options, prepared_dir=prepared, hashed=written)
-            with closing(self.backend.load(spec, artifacts, options)) as stage:
+            with closing(self.backend.stage(spec, artifacts, options)) as stage:
                 yield stage
 
 
@@ -546,8 +558,17 @@ def timing_dependencies(spec: ModelSpec, task: Task) -> dict[str, Any]:
     if task.kind == "layer":
         layer = spec.layer_variants[task.variant]
         count = min(spec.layers.count(layer), MAX_TIMED_LAYERS)
-        return key | {"container": task.container_bits, "layer": asdict(layer), "layers": count}
+        shape = asdict(layer)
+        for feature in ("bidirectional", "enters_plain"):
+            if not shape[feature]:
+                del shape[feature]  # Times of decoders were stored before it existed.
+        if spec.encodes:
+            shape["cached"] = False
+        return key | {"container": task.container_bits, "layer": shape, "layers": count}
     key |= {"hidden": spec.hidden, "embed": spec.embed_dim}
+    if spec.output is not None:
+        ends = {"types": spec.token_types, "normed": spec.embed_norm}
+        key |= ends if task.kind == "embedding" else asdict(spec.output)
     if task.kind == "embedding":
         return key | {"bits": task.bits, "positions": bool(spec.learned_positions)}
     norm = spec.layers[-1].norm if spec.final_norm else None

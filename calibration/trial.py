@@ -282,7 +282,7 @@ def _try(
             memory_bytes=memory_bytes()[0],
             hashed=frozenset(path for _, path in artifacts),
         )
-        with contextlib.closing(backend.load(spec, artifacts, options)) as stage:
+        with contextlib.closing(backend.stage(spec, artifacts, options)) as stage:
             inputs = random_inputs(spec, blocks, chunk)
             stage.forward(0, 0, inputs[: max(chunk - 1, 1)])
             stage.forward(0, max(chunk - 1, 1), inputs[:1])

@@ -9,15 +9,19 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
 from cli.errors import CommandFailed, CoordinatorUnreachable
 from cli.parser import DEFAULT_URL
+from cli.service.running import running_in
 from coordinator.keys import LOCAL_FILE
 from wire.addresses import is_loopback
 from wire.service import default_state_dir
+
+if TYPE_CHECKING:
+    import ssl
 
 CONNECT_TIMEOUT_S = 3.0
 """The time to connect to a coordinator on this machine or LAN.
@@ -39,7 +43,19 @@ SERVICE_STATE = Path("/var/lib/shoal/coordinator")
 
 def default_url() -> str:
     """The coordinator's URL: SHOAL_COORDINATOR, else this machine."""
-    return os.environ.get("SHOAL_COORDINATOR", DEFAULT_URL)
+    given = os.environ.get("SHOAL_COORDINATOR")
+    if given is not None:
+        return given
+    for directory in _state_dirs():
+        running = running_in(directory)
+        if running is not None and running.http == DEFAULT_URL.replace("http:", "https:"):
+            return running.http
+    return DEFAULT_URL
+
+
+def _state_dirs() -> tuple[Path, ...]:
+    """The state directories of coordinators of this machine, where users find them."""
+    return SERVICE_STATE, default_state_dir("coordinator")
 
 
 def api_key(url: str) -> str | None:
@@ -58,7 +74,7 @@ def api_key(url: str) -> str | None:
     if not is_loopback(host):
         return None
     found = []
-    for directory in (SERVICE_STATE, default_state_dir("coordinator")):
+    for directory in _state_dirs():
         path = directory / LOCAL_FILE
         with suppress(OSError, UnicodeDecodeError):
             found.append((path.stat().st_mtime, path.read_text(encoding="ascii").strip()))
@@ -78,8 +94,6 @@ class Client:
 
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
-        # Reading the certificate authorities takes longer than most commands do otherwise.
-        encrypted = self._url.lower().startswith("https:")
         key = api_key(self._url)
         # Proxies of the environment do not lead to this machine or LAN.
         self._http = httpx.Client(
@@ -87,7 +101,7 @@ class Client:
             headers={} if key is None else {"Authorization": f"Bearer {key}"},
             trust_env=False,
             transport=httpx.HTTPTransport(
-                verify=encrypted, trust_env=False, socket_options=KEEPALIVE
+                verify=_encryption(self._url), trust_env=False, socket_options=KEEPALIVE
             ),
         )
 
@@ -179,7 +193,10 @@ class Client:
         try:
             yield
         except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as error:
-            raise CommandFailed("the coordinator stopped before it was done") from error
+            hint = ""
+            if self._url.startswith("http:"):
+                hint = f"; if it runs with --http-tls, say --url https{self._url[4:]}"
+            raise CommandFailed(f"the coordinator stopped before it was done{hint}") from error
         except (httpx.TransportError, httpx.InvalidURL) as error:
             raise CoordinatorUnreachable(
                 f"no coordinator answers at {self._url}: start `shoal coordinator`, "
@@ -187,6 +204,21 @@ class Client:
             ) from error
         except (httpx.DecodingError, ValueError, KeyError, TypeError) as error:
             raise CommandFailed(f"{self._url} does not answer like a coordinator") from error
+
+
+def _encryption(url: str) -> ssl.SSLContext | bool:
+    """How to check the server at ``url``. Raises CommandFailed, CoordinatorUnreachable."""
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL:
+        return False  # The first request says so.
+    if parsed.scheme != "https":
+        return False
+    # Importing ssl takes longer than most commands do otherwise.
+    from cli.pins import Address, encryption
+
+    address = Address(parsed.host, parsed.port or 443)
+    return encryption(address, _state_dirs(), CONNECT_TIMEOUT_S)
 
 
 def _object(response: httpx.Response) -> dict[str, Any]:

@@ -79,26 +79,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 # ---- commands ----------------------------------------------------------------------------------
 
 
-def run_devices(options: argparse.Namespace, screen: Screen) -> None:
-    if options.revoke is not None:
-        from cli.commands import tokens
-
-        tokens.revoke_device(options, options.revoke, screen)
-        return
-    with _client(options) as client:
-        if options.measure is None:
-            answer = client.get("/shoal/v1/devices")
-        else:
-            with screen.progress() as on_step:
-                answer = client.operate("/shoal/v1/measure", {"device": options.measure}, on_step)
-    if options.json:
-        screen.json(answer)
-    elif answer["devices"]:
-        screen.devices(answer)
-    else:
-        screen.out.print("no agent has joined yet: start `shoal agent` on each device")
-
-
 def run_plan(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import planning
     from cli.commands.model_names import model_to_plan
@@ -156,6 +136,7 @@ def run_load(options: argparse.Namespace, screen: Screen) -> None:
             generation_defaults=options.generation_defaults,
             replaces=options.replace,
             weight=options.weight,
+            keep_s=options.keep,
         )
         with screen.progress() as on_step:
             answer = client.operate("/shoal/v1/load", request.to_dict(), on_step)
@@ -205,7 +186,8 @@ def run_unload(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_rebalance(options: argparse.Namespace, screen: Screen) -> None:
     with _client(options) as client, screen.progress() as on_step:
-        answer = client.operate("/shoal/v1/rebalance", {"dry_run": options.dry_run}, on_step)
+        body = {"dry_run": options.dry_run, **({"model": options.name} if options.name else {})}
+        answer = client.operate("/shoal/v1/rebalance", body, on_step)
     if options.json:
         screen.json(answer)
         return
@@ -225,12 +207,18 @@ SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "repetition_penalty",
 
 def run_prompt(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import chat
+    from cli.encoding import encode
     from cli.generation import generate
 
     if options.prompt is None:
         chat.require_terminal()
     with _client(options) as client:
-        name, defaults = _ensure_loaded(client, options, screen)
+        name, defaults, output = _ensure_loaded(client, options, screen)
+        if output is not None:
+            encode(client, screen, name, output, options.prompt, options.question)
+            return
+        if options.question is not None:
+            raise UsageError(f"--question: {name} generates text; ask in the prompt")
         given = {field: getattr(options, field) for field in SAMPLING}
         sampling = {field: value for field, value in given.items() if value is not None}
         if "temperature" not in defaults:
@@ -245,6 +233,7 @@ def run_prompt(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_chat(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import chat
+    from cli.encoding import require_generates
 
     chat.require_terminal()
     with _client(options) as client:
@@ -252,9 +241,10 @@ def run_chat(options: argparse.Namespace, screen: Screen) -> None:
             models = _models(client.get("/shoal/v1/ps"))
             if not models:
                 raise CommandFailed("no model is loaded: name one, or run `shoal load MODEL`")
-            name, _ = _name_and_defaults(models[0])
+            name, _, output = _name_and_defaults(models[0])
         else:
-            name, _ = _ensure_loaded(client, options, screen)
+            name, _, output = _ensure_loaded(client, options, screen)
+        require_generates(name, output)
         chat.chat(client, screen, chat.Conversation(name))
 
 
@@ -281,8 +271,8 @@ def _models(answer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def _ensure_loaded(
     client: Any, options: argparse.Namespace, screen: Screen
-) -> tuple[str, Mapping[str, float]]:
-    """The name of the model MODEL, and its defaults of sampling.
+) -> tuple[str, Mapping[str, float], str | None]:
+    """The name of the model MODEL, its defaults of sampling, and what it returns if it encodes.
 
     It is loaded with the defaults of `shoal load` if it is not loaded.
     """
@@ -320,9 +310,9 @@ def _ensure_loaded(
     return _name_and_defaults(answer)
 
 
-def _name_and_defaults(model: Mapping[str, Any]) -> tuple[str, Mapping[str, float]]:
+def _name_and_defaults(model: Mapping[str, Any]) -> tuple[str, Mapping[str, float], str | None]:
     """An older coordinator sends no defaults, nor does one that still loads the model."""
-    return str(model["model"]), model.get("sampling_defaults") or {}
+    return str(model["model"]), model.get("sampling_defaults") or {}, model.get("output")
 
 
 # ---- arguments ---------------------------------------------------------------------------------
@@ -427,29 +417,11 @@ def _doctor(parser: argparse.ArgumentParser) -> Page:
     return Page(command.run_doctor, command.EXAMPLES, command.ABOUT)
 
 
-def _devices(devices: argparse.ArgumentParser) -> Page:
-    from cli.commands import tokens
+def _devices(parser: argparse.ArgumentParser) -> Page:
+    from cli.commands import devices
 
-    devices.add_argument(
-        "--revoke",
-        metavar="NAME",
-        help="Let this device join no more, and drop it at once. The coordinator must run with "
-        "--tls on this machine.",
-    )
-    tokens.add_book_argument(devices)
-    devices.add_argument(
-        "--measure",
-        metavar="NAME",
-        help="First measure this device's block times and links again.",
-    )
-    add_url_argument(devices)
-    return Page(
-        run_devices,
-        "  shoal devices\n"
-        "  shoal devices --measure pi-3  # again, now that nothing else runs there\n"
-        "  sudo shoal devices --revoke pi-3  # it is sold, or was stolen\n"
-        "  shoal devices --json | jq '.devices[].name'\n",
-    )
+    devices.add_devices_arguments(parser)
+    return Page(devices.run_devices, devices.EXAMPLES, devices.ABOUT)
 
 
 MODEL_HELP = "A model's folder or GGUF file, or its name on the hub as ORG/NAME."
@@ -518,6 +490,13 @@ def _load(load: argparse.ArgumentParser) -> Page:
         help="End all other models first. Default: they stay, and the model gets what they leave.",
     )
     load.add_argument(
+        "--keep",
+        type=argument_types.duration,
+        metavar="10m",
+        help="Unload the model after so long without a request: 90s, 10m, 2h. A request that names "
+        "it loads it again, and waits. Default: it stays loaded.",
+    )
+    load.add_argument(
         "--weight",
         type=argument_types.between(0.01, 100),
         default=1.0,
@@ -533,6 +512,7 @@ def _load(load: argparse.ArgumentParser) -> Page:
         "  shoal load ./opt-350m --plan plan.json  # exactly this plan\n"
         "  shoal load ./llama-1b ./qwen3-0.6b --weights 1,3  # both, planned together\n"
         "  shoal load ./opt-350m --objective throughput --slots 8  # for many users\n"
+        "  shoal load ./opt-125m --keep 10m  # beside the others, while somebody uses it\n"
         "  shoal load ./opt-350m --bits 32 --hop-bits 32  # as one machine computes it\n",
         "Other models stay loaded, because somebody may be using them: a load that does not fit "
         "beside them fails, and says so. With --replace they end, as they always did up to 0.1. "
@@ -687,6 +667,11 @@ def _run(run: argparse.ArgumentParser) -> Page:
         action="store_true",
         help="Send the prompt as a chat message, with the model's template.",
     )
+    run.add_argument(
+        "--question",
+        metavar="TEXT",
+        help="Ask a model for questions about a text, which PROMPT is.",
+    )
     run.add_argument("--max-tokens", default=256, **_MAX_TOKENS)
     run.add_argument(
         "--temperature",
@@ -759,6 +744,9 @@ def _unload(parser: argparse.ArgumentParser) -> Page:
 
 def _rebalance(parser: argparse.ArgumentParser) -> Page:
     parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="A loaded model. Default: the one loaded last."
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="Only compare, and move nothing.",
@@ -769,7 +757,8 @@ def _rebalance(parser: argparse.ArgumentParser) -> Page:
         "  shoal rebalance --dry-run  # say whether it would pay\n  shoal rebalance\n",
         "Plans the loaded model again by the present figures: devices that joined, links that "
         "changed, and devices that run slower than planned. If the new plan is better by enough, "
-        "the model moves there. Answers pause meanwhile and go on.",
+        "the model moves there, and its answers go on. A coordinator does so by itself, unless it "
+        "was started with --rebalance off.",
     )
 
 
@@ -804,7 +793,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "coordinator": ("Run the coordinator: agents join it, users talk to it.", _coordinator),
     "agent": ("Run the agent, which lets this device compute part of a model.", _agent),
     "doctor": ("Check what this machine can do for shoal, and what it lacks.", _doctor),
-    "devices": ("Show the devices that have joined, and their measured links.", _devices),
+    "devices": ("Show the devices that have joined and their links, or revoke one.", _devices),
     "pull": ("Fetch a model from the hub, or go on fetching it.", _pull),
     "models": ("List the models on this machine, and which would fit.", _cached_models),
     "rm": ("Remove a model that was fetched.", _rm),
@@ -820,7 +809,7 @@ COMMANDS: dict[str, tuple[str, Filler]] = {
     "compress": ("Make smaller models of one, and teach them with your text.", _compress),
     "edgetpu": ("Compile a model for a Coral Edge TPU, or check the one here.", _edgetpu),
     "key": ("Make, list and revoke API keys of this machine's coordinator.", _key),
-    "token": ("Make, list and revoke tokens by which devices join with TLS.", _token),
+    "token": ("Make, list and revoke tokens by which devices join.", _token),
     "ps": ("Show what is loaded, and what it waits for.", _ps),
     "events": ("Show the coordinator's last events.", _events),
     "trace": ("Show where the time of one request went, device by device.", _trace),

@@ -49,6 +49,10 @@ PHASES = {
 }
 
 
+KEY_CHARACTERS = 9
+"""The shown beginning of a device's key: enough to tell devices apart."""
+
+
 class Screen:
     """The output of a command. With ``json_output``, stdout gets only JSON."""
 
@@ -160,6 +164,9 @@ class Screen:
         table.add_column("backend", no_wrap=True)
         for column in ("threads", "memory", "storage", "GB/s"):
             table.add_column(column, justify="right", no_wrap=True)
+        has_keys = any(device.get("key") for device in answer["devices"])
+        if has_keys:
+            table.add_column("key", no_wrap=True)
         for device in answer["devices"]:
             table.add_row(
                 escape(device["name"]) + (NOISY if device.get("noise") else ""),
@@ -169,6 +176,7 @@ class Screen:
                 format_size(device["memory_bytes"]),
                 format_size(device["storage_bytes"]),
                 f"{device['memory_read_bytes_per_s'] / 1e9:.1f}",
+                *([str(device.get("key", ""))[:KEY_CHARACTERS]] if has_keys else []),
             )
         self.table(table)
         self._versions(answer)
@@ -251,13 +259,18 @@ class Screen:
         proof = "optimal" if plan["proven_optimal"] else f"within {plan['gap']:.1%} of the optimum"
         if times is not None:
             proof += f" for {'assumed' if times['assumed'] else 'described'} times"
-        ms = plan["predicted_ms_per_token"]
+        ms, tokens = plan["predicted_ms_per_token"], plan["prompt_tokens"]
+        encodes = plan.get("encodes", False)
+        speed = f"{ms:.2f} ms per token ({1e3 / ms:.1f} tokens/s)"
+        if encodes:
+            each = f"{1e3 * tokens / ms:.0f} tokens/s one after the other"
+            speed = f"{ms:.2f} ms for texts of {tokens} tokens in one pass ({each})"
         self.out.print(
-            f"predicted: {ms:.2f} ms per token ({1e3 / ms:.1f} tokens/s), proven {proof} "
+            f"predicted: {speed}, proven {proof} "
             f"by {plan['proof']['solver']} in {plan['proof']['solve_s']:.2f} s",
             soft_wrap=True,
         )
-        if tokens := plan["prompt_tokens"]:
+        if tokens and not encodes:
             self.out.print(
                 f"predicted: {plan['predicted_prompt_s']:.3g} s for a prompt of {tokens} tokens,"
                 f" its first token after {plan['predicted_first_token_s']:.3g} s",
@@ -265,7 +278,7 @@ class Screen:
             )
         if times is not None:
             self.out.print(f"times: {escape(times['text'])}", soft_wrap=True)
-        if plan["slots"] > 1:
+        if plan["slots"] > 1 and not encodes:
             self.out.print(
                 f"predicted for {plan['slots']} sequences at once: "
                 f"{plan['predicted_tokens_per_s']:.1f} tokens/s in all"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cli import argument_types
 from cli.errors import UsageError
-from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, GROUP_SIZES, SCHEMES
+from model.schemes import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, GROUP_SIZES, SCHEMES
 
 if TYPE_CHECKING:
     from model.checkpoint import Checkpoint

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from wire import limits
 from wire.addresses import is_loopback
-from wire.auth import Token
 
 DEFAULT_RECOVERY_WAIT_S = 30.0
 """An agent that its service manager restarts is back after this time."""
@@ -41,18 +40,26 @@ class CoordinatorConfig:
     """The most disk space for quantized blocks. None means most of the free space."""
     recovery_wait_s: float = DEFAULT_RECOVERY_WAIT_S
     """The time that answers wait for a lost device if the others cannot take its place."""
+    rebalances: bool = True
+    """Whether a model moves by itself to a plan that is better for a while."""
     prefix_cache: bool = True
     """Whether prompts may begin with rows that an earlier sequence left in a slot."""
     drafts: int = limits.DRAFT_TOKENS
     """The most tokens that the first stage may guess ahead of an answer. 0: none."""
-    token: Token | None = field(default=None, repr=False)
-    """The token that agents must know to join. None lets every agent join."""
-    tls: bool = False
-    """Encrypt the connections of agents. Devices join by invites, and are known by their keys."""
+    insecure: bool = False
+    """Do not encrypt the connections of agents, and let everybody join."""
+    http_tls: bool = False
+    """Encrypt HTTP."""
+    http_cert: Path | None = None
+    """A PEM file with the certificate that HTTP shows. None: that of the coordinator itself."""
+    http_key: Path | None = None
+    """A PEM file with its key. None: it is in the same file."""
     insecure_http: bool = False
     """Ask no HTTP client for an API key, wherever HTTP listens."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose web pages may use the API, as "https://chat.lan". "*" means all."""
+    answer_cache_bytes: int = 0
+    """The memory for greedy answers that identical requests get again. 0 keeps none."""
     most_waiting: int = DEFAULT_MOST_WAITING
     """The most requests that wait for a slot. More get an error."""
 

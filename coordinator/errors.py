@@ -10,6 +10,7 @@
     ├── LinkFailed              two agents live, and one cannot reach the other
     ├── AnswerWithdrawn         text that was shown came from a damaged stage
     ├── Stalled                 the devices are alive, but no token comes
+    │   └── RowsLost            ... because rows were lost between them
     ├── Busy                    another plan, load, unload or measurement is under way
     ├── NotLoaded               no model is loaded, or its deployment is broken
     ├── NotReady                the model is being loaded or resumed
@@ -97,8 +98,8 @@ class Moved(CoordinatorError):
     status = 503
     code = "model_moving"
 
-    def __init__(self) -> None:
-        super().__init__("the model moves to a better plan")
+    def __init__(self, why: str = "the model moves to a better plan") -> None:
+        super().__init__(why)
 
 
 class LinkFailed(CoordinatorError):
@@ -164,6 +165,16 @@ class Stalled(CoordinatorError):
     code = "stalled"
 
 
+class RowsLost(Stalled):
+    """Rows of an answer were lost between two devices that are both well."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no token comes although all devices are well: rows were lost between them, see the "
+            "agents' logs"
+        )
+
+
 class Busy(CoordinatorError):
     """Another plan, load, unload or measurement is under way."""
 
@@ -199,6 +210,19 @@ class QueueFull(CoordinatorError):
         super().__init__(
             f"{waiting} requests wait for a slot already: ask again in {retry_after_s} s, or load "
             "the model with more --slots"
+        )
+        self.retry_after_s = retry_after_s
+
+
+class TextsWait(CoordinatorError):
+    """As many texts wait for a pass as may."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, waiting: int, retry_after_s: int) -> None:
+        super().__init__(
+            f"{waiting} texts wait already: ask again in {retry_after_s} s, or send fewer at once"
         )
         self.retry_after_s = retry_after_s
 

@@ -27,10 +27,12 @@ from coordinator.http.guard import HostGuard, guarded_protocol
 from coordinator.http.health import HealthRoutes
 from coordinator.http.keys import KeyGuard
 from coordinator.http.metrics import Metrics
+from coordinator.http.openai.encoders import EncoderRoutes
 from coordinator.http.openai.routes import OpenAIRoutes
 from coordinator.http.openai.texts import TextRoutes
 from coordinator.http.page.routes import PageRoutes
 from coordinator.http.page.state import StateFeed
+from coordinator.http.tls import HttpTls, encrypted_protocol, http_tls
 from coordinator.http.traces import TraceRoutes
 from coordinator.http.tracking import REQUEST_ID, Answering, Tracking
 from coordinator.keys import KeyBook
@@ -38,21 +40,26 @@ from coordinator.loading.keeper import Keeper
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
 from coordinator.loading.paces import Paces
+from coordinator.loading.rebalancing import Rebalancer
 from coordinator.loading.recovery import LoadedFile
 from coordinator.loading.stalls import Stalls
 from coordinator.loading.state import Serving, describe
 from coordinator.loading.turns import Turns
 from coordinator.quality.store import QualityStore
 from coordinator.roster.book import DeviceBook
+from coordinator.roster.holders import holders
 from coordinator.roster.members import Roster
 from coordinator.roster.names import NameBook
 from coordinator.serving.admission import Admission
+from coordinator.serving.encoding import Encoders
 from coordinator.serving.gateway import Gateway, Shortcuts
+from coordinator.serving.journal import AnswerJournal
+from coordinator.serving.kept_answers import KeptAnswers
 from coordinator.serving.requests import Requests
+from coordinator.serving.standstills import Standstills
 from coordinator.story import Story
 from model.errors import ModelError
 from wire import admission, limits
-from wire.auth import Token
 from wire.chunks import file_chunks
 from wire.claim import Claim, Fingerprint
 from wire.connection import ACCEPT_AT_ONCE, AsyncConnection, serve
@@ -65,10 +72,13 @@ from wire.lobby import Lobby
 from wire.messages import (
     AgentHello,
     BlockDamaged,
+    BlocksHeld,
     BlocksHello,
     Done,
+    Endpoint,
     FetchBlock,
     FilesMade,
+    FindHolders,
     Heartbeat,
     MakeFiles,
     Message,
@@ -130,7 +140,7 @@ class Coordinator:
         self._service = service or ServiceManager()
         self._store = ArtifactStore(config.state_dir, config.storage_bytes)
         self._story = Story()
-        self._book = DeviceBook(config.state_dir) if config.tls else None
+        self._book = None if config.insecure else DeviceBook(config.state_dir)
         self.roster = Roster(config.cluster, NameBook(config.state_dir), self._story, self._book)
         self._models, turns = Models(self._story), Turns()
         self._models.progress = lambda: turns.progress
@@ -147,9 +157,19 @@ class Coordinator:
         )
         self._paces = Paces(self.roster, self._models, self._story)
         self._stalls = Stalls(self.roster, self._models)
-        self._gateway = Gateway(
-            self.roster, self._models, Shortcuts(config.prefix_cache, config.drafts)
+        self._rebalancer = Rebalancer(
+            self.roster, self._models, turns, self._operations, self._story
         )
+        self._gateway = Gateway(
+            self.roster,
+            self._models,
+            Shortcuts(config.prefix_cache, config.drafts),
+            KeptAnswers(config.answer_cache_bytes),
+            AnswerJournal(config.state_dir / "answers"),
+        )
+        self._operations.mover.warm = self._gateway.warm
+        self._standstills = Standstills(self.roster, self._models, self._gateway)
+        self._encoders = Encoders(self.roster, self._models)
         self._requests = Requests()
         self._feed = StateFeed(
             config, self.roster, self._models, turns, self._requests, self._story
@@ -172,14 +192,19 @@ class Coordinator:
             ) from error
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         answerer = self._answerer()
-        fingerprint = answerer.identity.fingerprint if isinstance(answerer, Answerer) else None
+        fingerprint = None if answerer is None else answerer.identity.fingerprint
+        tls = (
+            http_tls(config.http_cert, config.http_key, config.identity_path)
+            if config.http_tls
+            else None
+        )
         http_socket = bind(config.http_host, config.http_port)
         # Accepted connections inherit this. The answer to a client that is dead or reads nothing
         # would hold a KV slot for ever.
         tune(http_socket, CLIENT_STALL_S)
         with http_socket:
             control, control_port = await serve(
-                config.control_host, config.control_port, self._handle, token=answerer
+                config.control_host, config.control_port, self._handle, answerer=answerer
             )
             self._feed.control_port = control_port
             ready = Ready(control_port, config.http_host, http_socket.getsockname()[1])
@@ -199,30 +224,42 @@ class Coordinator:
                     self._feed.close()
 
                 self._keeper.resume()
-                attendant = asyncio.create_task(self._attend())
-                watch = asyncio.create_task(self._keeper.watch_links())
+                tasks = [
+                    asyncio.create_task(self._attend()),
+                    asyncio.create_task(self._keeper.watch_links()),
+                    asyncio.create_task(self._keeper.watch_use()),
+                ]
+                if config.rebalances:
+                    tasks.append(asyncio.create_task(self._rebalancer.follow()))
                 try:
                     # A task of its own, because uvicorn raises the signal that stopped it again.
                     # So the signal ends this await, and not the first one of the cleaning up.
                     await asyncio.ensure_future(
-                        _serve_http(self._app(), http_socket, on_started, on_stop)
+                        _serve_http(self._app(fingerprint), http_socket, tls, on_started, on_stop)
                     )
                 finally:
-                    attendant.cancel()
-                    watch.cancel()
+                    for task in tasks:
+                        task.cancel()
                     self._service.stopping()
                     on_stop()
 
-    def _answerer(self) -> Token | Answerer | None:
+    def _answerer(self) -> Answerer | None:
         """Return what agents must show. Raises ConfigError."""
         if self._book is None:
-            return self._config.token
+            return None
         try:
             identity = own_identity(self._config.identity_path)
         except IdentityError as error:
             raise ConfigError(str(error)) from error
         purposes: frozenset[Purpose] = frozenset(("control", "blocks"))
         return Answerer(identity, COORDINATOR, purposes, self._book.admit)
+
+    def _inviting(self, fingerprint: Fingerprint | None) -> Callable[[], str] | None:
+        """Return what makes a token for one device, or None with --insecure."""
+        book = self._book
+        if book is None or fingerprint is None:
+            return None
+        return lambda: book.invite(fingerprint).text
 
     async def _attend(self) -> None:
         """Tell the service manager that the event loop runs, and what it serves."""
@@ -254,12 +291,14 @@ class Coordinator:
         if not self._config.advertise:
             yield
             return
+        loop = asyncio.get_running_loop()
         advertisement = Advertisement(
             self._config.cluster,
             f"shoal-{self._config.cluster}-{port}",
             self._config.control_host,
             port,
             fingerprint,
+            lambda other: loop.call_soon_threadsafe(self._tell_of_other, other),
         )
 
         async def announce() -> None:
@@ -275,13 +314,25 @@ class Coordinator:
             await asyncio.shield(task)
             await asyncio.to_thread(advertisement.__exit__, None, None, None)
 
-    def _app(self) -> ASGIApp:
+    def _tell_of_other(self, other: Endpoint) -> None:
+        """Tell of another coordinator of this cluster."""
+        cluster, where = self._config.cluster, f"{other.host}:{other.port}"
+        self._story.tell("second coordinator", cluster, f"at {where}")
+        log.warning(
+            "another coordinator of cluster %r answers at %s: agents that search by mDNS may join "
+            "either of them; stop one, or give it another --cluster",
+            cluster,
+            where,
+        )
+
+    def _app(self, fingerprint: Fingerprint | None) -> ASGIApp:
         admin = AdminRoutes(
             self._config.cluster, self.roster, self._operations, self._models, self._story
         )
         openai = OpenAIRoutes(self._models, self._gateway, self._admission.require_room)
         texts = TextRoutes(self._models, openai)
-        page = PageRoutes(self._config, self._feed)
+        encoders = EncoderRoutes(self._models, openai, self._encoders)
+        page = PageRoutes(self._config, self._feed, self._inviting(fingerprint))
         health = HealthRoutes(self._models, self._requests)
         metrics = Metrics(self.roster, self._models, self._requests)
         traces = TraceRoutes(self._models, self._requests)
@@ -289,6 +340,7 @@ class Coordinator:
             routes=[
                 *openai.routes(),
                 *texts.routes(),
+                *encoders.routes(),
                 *document_routes(),
                 *admin.routes(),
                 *health.routes(),
@@ -340,6 +392,9 @@ class Coordinator:
                     await self._workshop.take(device, request, connection)
                 case BlockDamaged():
                     await self._repair(request, connection)
+                case FindHolders():
+                    found = await holders(self.roster, device, request.sha256s)
+                    await connection.send(BlocksHeld(found))
                 case FetchBlock():
                     if not await self._send(request, connection):
                         self._rare_log.warning(
@@ -437,16 +492,18 @@ def _require_introduced(hello: Message, claim: Claim | None) -> None:
 async def _serve_http(
     app: ASGIApp,
     http_socket: socket.socket,
+    tls: HttpTls | None,
     on_started: Callable[[], None],
     on_stop: Callable[[], None],
 ) -> None:
+    lobby = Lobby("HTTP", MOST_HTTP_WAITING, MOST_HTTP_OF_ONE)
     config = uvicorn.Config(
         app,
         log_level="critical",  # coordinator.http.common.HANDLERS report errors once.
         access_log=False,
         lifespan="off",
         timeout_graceful_shutdown=2,
-        http=guarded_protocol(Lobby("HTTP", MOST_HTTP_WAITING, MOST_HTTP_OF_ONE)),
+        http=guarded_protocol(lobby) if tls is None else encrypted_protocol(lobby, tls),
         ws="none",
         backlog=ACCEPT_AT_ONCE,
     )

@@ -47,7 +47,7 @@ def local_stage(
             fmt = own if wanted is None else checkpoint.format_of(block, wanted)
             written = write_artifact(Path(name), block, checkpoint.block_in(block, fmt), fmt)
             artifacts.append((block, written.path))
-        with closing(backend.load(checkpoint.spec, artifacts, options)) as stage:
+        with closing(backend.stage(checkpoint.spec, artifacts, options)) as stage:
             yield stage
 
 

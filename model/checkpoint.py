@@ -40,15 +40,24 @@ log = logging.getLogger(__name__)
 
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 """The names of a separate head, also as a part of a model that sees."""
-_RECOMPUTED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-"""The ends of the names of tensors in old checkpoints that config.json makes redundant.
+_RECOMPUTED = (
+    "rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    "embeddings.position_ids",
+    "embeddings.token_type_ids",
+    "pooler.dense.weight",
+    "pooler.dense.bias",
+)
+"""The ends of the names of tensors that config.json makes redundant.
 
-The last two are GPT-2's causal mask.
+The second and third are GPT-2's causal mask, and the next two BERT's numbers of positions. BERT's
+pooler is stored with each model, but only a head that classifies texts takes it.
 """
 _SHOWN_NAMES = 3
 _PIECE = 1 << 22
 """The number of values that are compared at once."""
-_LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d{1,6})\.")
+_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h)\.(\d{1,6})\.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,12 +67,14 @@ def on_chip_layer_bytes(layer: LayerSpec) -> int:
 
 
 def kv_bytes(spec: ModelSpec, block: int, tokens: int, item_bytes: int = 4) -> int:
-    """Return the bytes of keys and values of ``tokens`` positions, or 0 for embedding and head.
+    """Return the bytes of keys and values of ``tokens`` positions.
+
+    It is 0 for embedding and head, and for encoders, which run whole texts and keep nothing.
 
     A sliding window is charged in full, because the cache keeps all positions to be able to roll
     back.
     """
-    if spec.block_kind(block) != "layer":
+    if spec.block_kind(block) != "layer" or spec.encodes:
         return 0
     layer = spec.layer(block)
     return 2 * layer.kv_heads * layer.head_dim * tokens * item_bytes
@@ -164,6 +166,8 @@ def _live_bytes(spec: ModelSpec, block: int, rows: int, context_tokens: int) -> 
     if kind == "embedding":
         return 4 * rows * (spec.hidden + spec.embed_dim)
     if kind == "head":
+        if spec.encodes:
+            return 4 * rows * (2 * spec.hidden + spec.output_width)
         # Logits are computed for one row only.
         return 4 * (rows * 2 * spec.hidden + spec.embed_dim + spec.vocab)
     layer = spec.layer(block)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -25,30 +25,18 @@ import numpy.typing as npt
 from model.errors import CheckpointError
 from model.row_pieces import RowPieces
 from model.safetensors import bfloat16_to_float32
+from model.schemes import BITS as BITS
+from model.schemes import DEFAULT_GROUP_SIZE as DEFAULT_GROUP_SIZE
+from model.schemes import DEFAULT_SCHEME as DEFAULT_SCHEME
+from model.schemes import GROUP_SIZES as GROUP_SIZES
+from model.schemes import INTEGER_BITS as INTEGER_BITS
+from model.schemes import PREPARED as PREPARED
+from model.schemes import SCHEMES as SCHEMES
+from model.schemes import Quantizer as Quantizer
+from model.schemes import Scheme as Scheme
 
-Scheme = Literal["rtn", "truncate", "float"]
-"""How codes decode."""
-Quantizer = Literal["rtn", "truncate", "clip", "gptq", "auto"]
-"""How codes are chosen. All but ``truncate`` store groups as ``rtn`` does."""
 FloatArray = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
-
-BITS = (2, 3, 4, 5, 6, 8, 16, 32)
-INTEGER_BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
-DEFAULT_SCHEME: Literal["rtn"] = "rtn"
-PREPARED: tuple[Quantizer, ...] = ("clip", "gptq", "auto")
-"""Quantizers that look at the whole block or a text, so that codes are made beforehand.
-
-``model.quantizers`` makes them.
-"""
-SCHEMES: tuple[Quantizer, ...] = ("rtn", "truncate", *PREPARED)
-"""The schemes that a user can choose."""
-DEFAULT_GROUP_SIZE = 64
-"""Groups of 64 are as accurate at 4 bits as symmetric groups of 32, and faster.
-
-The figures are in docs/performance.md.
-"""
 
 # Rows are processed in pieces of about this many weights, which fit a core's cache.
 _CHUNK_WEIGHTS = 1 << 18

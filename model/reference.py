@@ -20,9 +20,11 @@ import numpy.typing as npt
 
 from model.artifact import Tensor, read_block, values_of
 from model.checkpoint import Checkpoint
+from model.encoder_ends import norm, result, rms_norm
 from model.experts import by_expert, clipped_swiglu, expert_rows, route
 from model.rotary import rotary_table, rotate
 from model.spec import LayerSpec, ModelSpec
+from model.texts import Texts
 
 Array = npt.NDArray[Any]
 Weights = Mapping[str, Array]
@@ -101,11 +103,26 @@ class ReferenceModel:
         """
         return self._forward(inputs, 0, lengths)
 
-    def _forward(self, rows: Array, position: int, lengths: Sequence[int]) -> Array:
+    def encode(self, inputs: npt.NDArray[Any], texts: Texts) -> Array:
+        """Run whole texts through an encoder, one behind the other.
+
+        inputs: tokens [n] if the embedding is held, else hidden [n, hidden].
+
+        Returns hidden [n, hidden]. With the head it returns what ``spec.output`` says: a row for
+        each text, or for each token.
+        """
+        return self._forward(np.asarray(inputs), 0, texts.lengths, texts)
+
+    def _forward(
+        self, rows: Array, position: int, lengths: Sequence[int], texts: Texts | None = None
+    ) -> Array:
+        texts = texts or Texts.plain(*lengths)
         for block in self.blocks:
             kind, weights = self.spec.block_kind(block), self._weights[block]
             if kind == "embedding":
-                rows = self._embed(weights, rows, position, lengths)
+                rows = self._embed(weights, rows, position, texts)
+            elif kind == "head" and self.spec.encodes:
+                rows = result(self.spec, weights, rows, texts)
             elif kind == "head":
                 rows = self._head(weights, rows)
             else:
@@ -113,23 +130,27 @@ class ReferenceModel:
         return rows
 
     def _embed(
-        self, weights: Weights, tokens: npt.NDArray[Any], position: int, lengths: Sequence[int]
+        self, weights: Weights, tokens: npt.NDArray[Any], position: int, texts: Texts
     ) -> Array:
         hidden: Array = weights["tokens.weight"][tokens]  # [n, embed]
         if self.spec.projected:
             self._seen("project_in", hidden)
             hidden = hidden @ weights["project_in.weight"].T
         if self.spec.learned_positions:
-            begin = position + self.spec.position_offset
-            places = np.concatenate([np.arange(begin, begin + count) for count in lengths])
+            places = texts.positions() + position + self.spec.position_offset
             hidden = hidden + weights["positions.weight"][places]
+        if self.spec.token_types:
+            types = np.minimum(texts.types(), self.spec.token_types - 1)
+            hidden = hidden + weights["types.weight"][types]
+        if self.spec.embed_norm:
+            hidden = norm(self.spec.layers[0], weights, "embed_norm", hidden)
         return hidden
 
     def before_logits(self, hidden: Array) -> Array:
         """Return the rows that the last matrix takes, of hidden rows before the head."""
         weights = self._weights[self.spec.head_block]
         if self.spec.final_norm:
-            hidden = _norm(self.spec.layers[-1], weights, "norm", hidden)
+            hidden = norm(self.spec.layers[-1], weights, "norm", hidden)
         if self.spec.projected:
             self._seen("project_out", hidden)
             hidden = hidden @ weights["project_out.weight"].T
@@ -162,7 +183,7 @@ class ReferenceModel:
         q, k, v = (_linear(weights, name, rows) for name in "qkv")
         if layer.qk_norm == "width":
             q, k = (
-                _rms_norm(part, layer.norm_eps) * weights[f"{name}_norm.weight"]
+                rms_norm(part, layer.norm_eps) * weights[f"{name}_norm.weight"]
                 for name, part in (("q", q), ("k", k))
             )
         ends = np.cumsum(lengths)[:-1]
@@ -193,8 +214,8 @@ class ReferenceModel:
             )
         )
         if layer.qk_norm == "head":
-            q = _rms_norm(q, layer.norm_eps) * weights["q_norm.weight"]
-            k = _rms_norm(k, layer.norm_eps) * weights["k_norm.weight"]
+            q = rms_norm(q, layer.norm_eps) * weights["q_norm.weight"]
+            k = rms_norm(k, layer.norm_eps) * weights["k_norm.weight"]
         if layer.rope is not None:
             cos, sin = (
                 table[position:, None].astype(self._dtype)
@@ -215,6 +236,8 @@ class ReferenceModel:
         scores = _capped(scores, layer.score_cap)
         distance = np.arange(position, end)[:, None] - np.arange(end)  # [n, end]
         window = layer.sliding_window or end
+        if layer.bidirectional:
+            distance = np.abs(distance)
         scores = np.where((distance >= 0) & (distance < window), scores, -np.inf)
         largest = scores.max(axis=-1, keepdims=True)
         if layer.sinks:
@@ -229,8 +252,10 @@ class ReferenceModel:
 
 def _entered(layer: LayerSpec, weights: Weights, name: str, rows: Array) -> Array:
     """The rows that attention or MLP takes."""
+    if name == "attn" and layer.enters_plain:
+        return rows
     if layer.norm_position in ("pre", "both"):
-        return _norm(layer, weights, f"{name}_norm", rows)
+        return norm(layer, weights, f"{name}_norm", rows)
     return rows
 
 
@@ -240,11 +265,11 @@ def _left(layer: LayerSpec, weights: Weights, name: str, rows: Array, product: A
         case "pre":
             return rows + product
         case "post":
-            return _norm(layer, weights, f"{name}_norm", rows + product)
+            return norm(layer, weights, f"{name}_norm", rows + product)
         case "both":
-            return rows + _norm(layer, weights, f"{name}_out_norm", product)
+            return rows + norm(layer, weights, f"{name}_out_norm", product)
         case "output":
-            return rows + _norm(layer, weights, f"{name}_norm", product)
+            return rows + norm(layer, weights, f"{name}_norm", product)
 
 
 def _capped(values: Array, cap: float | None) -> Array:
@@ -293,18 +318,6 @@ def _linear(weights: Weights, name: str, rows: Array) -> Array:
     if f"{name}.bias" in weights:
         product += weights[f"{name}.bias"]
     return product
-
-
-def _norm(layer: LayerSpec, weights: Weights, name: str, rows: Array) -> Array:
-    if layer.norm == "rmsnorm":
-        return _rms_norm(rows, layer.norm_eps) * weights[f"{name}.weight"]
-    centred = rows - rows.mean(axis=-1, keepdims=True)
-    return _rms_norm(centred, layer.norm_eps) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-
-def _rms_norm(rows: Array, eps: float) -> Array:
-    mean: Array = np.square(rows).mean(axis=-1, keepdims=True) + rows.dtype.type(eps)
-    return rows / np.sqrt(mean)
 
 
 def _activate(layer: LayerSpec, rows: Array) -> Array:

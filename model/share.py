@@ -87,6 +87,8 @@ def unshared(spec: ModelSpec) -> str | None:
     One share describes all layers. A norm of q and k over all heads needs the sum of all members'
     squares before attention, which would be a third cut.
     """
+    if spec.encodes:
+        return "the model encodes whole texts, whose layers are not shared"
     first = spec.layers[0]
     sizes = {(layer.kv_heads, layer.heads, layer.ffn, layer.experts) for layer in spec.layers}
     if sizes != {(first.kv_heads, first.heads, first.ffn, first.experts)}:

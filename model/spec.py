@@ -1,11 +1,11 @@
-"""A decoder language model as features, from which backends, cost formulas and plans are built.
+"""A language model as features, from which backends, cost formulas and plans are built.
 
 A family (``model.families``) maps config.json to these values once. No other code asks for a
 family's name. The unit of placement is the block:
 
     block 0                 the embedding (token rows, learned positions, input projection)
     block 1 .. layers       the decoder layers
-    block layers + 1        the head (final norm, output projection, LM head)
+    block layers + 1        the head (final norm, output projection, LM head; ``OutputSpec``)
 """
 
 from __future__ import annotations
@@ -29,6 +29,13 @@ QkNorm = Literal["none", "head", "width"]
 ExpertScoring = Literal["softmax", "topk_softmax"]
 Activation = Literal["relu", "silu", "gelu", "gelu_tanh"]
 RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
+OutputKind = Literal["vector", "class", "tokens", "span"]
+"""The result of a text: a vector, scores of its classes, scores of each token's classes,
+or how well an answer begins and ends at each token."""
+Pooling = Literal["none", "first", "mean", "last"]
+"""Which of a text's rows its result comes from: each, the first, all of them, or the last."""
+DenseActivation = Literal["none", "tanh", "relu"]
+"""The function behind the dense layer of a head. none: the head has no such layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +106,32 @@ class ExpertSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputSpec:
+    """The result that an encoder returns of a text.
+
+    pooling: the row or rows that the head takes.
+    dense: width of a linear layer after pooling, or 0 without one. Its activation is
+        ``activation``.
+    labels: scores of a linear layer after that, or 0 if the vector itself is the result.
+    normalized: the vector is divided by its length.
+    """
+
+    kind: OutputKind
+    pooling: Pooling
+    dense: int = 0
+    activation: DenseActivation = "none"
+    labels: int = 0
+    normalized: bool = False
+
+    @property
+    def per_token(self) -> bool:
+        """Whether each token has a result of its own."""
+        return self.pooling == "none"
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """One decoder layer. Two layers with equal specs cost the same on the same device."""
+    """One layer. Two layers with equal specs cost the same on the same device."""
 
     hidden: int
     heads: int
@@ -127,6 +158,10 @@ class LayerSpec:
     """Each head has one more logit in the softmax, which adds no value."""
     experts: ExpertSpec | None = None
     """Experts instead of the MLP, which would be ``ffn`` wide."""
+    bidirectional: bool = False
+    """A position sees later ones too. A window of w then reaches w - 1 positions to either side."""
+    enters_plain: bool = False
+    """Attention takes the hidden state as it is, although the MLP has a norm before it."""
 
     @property
     def used_ffn(self) -> int:
@@ -155,7 +190,8 @@ class LayerSpec:
             if self.norm == "layernorm":
                 shapes[f"{name}.bias"] = (width,)
 
-        norm("attn_norm", self.hidden)
+        if not self.enters_plain:
+            norm("attn_norm", self.hidden)
         linear("q", q_rows, self.hidden, self.qkv_bias)
         linear("k", kv_rows, self.hidden, self.qkv_bias)
         linear("v", kv_rows, self.hidden, self.qkv_bias)
@@ -211,6 +247,24 @@ class ModelSpec:
     eos_tokens: tuple[int, ...]
     logit_cap: float | None = None
     """Logits become cap * tanh(logit / cap)."""
+    token_types: int = 0
+    """Rows of the table that is added by the part of a text a token is in, or 0."""
+    embed_norm: bool = False
+    """Embeddings are normed as layers are."""
+    output: OutputSpec | None = None
+    """The result of an encoder. None: the model generates text, and its head is an LM head."""
+
+    @property
+    def encodes(self) -> bool:
+        """Whether whole texts go through once, without a KV cache, and nothing is generated."""
+        return self.output is not None
+
+    @property
+    def output_width(self) -> int:
+        """The values that the head returns: of a row, or of a text."""
+        if self.output is None:
+            return self.vocab
+        return self.output.labels or self.output.dense or self.hidden
 
     @property
     def block_count(self) -> int:
@@ -248,7 +302,7 @@ class ModelSpec:
         return "head" if block == self.head_block else "layer"
 
     def layer(self, block: int) -> LayerSpec:
-        """Return the decoder layer of a block."""
+        """Return the layer of a block."""
         return self.layers[block - 1]
 
     def block_name(self, block: int) -> str:
@@ -272,15 +326,29 @@ class ModelSpec:
                 shapes["positions.weight"] = (self.learned_positions, self.hidden)
             if self.projected:
                 shapes["project_in.weight"] = (self.hidden, self.embed_dim)
+            if self.token_types:
+                shapes["types.weight"] = (self.token_types, self.hidden)
+            if self.embed_norm:
+                self._norm(shapes, "embed_norm")
             return shapes
         if self.final_norm:
-            shapes["norm.weight"] = (self.hidden,)
-            if self.layers[-1].norm == "layernorm":
-                shapes["norm.bias"] = (self.hidden,)
+            self._norm(shapes, "norm")
+        if self.output is not None:
+            width = self.hidden
+            for name, rows in (("dense", self.output.dense), ("labels", self.output.labels)):
+                if rows:
+                    shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (rows, width), (rows,)
+                    width = rows
+            return shapes
         if self.projected:
             shapes["project_out.weight"] = (self.embed_dim, self.hidden)
         shapes["lm_head.weight"] = (self.vocab, self.embed_dim)
         return shapes
+
+    def _norm(self, shapes: dict[str, tuple[int, ...]], name: str) -> None:
+        shapes[f"{name}.weight"] = (self.hidden,)
+        if self.layers[-1].norm == "layernorm":
+            shapes[f"{name}.bias"] = (self.hidden,)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values only, for messages and files. ``from_dict`` is the inverse."""
@@ -296,6 +364,8 @@ class ModelSpec:
             plain = dict(values)
             layers = tuple(_layer_from_dict(dict(item)) for item in plain.pop("layers"))
             plain["eos_tokens"] = tuple(plain["eos_tokens"])
+            if plain.get("output") is not None:
+                plain["output"] = OutputSpec(**plain["output"])
             spec = ModelSpec(layers=layers, **plain)
             _check(spec)
         except (KeyError, TypeError, ValueError) as error:
@@ -310,7 +380,9 @@ QUANTIZED_TENSORS = frozenset(
         "shared_gate", "shared_up", "shared_down", "tokens", "project_in", "project_out", "lm_head",
     )
 )  # fmt: skip
-"""Canonical names stored in the block's format. All other tensors are stored as fp32."""
+"""Canonical names stored in the block's format. All other tensors are stored as fp32.
+
+Among these are the small matrices of an encoder's head, and its table of token types."""
 
 
 def _layer_from_dict(values: dict[str, Any]) -> LayerSpec:
@@ -330,6 +402,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "scaling": get_args(RopeScaling),
     "qk_norm": get_args(QkNorm),
     "scoring": get_args(ExpertScoring),
+    "pooling": get_args(Pooling),
+    "kind": get_args(OutputKind),
 }
 _NUMBERS = frozenset(
     (
@@ -342,7 +416,7 @@ _FACTORS = ("short_factors", "long_factors")
 _COUNTS = frozenset(
     (
         "learned_positions", "position_offset", "original_context", "rotated", "shared_ffn",
-        "first", "held",
+        "first", "held", "dense", "labels", "token_types",
     )
 )  # fmt: skip
 _SIZES = frozenset(
@@ -361,14 +435,34 @@ def _check(spec: ModelSpec) -> None:
     if not 0 < len(spec.layers) <= MAX_LAYERS:
         raise UnsupportedModelError(f"malformed model description: {len(spec.layers)} layers")
     _check_fields(spec)
+    if spec.output is not None:
+        _check_output(spec, spec.output)
     for layer in set(spec.layers):
         _check_fields(layer)
-        if layer.hidden != spec.hidden or layer.heads % layer.kv_heads:
+        if (
+            layer.hidden != spec.hidden
+            or layer.heads % layer.kv_heads
+            or (layer.bidirectional and spec.output is None)
+        ):
             raise UnsupportedModelError("malformed model description: inconsistent layer sizes")
         if layer.experts is not None:
             _check_experts(layer, layer.experts)
         if layer.rope is not None:
             _check_rope(layer.rope, layer.head_dim)
+
+
+def _check_output(spec: ModelSpec, output: OutputSpec) -> None:
+    _check_fields(output)
+    if (
+        output.activation not in get_args(DenseActivation)
+        or (output.activation == "none") != (output.dense == 0)
+        or output.per_token != (output.kind in ("tokens", "span"))
+        or (output.kind == "vector") != (output.labels == 0)
+        or (output.kind == "span" and output.labels != 2)
+        or spec.projected
+        or any(layer.experts or layer.sinks or layer.score_cap for layer in spec.layers)
+    ):
+        raise UnsupportedModelError("malformed model description: inconsistent output")
 
 
 def _check_experts(layer: LayerSpec, experts: ExpertSpec) -> None:
@@ -398,16 +492,18 @@ def _check_rope(rope: RopeSpec, head_dim: int) -> None:
         raise UnsupportedModelError("malformed model description: a factor for each pair is needed")
 
 
-def _check_fields(part: ModelSpec | LayerSpec | RopeSpec | ExpertSpec) -> None:
+def _check_fields(part: ModelSpec | LayerSpec | RopeSpec | ExpertSpec | OutputSpec) -> None:
     for field in fields(part):
         value = getattr(part, field.name)
+        if isinstance(part, OutputSpec) and field.name == "activation":
+            continue  # A head has others than an MLP.
         if not _is_valid(field.name, value):
             shown = repr(value)[:80]
             raise UnsupportedModelError(f"malformed model description: {field.name} = {shown}")
 
 
 def _is_valid(name: str, value: Any) -> bool:
-    if name in ("layers", "rope", "experts"):
+    if name in ("layers", "rope", "experts", "output"):
         return True
     if name in _CHOICES:
         return value in _CHOICES[name]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,18 @@ class Tokenizer:
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special)
         return list(encoding.ids)
 
+    def encode_text(self, text: str, second: str | None = None) -> EncodedText:
+        """Return the tokens of a text, or of a pair of texts, as an encoder takes them."""
+        (encoding,) = self._backend.encode_batch([text if second is None else (text, second)])
+        types = list(encoding.type_ids)
+        parts = [-1 if part is None else part for part in encoding.sequence_ids]
+        return EncodedText(
+            tuple(encoding.ids),
+            types.index(1) if 1 in types else len(types),
+            tuple(parts),
+            tuple(encoding.offsets),
+        )
+
     def least_tokens(self, text: str) -> int:
         """Return a lower bound on a text's tokens without tokenizing it, or 0 if none is known."""
         if self._longest_token_bytes is None:
@@ -178,6 +191,22 @@ class Tokenizer:
                 self.apply_chat_template([{"role": "user", "content": "Hello"}])
             except TokenizerError as error:
                 yield f"chat completions will fail, plain ones work: {error}"
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedText:
+    """The tokens of a text or of a pair.
+
+    second: where the second part begins for the model's table of token types: the number of tokens
+        if it is not told apart.
+    parts: for each token 0 or 1, the text it comes from, or -1 for a token that is of none.
+    offsets: for each token the characters of that text that it stands for, half-open.
+    """
+
+    tokens: tuple[int, ...]
+    second: int
+    parts: tuple[int, ...]
+    offsets: tuple[tuple[int, int], ...]
 
 
 class StreamDecoder:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from model import costs
 from model.quantize import BITS, Format, own_format
 from model.spec import ModelSpec
+from model.texts import PASS_ROWS, pass_rows
 from planning.problem import (
     DEFAULT_HOPS,
     ONE_TOKEN,
@@ -17,8 +18,10 @@ from planning.problem import (
     HopFormat,
     NoLink,
     Objective,
+    ObjectiveKind,
     PlanningProblem,
 )
+from planning.prompt import block_passage
 from planning.sensitivity import Own
 from wire import limits
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile
@@ -150,7 +153,7 @@ def build_problem(
         max_weight_error=(bound,) * len(blocks),
         sensitivities=tuple(dict(row) for row in request.sensitivities or ()),
         quality_budget=request.quality_budget,
-        objective=request.objective.within(request.context_tokens),
+        objective=_objective(request),
         pins={block: indices[name] for block, name in request.pins.items()},
         excluded=frozenset(indices[name] for name in request.excluded),
         hop_formats=tuple(sorted(hops, key=lambda form: form.bits)),
@@ -160,7 +163,24 @@ def build_problem(
         group_size=max(
             request.format_of(block, width).group_size for block in blocks for width in request.bits
         ),
+        pass_tokens=pass_tokens(request),
     )
+
+
+def pass_tokens(request: RequestInput) -> int:
+    """Return the rows of a pass that the plan counts: 1, or for an encoder those of a prompt."""
+    if not request.spec.encodes:
+        return 1
+    return max(min(request.objective.prompt_tokens or PASS_ROWS, request.context_tokens), 1)
+
+
+def _objective(request: RequestInput) -> Objective:
+    """Return the objective. For an encoder, one pass of texts counts as one decoded token."""
+    asked = request.objective
+    if not request.spec.encodes:
+        return asked.within(request.context_tokens)
+    kind: ObjectiveKind = "latency" if asked.kind == "request" else asked.kind
+    return Objective(kind, pass_tokens(request), 1, asked.migration_weight)
 
 
 def own_rows(request: RequestInput, device: DeviceInput) -> tuple[Mapping[int, float], ...] | None:
@@ -212,8 +232,9 @@ def _device(request: RequestInput, device: DeviceInput, kv_bytes: Sequence[int])
     if profile.watts is not None and not 0 < profile.watts < math.inf:
         raise ValueError(f"{device.name} cannot draw {profile.watts} watts")
     # The buffers of the largest block, although a stage needs only those of its own blocks.
+    rows = pass_rows(request.context_tokens) if spec.encodes else request.chunk_tokens
     stage_bytes = costs.stage_buffer_bytes(
-        spec, range(spec.block_count), request.chunk_tokens, request.context_tokens
+        spec, range(spec.block_count), rows, request.context_tokens
     )
     options = _options(request, device)
     return Device(
@@ -287,6 +308,9 @@ def _options(request: RequestInput, device: DeviceInput) -> tuple[tuple[BlockOpt
                 executed = costs.executed_bytes(spec, block, fmt, container)
                 own = None if sensitivities is None else sensitivities[block].get(bits, math.inf)
                 times = found.decode_s, found.prefill_s_per_token
+                if spec.encodes:
+                    pass_s = block_passage(*times).busy_s(pass_tokens(request))
+                    times = pass_s, pass_s / pass_tokens(request)
                 row.append(BlockOption(bits, executed, *times, own, found.rows_s, found.shares_s))
         rows.append(shared.setdefault(tuple(row), tuple(row)))
     return tuple(rows)

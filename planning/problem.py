@@ -287,6 +287,8 @@ class PlanningProblem:
     ``teams``: sets of devices (indices) that must share layers. Each of them is one stage, and a
     pin to one of its devices means this stage. ``no_teams``: no devices may share layers.
     ``group_size``: largest quantization group of the formats, which shares must not cut; 0: none.
+    ``pass_tokens``: rows that go through at a time. An encoder runs whole texts. Its problem counts
+    a pass of them as one decoded token, and ``decode_s`` is that of the pass.
     """
 
     spec: ModelSpec
@@ -311,6 +313,7 @@ class PlanningProblem:
     teams: tuple[tuple[int, ...], ...] = ()
     no_teams: bool = False
     group_size: int = 0
+    pass_tokens: int = 1
 
     @property
     def real(self) -> range:
@@ -432,8 +435,8 @@ class PlanningProblem:
         return known.get(bits, HopFormat.unmeasured(bits).sensitivity)
 
     def hop_bytes(self, bits: int) -> int:
-        """Bytes of one token's hidden state on a link."""
-        return costs.hop_bytes(self.spec, bits)
+        """Bytes of one pass's hidden state on a link."""
+        return self.pass_tokens * costs.hop_bytes(self.spec, bits)
 
     def hop_s(self, source: int, target: int, bits: int) -> float:
         """Seconds of one token's hidden state on a link; inf without one."""
@@ -642,5 +645,7 @@ class PlanningProblem:
             for index in indices:
                 if index not in known:
                     raise ValueError(f"problem.{name}: there is no {index}")
+        if self.pass_tokens < 1:
+            raise ValueError(f"problem.pass_tokens: expected at least 1, not {self.pass_tokens}")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
             raise ValueError(f"problem.chunk_tokens: expected at least 1, not {self.chunk_tokens}")

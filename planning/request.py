@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from model.hub import served_name
 from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Format, Quantizer
+from model.spec import ModelSpec
 from planning.errors import RequestInvalid
 from planning.json_codec import to_plain
 from planning.plan import PlanError
@@ -32,6 +33,8 @@ from planning.sensitivity import Own, applying_budget
 from wire.activations import HOP_BITS
 
 DEFAULT_BITS = (3, 4, 5, 6, 8)
+ENCODER_BITS = (8,)
+"""No loss is known for what an encoder returns, so a plan could not choose fewer."""
 DEFAULT_CONTEXT_TOKENS = 2048
 DEFAULT_TIME_LIMIT_S = 20.0
 
@@ -74,6 +77,7 @@ _EXPECTED = {
     "generation_defaults": "true or false",
     "with_problem": "true or false",
     "replaces": "true or false",
+    "keep_s": "seconds from 1 up, or null",
     "weight": f"a number from {1 / MAX_WEIGHT} to {MAX_WEIGHT:g}",
 }
 """The allowed values of each field, in words for the user."""
@@ -138,6 +142,8 @@ class LoadRequest:
     """Take the place of all loaded models. Otherwise the model gets what they leave."""
     weight: float = 1.0
     """The model's part of devices that it shares, against the weights of other models there."""
+    keep_s: float | None = None
+    """Unload the model after so long without a request. A request loads it again. None: never."""
 
     def __post_init__(self) -> None:
         require_model(self.model)
@@ -172,8 +178,15 @@ class LoadRequest:
             or (bool(self.hop_bits) and set(self.hop_bits) <= set(HOP_BITS)),
             "quality_budget": _within(self.quality_budget, 0),
             "quality_margin": _within(self.quality_margin, 1),
+            "keep_s": _within(self.keep_s, 1),
             "weight": 1 / MAX_WEIGHT <= self.weight <= MAX_WEIGHT,
         }
+
+    def for_model(self, spec: ModelSpec) -> LoadRequest:
+        """The same request with the widths that are the default of this kind of model."""
+        if spec.encodes and self.bits == DEFAULT_BITS and self.plan is None:
+            return replace(self, bits=ENCODER_BITS)
+        return self
 
     @property
     def loss_budget(self) -> float | None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import ifaddr
 
-from wire.messages import Endpoint
+if TYPE_CHECKING:
+    from wire.messages import Endpoint
 
 _INTERFACES = Path("/sys/class/net")
 

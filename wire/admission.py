@@ -7,22 +7,17 @@ from collections.abc import Callable, Mapping
 from wire import limits
 from wire.codec import Prefix
 from wire.errors import ProtocolError
-from wire.messages import AuthChallenge, Message
+from wire.messages import Message
 
 Admit = Callable[[Prefix], None]
 """Raises ProtocolError or AuthFailed if this frame may not come."""
 
 
 def hello(largest_bytes: Mapping[type[Message], int]) -> Admit:
-    """Admit one of these kinds as first message, each with its largest header.
-
-    A challenge is admitted too. It comes from a peer that has a token although we have none, and
-    that peer must be told.
-    """
-    allowed = {**largest_bytes, AuthChallenge: limits.MAX_HANDSHAKE_BYTES}
+    """Admit one of these kinds as first message, each with its largest header."""
 
     def admit(prefix: Prefix) -> None:
-        if prefix.header_bytes > allowed.get(prefix.kind, -1) or prefix.payload_bytes:
+        if prefix.header_bytes > largest_bytes.get(prefix.kind, -1) or prefix.payload_bytes:
             raise ProtocolError(
                 f"it began with {prefix.kind.__name__} of {prefix.header_bytes} bytes"
             )

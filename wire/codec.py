@@ -31,10 +31,12 @@ from typing import Any, Literal, NamedTuple
 import msgpack
 
 from wire import limits
-from wire.errors import ProtocolError, VersionMismatch
+from wire.errors import AuthFailed, ProtocolError, VersionMismatch
 from wire.messages import CODES, PROTOCOL_VERSION, WITH_PAYLOAD, JoinRefused, Message
 
 MAGIC = b"SHOL"
+_TLS_HANDSHAKE = b"\x16\x03"
+UNENCRYPTED = "it runs with --insecure: start both sides alike"
 PREFIX = struct.Struct("<4sBBHIQ")
 MAX_REFUSAL_BYTES = 960
 """The largest text of a refusal. It fits into what a peer reads from a stranger."""
@@ -78,8 +80,10 @@ def encode_as(version: int, kind: type[Message], values: list[Any]) -> bytes:
 
 
 def decode_prefix(data: bytes | bytearray | memoryview) -> Prefix:
-    """Parse the first PREFIX.size bytes of a frame. Raises ProtocolError, VersionMismatch."""
+    """Parse the first PREFIX.size bytes of a frame. Raises AuthFailed, ProtocolError."""
     magic, version, reserved, code, header_bytes, payload_bytes = PREFIX.unpack(data)
+    if magic.startswith(_TLS_HANDSHAKE):
+        raise AuthFailed("it encrypts, and this side runs with --insecure", UNENCRYPTED)
     if magic != MAGIC:
         raise ProtocolError("peer does not speak the shoal protocol")
     if version == 0:  # No version 0 ever existed, so zeros get no answer.

@@ -4,9 +4,9 @@
 awaits. The coordinator uses it. Both drive a wire.framing.Framer, so they speak the same protocol
 and raise the same errors.
 
-If there is a token, the handshake of wire.auth comes first. With a Caller and an Answerer, TLS and
-then the handshake of wire.introduction come first. It all runs in ``Connection.connect``, in the
-first ``receive`` of an accepted connection, and in ``serve``. No other code knows about it.
+With a Caller and an Answerer, TLS and then the handshake of wire.introduction come first. It all
+runs in ``Connection.connect``, in the first ``receive`` of an accepted connection, and in
+``serve``. No other code knows about it. Without them, nothing is encrypted, and anybody is let in.
 
 An accepted connection sits in a lobby until ``receive_hello`` returns, and may be closed there.
 """
@@ -17,7 +17,6 @@ import asyncio
 import contextlib
 import errno
 import logging
-import secrets
 import socket
 import threading
 import time
@@ -26,16 +25,16 @@ from functools import partial
 from types import TracebackType
 from typing import TypeVar
 
-from wire import admission, auth, introduction, limits
+from wire import admission, introduction, limits
 from wire.admission import Admit
-from wire.auth import Handshake, Token
 from wire.claim import Claim
 from wire.codec import encode, encode_as
 from wire.errors import AuthFailed, ConnectFailed, ConnectionLost, VersionMismatch, WireError
 from wire.framing import BUFFER_BYTES, Frame, Framer
+from wire.handshake import Handshake
 from wire.introduction import Answerer, Caller
 from wire.lobby import Lobby
-from wire.messages import AgentHello, AuthChallenge, Endpoint, JoinRefused, Message
+from wire.messages import AgentHello, Endpoint, JoinRefused, Message
 from wire.patience import within
 from wire.rare_log import RareLog
 from wire.tls import RAW_BYTES, TlsChannel, TlsTransport, own_client_context, server_context
@@ -98,21 +97,19 @@ class Connection:
         endpoint: Endpoint,
         timeout_s: float = limits.CONNECT_TIMEOUT_S,
         *,
-        token: Token | Caller | None = None,
+        caller: Caller | None = None,
         transport: MakeTransport = TcpTransport,
     ) -> Connection:
-        """Connect to an address. If there is a token, the peer must know it.
+        """Connect to an address.
 
         With a Caller, the connection is encrypted, and the peer must be the expected answerer.
         Raises ConnectFailed, AuthFailed.
         """
         handshake: Handshake | None = None
-        if isinstance(token, Caller):
-            handshake = introduction.call(token)
-            context, fingerprint = own_client_context(), token.answerer
+        if caller is not None:
+            handshake = introduction.call(caller)
+            context, fingerprint = own_client_context(), caller.answerer
             transport = partial(TlsTransport, context=context, fingerprint=fingerprint)
-        elif token is not None:
-            handshake = auth.call(token)
         try:
             sock = socket.create_connection((endpoint.host, endpoint.port), timeout=timeout_s)
             connection = Connection(transport(sock), handshake)
@@ -162,7 +159,7 @@ class Connection:
     def receive(self) -> tuple[Message, memoryview]:
         """Return the next message and its payload, which the caller may keep. It may be empty.
 
-        Raises AuthFailed if the peer has not proved that it knows the token.
+        Raises AuthFailed if the peer has not proved who it is, or may not come in.
         """
         if self._framer.is_proving:
             self._prove()
@@ -239,6 +236,11 @@ class Connection:
     ) -> None:
         self.close()
 
+    @property
+    def unacknowledged_bytes(self) -> int:
+        """The sent bytes that the other machine has not acknowledged, or 0 if unknown."""
+        return self._transport.unacknowledged_bytes()
+
     def _prove(self) -> None:
         """Complete the handshake within HANDSHAKE_TIMEOUT_S. Raises WireError."""
         if self._framer.is_proving:
@@ -301,7 +303,7 @@ class Connection:
 
 
 class Listener:
-    """A listening TCP socket that yields Connections. With a token, callers must know it.
+    """A listening TCP socket that yields Connections.
 
     With an Answerer, they are encrypted, and callers must introduce themselves.
     """
@@ -311,13 +313,13 @@ class Listener:
         host: str,
         port: int,
         *,
-        token: Token | Answerer | None = None,
+        answerer: Answerer | None = None,
         transport: MakeTransport = TcpTransport,
     ) -> None:
         """Bind. Port 0 takes a free one. Raises ConnectFailed if the address is taken."""
-        if isinstance(token, Answerer):
-            transport = partial(TlsTransport, context=server_context(token.identity))
-        self._handshake = _answering(token)
+        if answerer is not None:
+            transport = partial(TlsTransport, context=server_context(answerer.identity))
+        self._handshake = _answering(answerer)
         self._transport = transport
         self._socket = bind(host, port)
         self.host: str = self._socket.getsockname()[0]
@@ -520,19 +522,18 @@ async def serve(
     port: int,
     handle: Callable[[AsyncConnection], Awaitable[None]],
     *,
-    token: Token | Answerer | None = None,
+    answerer: Answerer | None = None,
 ) -> tuple[asyncio.Server, int]:
     """Accept AsyncConnections on an address, and return the server and its port.
 
-    With a token, only peers that know it get to ``handle``. With an Answerer, connections are
-    encrypted, and only callers that it admits get there. The others are logged. A peer of another
-    version is logged once, not at each attempt. Raises ConnectFailed if the address is
-    taken.
+    With an Answerer, connections are encrypted, and only callers that it admits get to ``handle``.
+    The others are logged. A peer of another version is logged once, not at each attempt. Raises
+    ConnectFailed if the address is taken.
     """
     listening = bind(host, port)
     bound_port = int(listening.getsockname()[1])
-    context = server_context(token.identity) if isinstance(token, Answerer) else None
-    make_handshake = _answering(token)
+    context = None if answerer is None else server_context(answerer.identity)
+    make_handshake = _answering(answerer)
     lobby = Lobby(f"port {bound_port}")
     rare_log = RareLog(log)
     told: set[str] = set()
@@ -566,34 +567,24 @@ async def serve(
     return server, bound_port
 
 
-def _answering(token: Token | Answerer | None) -> Callable[[], Handshake | None]:
+def _answering(answerer: Answerer | None) -> Callable[[], Handshake | None]:
     """Return what makes the handshake of each accepted connection."""
-    if isinstance(token, Answerer):
-        return partial(introduction.answer, token)
-    if token is not None:
-        return partial(auth.answer, token)
-    return lambda: None
+    if answerer is None:
+        return lambda: None
+    return partial(introduction.answer, answerer)
 
 
-def protocol_of_silent(endpoint: Endpoint, token: Token | Caller | None) -> int | None:
+def protocol_of_silent(endpoint: Endpoint) -> int | None:
     """Return the protocol of a peer that closes in silence, or None if it stays unknown.
 
-    Only protocol OLDEST closes in silence, so the peer is asked in that protocol.
+    Only protocol OLDEST closes in silence, so the peer is asked in that protocol. It is told
+    nothing about this machine.
     """
-    if isinstance(token, Caller):
-        return None  # A peer of that protocol does not get through TLS.
-    kind: type[Message] = AgentHello
-    values: list[object] = hello_of_oldest()
-    if token is not None:
-        kind, values = (
-            AuthChallenge,
-            [auth.HANDSHAKE_VERSION, secrets.token_bytes(auth.NONCE_BYTES)],
-        )
     with contextlib.suppress(WireError, OSError):
         connection = Connection.connect(endpoint)
         try:
             connection.set_receive_timeout(limits.CONNECT_TIMEOUT_S)
-            connection._transport.send(encode_as(OLDEST, kind, values))
+            connection._transport.send(encode_as(OLDEST, AgentHello, hello_of_oldest()))
             answer, _ = connection.receive()
         except VersionMismatch as error:
             return error.theirs

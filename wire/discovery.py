@@ -52,7 +52,11 @@ OTHERS_S = 0.15
 """How long to wait for other coordinators. They were asked together and answer within 120 ms."""
 
 ADDRESS_CHECK_S = 2.0
-"""The interval at which the coordinator checks its machine's addresses for changes."""
+"""The interval at which the coordinator checks its machine's addresses for changes, and looks at
+other coordinators that were announced."""
+
+ALIVE_TIMEOUT_S = 2.0
+"""The time in which another coordinator must accept a connection to count as alive."""
 
 # zeroconf warns with a traceback of each packet that it cannot send while a cable is unplugged.
 logging.getLogger("zeroconf").setLevel(logging.ERROR)
@@ -72,8 +76,19 @@ class Advertisement:
         bind_host: str,
         port: int,
         fingerprint: Fingerprint | None = None,
+        on_other: Callable[[Endpoint], object] | None = None,
     ) -> None:
-        """``fingerprint`` is the coordinator's, if it answers in TLS."""
+        """Make a record.
+
+        fingerprint: the coordinator's, if it answers in TLS.
+        on_other: a thread calls it with the address of each other living coordinator of the
+            cluster, once for each announcement.
+        """
+        self._cluster = cluster
+        self._on_other = on_other
+        self._others: queue.SimpleQueue[str] = queue.SimpleQueue()
+        """Names of coordinators that were announced, this one's among them."""
+        self._own_name = ""
         self._properties = {"cluster": cluster}
         if fingerprint is not None:
             self._properties[KEY] = fingerprint.hex()
@@ -116,6 +131,9 @@ class Advertisement:
                 raise OSError("no network interface has an address")
             self._zeroconf = Zeroconf(interfaces=list(addresses))
             self._zeroconf.register_service(info, allow_name_change=True)
+            self._own_name = info.name
+            if self._on_other is not None:
+                ServiceBrowser(self._zeroconf, SERVICE_TYPE, handlers=[self._on_change])
         except (OSError, Error) as error:
             self._withdraw()
             raise DiscoveryUnavailable(f"cannot announce by mDNS: {error}") from error
@@ -131,12 +149,44 @@ class Advertisement:
     def _follow(self) -> None:
         """Announce again when the addresses change, which may be long after the start."""
         while not self._stop.wait(ADDRESS_CHECK_S):
+            self._look_at_others()
             addresses = _announced_addresses(self._bind_host)
             if addresses == self._announced:
                 continue
             self._withdraw()
             with contextlib.suppress(DiscoveryUnavailable):
                 self._announce(addresses)
+
+    def _on_change(
+        self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange
+    ) -> None:
+        if state_change is ServiceStateChange.Added:
+            self._others.put(name)
+
+    def _look_at_others(self) -> None:
+        """Report the living ones among the coordinators that were announced."""
+        zeroconf, on_other = self._zeroconf, self._on_other
+        while zeroconf is not None and on_other is not None and not self._others.empty():
+            name = self._others.get()
+            if name == self._own_name or self._stop.is_set():
+                continue
+            with contextlib.suppress(BadTypeInNameException, OSError, Error):
+                info = zeroconf.get_service_info(SERVICE_TYPE, name, RESOLVE_TIMEOUT_MS)
+                if info is None or not is_wanted(info.properties, self._cluster, None):
+                    continue
+                for address in info.parsed_addresses():
+                    is_this = info.port == self._port and address in self._announced
+                    if not is_this and _is_alive(address, info.port):
+                        on_other(Endpoint(address, info.port or 0))
+                        break
+
+
+def _is_alive(address: str, port: int | None) -> bool:
+    """Whether something accepts connections there. A record may outlive its coordinator."""
+    with contextlib.suppress(OSError):
+        socket.create_connection((address, port or 0), ALIVE_TIMEOUT_S).close()
+        return True
+    return False
 
 
 def find_coordinator(

@@ -3,9 +3,10 @@
     WireError
     ├── ProtocolError           the peer sent something this protocol does not allow
     │   └── VersionMismatch     ... because it speaks another version
-    ├── AuthFailed              the peer has no token, or another one
+    ├── AuthFailed              the peer has not proved who it is, or is not known
     ├── ConnectionLost          the peer is gone (closed, reset, or silent for too long)
     └── ConnectFailed           nobody answered at the address
+        └── NoTls               ... in TLS
 
 wire.connection and wire.codec raise them. The owner of the connection drops the peer,
 retries, or reports the device as lost.
@@ -41,7 +42,7 @@ class VersionMismatch(ProtocolError):
 
 
 class AuthFailed(WireError):
-    """The peer did not prove that it knows the token. ``refusal`` is the text for the peer."""
+    """The peer may not come in, or is another one. ``refusal`` is the text for the peer."""
 
     def __init__(self, reason: str, refusal: str | None = None) -> None:
         super().__init__(reason)
@@ -54,3 +55,7 @@ class ConnectionLost(WireError):
 
 class ConnectFailed(WireError):
     """No connection could be made."""
+
+
+class NoTls(ConnectFailed):
+    """The peer at the address does not speak TLS. An older shoal does not."""

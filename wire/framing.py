@@ -6,7 +6,7 @@ An adapter (wire.connection) gives a Framer a transport and a clock:
         send framer.take_outgoing()
         framer.received(how many bytes arrived in framer.space())
 
-The handshake of wire.auth runs inside ``next_frame``. Its messages and a refusal appear in
+A handshake runs inside ``next_frame``. Its messages and a refusal appear in
 ``outgoing``. If a method raises, the adapter sends ``outgoing`` and closes the connection.
 """
 
@@ -16,13 +16,13 @@ from typing import Literal
 
 import numpy as np
 
-from wire import auth
+from wire import handshake as handshakes
 from wire.admission import Admit
-from wire.auth import Handshake
 from wire.claim import Claim
 from wire.codec import PREFIX, Prefix, decode_header, decode_prefix, encode, encode_refusal
 from wire.errors import AuthFailed, ConnectionLost, VersionMismatch, WireError
-from wire.messages import AuthChallenge, JoinRefused, Message
+from wire.handshake import Handshake
+from wire.messages import JoinRefused, Message
 from wire.versions import Stranger
 
 NO_PAYLOAD = memoryview(b"")
@@ -116,7 +116,7 @@ class Framer:
             incoming: Message | None = None
             try:
                 if self._handshake_waits:
-                    frame = self._next(auth.admit)
+                    frame = self._next(handshakes.admit)
                     if frame is None:
                         return None
                     incoming, _ = frame
@@ -140,10 +140,10 @@ class Framer:
         """
         if self.is_proving and self.prove() is None:
             return None
-        frame = self._next(self.admit)
-        if frame is not None and type(frame[0]) is AuthChallenge:
-            raise self._refuse(AuthFailed(auth.CAME_WITH, auth.UNWANTED))
-        return frame
+        try:
+            return self._next(self.admit)
+        except AuthFailed as error:
+            raise self._refuse(error) from error
 
     def _next(self, admit: Admit | None) -> Frame | None:
         prefix = self._prefix

@@ -15,9 +15,8 @@ from typing import Any
 from wire.conditions import Conditions
 from wire.messages import Heartbeat, Message
 from wire.profile import TIMED_ROWS, BlockTiming, DeviceProfile
-
-MAX_TEXT_CHARACTERS = 1000
-"""The largest text for people. Ours have at most about 500 characters."""
+from wire.text import MAX_TEXT_CHARACTERS as MAX_TEXT_CHARACTERS
+from wire.text import clean_text as clean_text
 
 MAX_PROFILE_CHARACTERS = 256
 MAX_PROFILE_ENTRIES = 64
@@ -42,15 +41,6 @@ LINK_BYTES_PER_S = (100.0, 1e12)
 """Wider than any device and link. Solvers fail on figures that differ by much more."""
 
 Cleaner = Callable[[Any], Any]
-
-
-def clean_text(text: str, most_characters: int = MAX_TEXT_CHARACTERS) -> str:
-    """Return text for a terminal or a log: one line without control characters or reordering."""
-    if len(text) > most_characters:
-        text = text[: most_characters - 1] + "\N{HORIZONTAL ELLIPSIS}"
-    if text.isprintable():
-        return text
-    return "".join(character if character.isprintable() else " " for character in text)
 
 
 def clean(message: Message) -> Message:

@@ -22,9 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-from wire.auth import NONCE_BYTES, OTHER_VERSION, Handshake
 from wire.claim import Claim, Fingerprint, fingerprint_of, prove_invite
 from wire.errors import AuthFailed
+from wire.handshake import CAME_PLAIN, NEEDED, Handshake
 from wire.hygiene import clean_text
 from wire.identity import Identity, has_signed
 from wire.invite import Invite
@@ -32,6 +32,7 @@ from wire.messages import AuthAnswer, AuthChallenge, Introduction, JoinRefused
 from wire.versions import shoal_version
 
 HANDSHAKE_VERSION = 2
+NONCE_BYTES = 32
 
 Purpose = Literal["control", "blocks", "data"]
 """What a connection is for: an agent's requests, files of the coordinator, or other agents."""
@@ -41,7 +42,7 @@ COORDINATOR = "coordinator"
 
 MISDIRECTED = "this machine is not the one that was called: check the address"
 FORGED = "the signature is not that of the certificate"
-NOT_INTRODUCED = "it does not introduce itself: install the same shoal version on all machines"
+OTHER_VERSION = "another version of the handshake: install the same shoal version on all machines"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,16 +111,16 @@ def answer(answerer: Answerer) -> Handshake:
     """Run the answerer's side, and return the Claim of the caller, which was admitted."""
     challenge = yield None
     if not isinstance(challenge, AuthChallenge):
-        raise AuthFailed(NOT_INTRODUCED, NOT_INTRODUCED)
+        raise AuthFailed(CAME_PLAIN, NEEDED)
     if challenge.version != HANDSHAKE_VERSION or len(challenge.nonce) != NONCE_BYTES:
         raise AuthFailed(OTHER_VERSION, OTHER_VERSION)
     ours = secrets.token_bytes(NONCE_BYTES)
-    yield AuthAnswer(ours, b"")
+    yield AuthAnswer(ours)
     message = yield None
     if isinstance(message, JoinRefused):
         raise AuthFailed(clean_text(message.reason))
     if not isinstance(message, Introduction):
-        raise AuthFailed(NOT_INTRODUCED, NOT_INTRODUCED)
+        raise AuthFailed(CAME_PLAIN, NEEDED)
     if message.purpose not in answerer.purposes or message.expected != answerer.device:
         raise AuthFailed(MISDIRECTED, MISDIRECTED)
     text = _text(

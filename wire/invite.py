@@ -16,14 +16,18 @@ import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from wire.auth import LARGEST_TOKEN_FILE_BYTES, TokenError
 from wire.claim import FINGERPRINT_BYTES, Fingerprint
 
 PREFIX = "shoal1"
+LARGEST_FILE_BYTES = 4096
 SECRET_BYTES = 32
 ID_CHARACTERS = 8
 
 MAKE_ONE = "make one where the coordinator runs: `shoal token create`"
+
+
+class TokenError(Exception):
+    """A token cannot be used. The message says why and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +71,7 @@ def read_invite(path: Path | None) -> Invite | None:
     try:
         with path.open("rb") as file:
             is_open_to_all = bool(os.fstat(file.fileno()).st_mode & 0o007)
-            data = file.read(LARGEST_TOKEN_FILE_BYTES + 1)
+            data = file.read(LARGEST_FILE_BYTES + 1)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise TokenError(f"{where}: {reason}") from error

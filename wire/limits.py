@@ -24,6 +24,9 @@ On 0.25 Mbit/s a chunk gets through within SEND_TIMEOUT_S.
 MAX_NESTING = 8
 """The depth of containers in a header. The deepest real one (a layer's rotary factors) is 6."""
 
+RESULT_BYTES = 256 << 10
+"""The most bytes of a result in one TextsEncoded. A report has twice as much at most."""
+
 PREFILL_CHUNK_TOKENS = 64
 """The prompt rows that a stage runs in one call. This bounds compute buffers and frames."""
 

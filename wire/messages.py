@@ -36,7 +36,7 @@ class Endpoint:
     port: int
 
 
-# ---- every connection, where there is a token: wire.auth ----------------------------------------
+# ---- every encrypted connection: wire.introduction ----------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +52,6 @@ class AuthChallenge:
 @dataclass(frozen=True, slots=True)
 class AuthAnswer:
     nonce: bytes
-    proof: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class AuthProof:
-    proof: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +156,7 @@ class StageCounts:
     round_trip_us: the newest measured round trip to the next device. 0: none was measured.
     held_rows, most_rows: rows in the KV cache that sequences hold now, and those that fit.
     running_us, running_rows: how long the pass of this moment has computed, and its rows. 0: none.
+    busy: whether rows run, wait or are sent at this moment, or are not acknowledged yet.
     """
 
     passes: int
@@ -176,6 +171,7 @@ class StageCounts:
     most_rows: int
     running_us: int = 0
     running_rows: int = 0
+    busy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,6 +367,8 @@ class StageLoaded:
     """The number of files that were damaged on the device, and were fetched or made again."""
     grammars: str = ""
     """The version of llguidance, where the stage can keep answers to a grammar."""
+    from_peers_bytes: int = 0
+    """The share of ``fetched_bytes`` that other devices sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -512,6 +510,8 @@ class BlocksFetched:
 
     request: int
     fetched_bytes: int
+    from_peers_bytes: int = 0
+    """The share of them that other devices sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -860,6 +860,60 @@ class PromptScored:
     logprobs: bytes
 
 
+# ---- whole texts through an encoder -------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EncodeTexts:
+    """Coordinator to the first stage: run these whole texts through all stages in one pass.
+
+    number: of the pass. Passes of an epoch have different numbers.
+    tokens: of all texts, one behind the other.
+    lengths: the tokens of each text.
+    seconds: where the second part of each text begins: its length if it has none.
+    """
+
+    epoch: int
+    number: int
+    tokens: tuple[int, ...]
+    lengths: tuple[int, ...]
+    seconds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextRows:
+    """Hidden rows of a pass, stage to stage. The payload is that of Activation."""
+
+    epoch: int
+    number: int
+    bits: HopBits
+    lengths: tuple[int, ...]
+    seconds: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TextsEncoded:
+    """Last stage to coordinator: some rows of a pass's result, from row ``first`` on.
+
+    The result is one row for each text, or for each token. All rows are told, in order.
+    values: float32 little-endian [rows, width].
+    """
+
+    epoch: int
+    number: int
+    first: int
+    values: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PassFailed:
+    """Any stage to coordinator: a pass of texts has ended without a result."""
+
+    epoch: int
+    number: int
+    reason: str
+
+
 @dataclass(frozen=True, slots=True)
 class ProbePing:
     """Link probe. The peer answers ProbePong at once. The payload is ignored."""
@@ -889,6 +943,29 @@ class FetchBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class FindHolders:
+    """Say which other devices have these files. An agent asks this on its connection of files."""
+
+    sha256s: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A device that has some of the files, and where it may be reached."""
+
+    device: str
+    endpoints: tuple[Endpoint, ...]
+    sha256s: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksHeld:
+    """The devices that have some of the files, the nearest first."""
+
+    holders: tuple[Holder, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BlockDamaged:
     """The artifact with this hash arrived incomplete or with other contents.
 
@@ -910,7 +987,6 @@ class BlockChunk:
 Message: TypeAlias = (
     AuthChallenge
     | AuthAnswer
-    | AuthProof
     | Introduction
     | DevicesKnown
     | AgentHello
@@ -963,10 +1039,16 @@ Message: TypeAlias = (
     | Activation
     | TokenSampled
     | PromptScored
+    | EncodeTexts
+    | TextRows
+    | TextsEncoded
+    | PassFailed
     | ProbePing
     | ProbePong
     | BlocksHello
     | FetchBlock
+    | FindHolders
+    | BlocksHeld
     | BlockDamaged
     | BlockChunk
 )
@@ -994,7 +1076,6 @@ CODES: dict[int, type[Message]] = {
     25: QualityMeasured,
     26: AuthChallenge,
     27: AuthAnswer,
-    28: AuthProof,
     29: LinkChanged,
     30: StartSequence,
     31: ReleaseSequence,
@@ -1020,6 +1101,12 @@ CODES: dict[int, type[Message]] = {
     54: FilesMade,
     60: StageDamaged,
     61: BlockDamaged,
+    67: FindHolders,
+    68: BlocksHeld,
+    81: EncodeTexts,
+    82: TextRows,
+    83: TextsEncoded,
+    84: PassFailed,
     85: MeasureDevice,
     86: DeviceMeasured,
     87: FiguresChanged,
@@ -1037,6 +1124,6 @@ CODES: dict[int, type[Message]] = {
 """The message codes on the wire. Never reuse a number."""
 
 WITH_PAYLOAD: frozenset[type[Message]] = frozenset(
-    {Activation, ProbePing, BlockChunk, TeamPass, TeamPart, TeamLogits}
+    {Activation, TextRows, ProbePing, BlockChunk, TeamPass, TeamPart, TeamLogits}
 )
 """The messages that may carry raw bytes behind the header."""

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, MutableMapping
 from pathlib import Path
 
-from wire.hygiene import clean_text
+from wire.text import clean_text
 
 PINGS_PER_TIMEOUT = 4
 """Watchdog messages per timeout of the manager. Some may come late."""

@@ -23,10 +23,11 @@ from typing import cast
 
 from wire import limits
 from wire.claim import Fingerprint, fingerprint_of, shown
-from wire.codec import encode
-from wire.errors import AuthFailed, ConnectFailed, ProtocolError
+from wire.codec import MAGIC, UNENCRYPTED
+from wire.errors import AuthFailed, ConnectFailed, NoTls, ProtocolError, WireError
+from wire.framing import Framer
+from wire.handshake import refuse
 from wire.identity import Identity
-from wire.messages import JoinRefused
 from wire.transport import Buffer, TcpTransport
 
 RAW_BYTES = 64 << 10
@@ -50,8 +51,7 @@ _OLD_SUITE = "ECDHE-ECDSA-CHACHA20-POLY1305"
 Python cannot choose among the suites of TLS 1.3 before version 3.15.
 """
 
-NEEDS_TLS = "this shoal encrypts its connections: make a token there with `shoal token create`"
-NO_TLS = "it does not answer in TLS; an older shoal does not, and one with --insecure neither"
+NO_TLS = "it does not answer in TLS: it is no shoal, or an older version"
 
 
 def server_context(identity: Identity, *, has_aes: bool | None = None) -> ssl.SSLContext:
@@ -118,18 +118,21 @@ class TlsChannel:
         self._outgoing = ssl.MemoryBIO()
         self._tls = context.wrap_bio(self._incoming, self._outgoing, server_side=is_server)
         self._lock = threading.Lock()
-        self._is_plain: bool | None = None if is_server else False
+        self._has_begun = not is_server
+        self._stranger: Framer | None = None
+        """Reads a caller without TLS, until it knows what to tell it."""
 
     def feed(self, data: Buffer) -> None:
-        """Take bytes that have arrived. Raises ProtocolError if the peer does not speak TLS."""
+        """Take bytes that have arrived. Raises WireError if the peer does not speak TLS."""
         with self._lock:
-            if self._is_plain is None:
-                self._is_plain = data[0] != _TLS_RECORD
-                if self._is_plain:
-                    self._outgoing.write(encode(JoinRefused(NEEDS_TLS)))
-            if self._is_plain:
-                raise ProtocolError(f"{self._peer} does not speak TLS")
-            self._incoming.write(data)
+            if not self._has_begun:
+                self._has_begun = True
+                if data[0] != _TLS_RECORD:
+                    self._stranger = Framer(self._peer, refuse())
+            if self._stranger is None:
+                self._incoming.write(data)
+            else:
+                self._hear(self._stranger, data)
 
     def shake(self) -> bool:
         """Go on with the handshake. True once it is over. ``take`` then has bytes to send."""
@@ -175,6 +178,21 @@ class TlsChannel:
             raise OSError("the peer has no certificate")
         return fingerprint_of(certificate)
 
+    def _hear(self, framer: Framer, data: Buffer) -> None:
+        """Refuse a caller without TLS, once it has said its version. Raises WireError."""
+        rest = memoryview(data)
+        try:
+            while rest:
+                space, _ = framer.space()
+                count = min(len(space), len(rest))
+                space[:count] = rest[:count]
+                rest = rest[count:]
+                framer.received(count)
+                framer.next_frame()
+        except WireError:
+            self._outgoing.write(framer.take_outgoing())
+            raise
+
     def _shake(self) -> bool:
         try:
             self._tls.do_handshake()
@@ -194,7 +212,8 @@ class TlsTransport(TcpTransport):
 
         A caller's handshake happens here, within the socket's timeout. An answerer's happens in
         ``receive_into``, because accepting must not wait. Raises AuthFailed if the answerer is
-        another one, ConnectFailed if it does not speak TLS, and OSError.
+        another one, ConnectFailed if it does not encrypt (NoTls if it may be an older version), and
+        OSError.
         """
         timeout_s = sock.gettimeout() or limits.HANDSHAKE_TIMEOUT_S
         super().__init__(sock)
@@ -218,8 +237,8 @@ class TlsTransport(TcpTransport):
                 )
         except (ssl.SSLError, ConnectionError) as error:
             self.close()
-            raise ConnectFailed(f"cannot connect to {self.peer}: {NO_TLS}") from error
-        except (OSError, AuthFailed):
+            raise NoTls(f"cannot connect to {self.peer}: {NO_TLS}") from error
+        except (OSError, WireError):
             self.close()
             raise
         self.set_receive_timeout(None)
@@ -232,6 +251,8 @@ class TlsTransport(TcpTransport):
                 raise TimeoutError
             self.set_receive_timeout(max(left_s, 1e-3))
             count = self._socket.recv_into(self._raw)
+            if bytes(self._raw[: len(MAGIC)]) == MAGIC:
+                raise ConnectFailed(f"cannot connect to {self.peer}: {UNENCRYPTED}")
             if not count:
                 raise ssl.SSLEOFError("the peer closed the connection in the handshake")
             self._channel.feed(self._raw[:count])

@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import socket
 import ssl
 import struct
+import termios
 from abc import ABC, abstractmethod
 
 from wire import limits
@@ -51,6 +53,10 @@ class Transport(ABC):
         may wait for it.
         Raises TimeoutError or BlockingIOError after the receive timeout.
         """
+
+    def unacknowledged_bytes(self) -> int:
+        """Return the bytes that the other machine has not acknowledged, or 0 if unknown."""
+        return 0
 
     # Streams that a thread can poll have the next three methods.
 
@@ -101,6 +107,15 @@ class TcpTransport(Transport):
 
     def fileno(self) -> int:
         return self._socket.fileno()
+
+    def unacknowledged_bytes(self) -> int:
+        size = bytearray(struct.calcsize("i"))
+        try:
+            fcntl.ioctl(self._socket, termios.TIOCOUTQ, size)
+        except OSError:  # It is closed.
+            return 0
+        (count,) = struct.unpack("i", size)
+        return int(count)
 
     def send_now(self, head: Buffer, payload: Buffer = b"") -> int:
         parts = (head, payload) if len(payload) else (head,)

@@ -345,7 +345,6 @@ class Demo:
                 "--port=0",
                 "--http=127.0.0.1:0",
                 f"--state-dir={state_dir}",
-                "--tls",
                 "--create-token",
                 f"--token-file={self._token_file}",
             ],

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from cli.commands.evaluate_arguments import wishes_of
+from cli.commands.evaluate_encoders import run_encoder_eval
 from cli.commands.evaluate_models import Model, Run, model_and_runs
 from cli.commands.evaluate_steps import (
     add_answers_of,
@@ -38,6 +39,7 @@ EXAMPLES = (
     "  shoal eval ./opt-350m --data prompts.jsonl --plan plan.json --csv plan.csv\n"
     "  shoal eval ./opt-350m --data wiki.txt --bits 4 --metrics loss,kl\n"
     "  shoal eval tiny-opt --data dev.json --judge http://127.0.0.1:8000/v1\n"
+    "  shoal eval ./bert-sst2 --data dev.tsv --format glue --bits 4,8\n"
 )
 
 
@@ -54,15 +56,31 @@ def run_eval(options: argparse.Namespace, screen: Screen) -> None:
         if path is not None and path.suffix.lower() != end:
             raise UsageError(f"--{name} {path}: end the name in {end}")
     try:
+        if options.format == "glue":
+            _evaluate_labelled(options, screen)
+            return
         data = read_data(options.data, options.format)
         for note in data.notes:
             screen.note(note)
         if data.kind == "text" and options.metrics == ("answers",):
             raise UsageError("a plain text has no questions: add loss to --metrics")
         with model_and_runs(options, screen) as (model, runs):
-            _evaluate(options, screen, data, model, runs)
+            if model.output is not None:
+                run_encoder_eval(options, screen, data, model, runs)
+            else:
+                _evaluate(options, screen, data, model, runs)
     except (BackendError, EvaluationError, ModelError, PlanError) as error:
         raise CommandFailed(str(error)) from error
+
+
+def _evaluate_labelled(options: argparse.Namespace, screen: Screen) -> None:
+    """Score the classes that a model gives to texts."""
+    with model_and_runs(options, screen) as (model, runs):
+        if model.output is None:
+            raise CommandFailed(
+                f"{model.name} generates text: --format glue is for models that classify texts"
+            )
+        run_encoder_eval(options, screen, None, model, runs)
 
 
 def _evaluate(

@@ -33,16 +33,24 @@ def add_eval_arguments(parser: argparse.ArgumentParser) -> None:
         help="A loaded model's name or folder. With --bits or --plan: a folder, a GGUF file, or "
         "a name on the hub.",
     )
-    add_data_arguments(parser.add_argument_group("data"))
+    add_data_arguments(parser.add_argument_group("data"), labelled=True)
     add_prompt_arguments(parser.add_argument_group("prompts"))
     _add_where_arguments(parser.add_argument_group("where it runs"))
     _add_result_arguments(parser.add_argument_group("results"))
 
 
 def add_data_arguments(
-    data: argparse._ActionsContainer, *, required: bool = True, questions: int | None = None
+    data: argparse._ActionsContainer,
+    *,
+    required: bool = True,
+    questions: int | None = None,
+    labelled: bool = False,
 ) -> None:
-    """Add the options about data. ``questions``: how many are taken by default, or None for all."""
+    """Add the options about data.
+
+    questions: how many are taken by default, or None for all.
+    labelled: texts with a label are data, too.
+    """
     data.add_argument(
         "--data",
         type=Path,
@@ -53,8 +61,9 @@ def add_data_arguments(
     )
     data.add_argument(
         "--format",
-        choices=("squad", "jsonl", "text"),
-        help="What FILE is. Default: its contents tell.",
+        choices=("squad", "jsonl", "text", *(("glue",) if labelled else ())),
+        help="What FILE is. Default: its contents tell."
+        + " glue is never told: texts with a label, as TSV or JSON lines." * labelled,
     )
     data.add_argument(
         "--questions",

@@ -64,6 +64,8 @@ class Model:
     name: str
     files: Files | None
     loaded: Loaded | None = None
+    output: str | None = None
+    """The kind of result that the model returns of a text. None: it generates."""
 
 
 @contextmanager
@@ -123,7 +125,9 @@ def _here(options: argparse.Namespace, screen: Screen) -> tuple[Model, list[Run]
         key = formats_key(bits, options.scheme, options.group_size) + text_key(checkpoint)
         key += f", here by {options.backend}{' exact' if options.exact else ''}"
         runs.append(Run(label, key, bits, options.scheme, options.group_size, how))
-    return Model(model_name(path.absolute()), Files(checkpoint, Tokenizer.load(path))), runs
+    files, output = Files(checkpoint, Tokenizer.load(path)), checkpoint.spec.output
+    kind = None if output is None else output.kind
+    return Model(model_name(path.absolute()), files, output=kind), runs
 
 
 def text_key(checkpoint: Checkpoint) -> str:
@@ -192,4 +196,4 @@ def _loaded(options: argparse.Namespace, client: Client, screen: Screen) -> tupl
     where = f"on what is loaded, over HTTP, {slots} at once: {', '.join(devices)}"
     key = f"{formats_key(bits, scheme, group_size)}, loaded on {' '.join(devices)}"
     run = Run("loaded", key, bits, scheme, group_size, where)
-    return Model(known["model"], files, loaded), [run]
+    return Model(known["model"], files, loaded, known.get("output")), [run]

@@ -1,4 +1,4 @@
-"""``shoal token`` and ``shoal devices revoke``: who may join the coordinator of this machine."""
+"""``shoal token``: by which new devices join the coordinator of this machine."""
 
 from __future__ import annotations
 
@@ -7,18 +7,21 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
-from cli.argument_types import argument, whole
+from cli.argument_types import CONTROL_PORT, argument, whole
 from cli.commands.keys import coordinator_state_dir
 from cli.errors import CommandFailed
 from cli.render import Screen, titled_table
+from cli.service.running import Running, running_in
 from coordinator.roster.book import DEFAULT_TTL_S, BadBook, DeviceBook
+from wire.addresses import is_loopback, reachable_addresses
 from wire.identity import IdentityError, own_identity
 
 ABOUT = (
-    "A new device joins a coordinator with --tls by a token, once. Then it is known by its key. "
-    "The token names the coordinator, so the device tells nothing to another one. A running "
-    "coordinator sees each change at once."
+    "A new device joins by a token, once. Then it is known by its key. The token names the "
+    "coordinator, so the device tells nothing to another one. A running coordinator sees each "
+    "change at once."
 )
 EXAMPLES = (
     "  sudo shoal token create\n"
@@ -34,6 +37,7 @@ _EACH = {
         "  sudo shoal token revoke 1f0c9a52\n",
     ),
 }
+Result = TypeVar("Result")
 _UNIT_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 NEVER = "never"
 ANY = "any"
@@ -103,27 +107,15 @@ def add_book_argument(parser: argparse.ArgumentParser) -> None:
 
 def run_token(options: argparse.Namespace, screen: Screen) -> None:
     act: Callable[[Path, argparse.Namespace, Screen], None] = options.act
-    _with_book(options, lambda directory: act(directory, options, screen))
+    with_book(options, lambda directory: act(directory, options, screen))
 
 
-def revoke_device(options: argparse.Namespace, name: str, screen: Screen) -> None:
-    """Forget a device by its name or id. The coordinator drops it within a second."""
-
-    def revoke(directory: Path) -> None:
-        gone = DeviceBook(directory).revoke_device(name)
-        if screen.json_output:
-            screen.json({"revoked": gone.name or gone.device, "device": gone.device})
-        else:
-            screen.out.print(f"{gone.name or gone.device} is revoked", markup=False)
-
-    _with_book(options, revoke)
-
-
-def _with_book(options: argparse.Namespace, act: Callable[[Path], None]) -> None:
+def with_book(options: argparse.Namespace, act: Callable[[Path], Result]) -> Result:
+    """Call ``act`` with the coordinator's state directory. Raises CommandFailed."""
     directory = options.state_dir or coordinator_state_dir()
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        act(directory)
+        return act(directory)
     except (BadBook, IdentityError) as error:
         raise CommandFailed(str(error)) from error
     except PermissionError as error:
@@ -136,11 +128,35 @@ def _with_book(options: argparse.Namespace, act: Callable[[Path], None]) -> None
 def _create(directory: Path, options: argparse.Namespace, screen: Screen) -> None:
     identity = own_identity(directory / "identity.pem")
     invite = DeviceBook(directory).invite(identity.fingerprint, options.ttl, options.uses)
+    line = f"shoal agent {_where(running_in(directory))}--token-file -"
     if screen.json_output:
-        screen.json({"id": invite.id, "token": invite.text})
+        screen.json({"id": invite.id, "token": invite.text, "join": line})
         return
     screen.out.print(invite.text, markup=False, soft_wrap=True, highlight=False)
-    screen.note("this token is shown only now: put it into a file that only its owner can read")
+    devices = "any number of devices" if options.uses is None else f"{options.uses} device(s)"
+    until = "" if options.ttl is None else f" until {_moment(time.time() + options.ttl)}"
+    screen.note(
+        f"This token lets {devices} join{until}, and is shown only now. Run there\n\n"
+        f"    {line}\n\n"
+        f"or, for a service, `sudo sh install.sh {line.removeprefix('shoal ')}`. It asks for the "
+        "token, so that none lands in the shell's history: paste the line above."
+    )
+
+
+def _where(running: Running | None) -> str:
+    """The options by which an agent finds this coordinator.
+
+    Without them it looks for the coordinator by mDNS.
+    """
+    port = CONTROL_PORT if running is None else running.control_port
+    hosts = reachable_addresses("" if running is None else running.control_host)
+    host = next((host for host in hosts if not is_loopback(host)), hosts[0] if hosts else None)
+    if host is None:
+        return ""
+    at = f"[{host}]" if ":" in host else host
+    at += f":{port}" if port != CONTROL_PORT else ""
+    cluster = "" if running is None or running.cluster == "shoal" else running.cluster
+    return f"--coordinator {at} " + (f"--cluster {cluster} " if cluster else "")
 
 
 def _list(directory: Path, options: argparse.Namespace, screen: Screen) -> None:

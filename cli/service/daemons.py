@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import resource
@@ -12,14 +13,16 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from cli import argument_types
 from cli.argument_types import CONTROL_PORT, HTTP_PORT
 from cli.errors import CommandFailed, Unavailable, UsageError
 from cli.render import Screen
 from cli.service.install import add_service_actions
+from cli.service.running import Running, told
 from cli.shared_arguments import add_memory_argument, add_threads_argument, add_watts_argument
+from coordinator.claim import claim_alone, stand_by
 from coordinator.config import (
     DEFAULT_MOST_WAITING,
     DEFAULT_RECOVERY_WAIT_S,
@@ -27,13 +30,13 @@ from coordinator.config import (
     CoordinatorConfig,
 )
 from wire import limits
+from wire.addresses import is_loopback
 from wire.errors import WireError
 from wire.messages import Endpoint
 from wire.service import ServiceManager, default_state_dir
 
 if TYPE_CHECKING:
-    from wire.auth import Token
-    from wire.invite import Invite
+    from coordinator.server import Ready
 
 MOST_DESCRIPTORS = 65_536
 """More than all admitted connections and all files."""
@@ -54,10 +57,9 @@ AGENT_ABOUT = (
     "It finds the coordinator by itself if multicast works in the network."
 )
 AGENT_EXAMPLES = (
-    "  shoal agent\n"
+    "  shoal agent --token-file -                # for the first start; it asks for the token\n"
     "  shoal agent --name pi-1 --memory 3G --storage 8G\n"
     "  shoal agent --coordinator 192.168.1.10    # where multicast is blocked\n"
-    "  shoal agent --token-file ~/shoal.token    # a copy of the coordinator's file\n"
     "  shoal agent --list-backends\n"
     "\nin a container that publishes port 7430 of the host 192.168.1.20:\n"
     "  shoal agent --port 7430 --advertise 192.168.1.20\n"
@@ -106,10 +108,28 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         "name and addresses are known. May be repeated.",
     )
     parser.add_argument(
-        "--tls",
+        "--insecure",
         action="store_true",
-        help="Encrypt all connections of agents. Each device joins by a token of `shoal token "
-        "create`, once, and is known by its key then. Agents without TLS cannot join.",
+        help="Do not encrypt the connections of agents, and let any device join without a token. "
+        "Agents need --insecure, too. For a network that you alone use.",
+    )
+    parser.add_argument(
+        "--http-tls",
+        action="store_true",
+        help="Encrypt HTTP with the coordinator's own key, or with --http-cert. The shoal command "
+        "asks once whether a key is the right one. A browser warns of the coordinator's own.",
+    )
+    parser.add_argument(
+        "--http-cert",
+        type=Path,
+        metavar="FILE",
+        help="A certificate for HTTP with its chain, in PEM. A renewed file is noticed.",
+    )
+    parser.add_argument(
+        "--http-key",
+        type=Path,
+        metavar="FILE",
+        help="The certificate's key. Default: it is in the file of --http-cert.",
     )
     parser.add_argument(
         "--insecure-http",
@@ -150,9 +170,32 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         "hold the model. Default: %(default)g.",
     )
     parser.add_argument(
+        "--standby",
+        action="store_true",
+        help="Wait while another coordinator runs with the same state directory, and take over "
+        "when it ends. With the directory on a shared disk, it may run on another machine.",
+    )
+    parser.add_argument(
+        "--rebalance",
+        choices=("auto", "off"),
+        default="auto",
+        help="With auto, a model moves by itself when another plan has been better for a minute. "
+        "It moves back if its tokens then take longer. With off, only `shoal rebalance` moves it. "
+        "Default: %(default)s.",
+    )
+    parser.add_argument(
         "--no-prefix-cache",
         action="store_true",
         help="Compute every prompt from its first token, and not on from what a slot has kept.",
+    )
+    parser.add_argument(
+        "--answer-cache",
+        type=argument_types.size,
+        default=0,
+        metavar="SIZE",
+        help="The memory for answers that are kept. A request at temperature 0 that was answered "
+        'before gets the same answer at once, unless it says `"cache_prompt": false`. '
+        "Default: none are kept.",
     )
     parser.add_argument(
         "--speculate",
@@ -163,11 +206,17 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         "once. Answers stay the same. 0: none. Default: %(default)d.",
     )
     _add_state_dir(parser, "coordinator")
-    _add_token(parser)
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="A file with a token of this coordinator, which --create-token makes. Other tokens "
+        "come from `shoal token create`.",
+    )
     parser.add_argument(
         "--create-token",
         action="store_true",
-        help="Make the --token-file if it does not exist.",
+        help="Make the --token-file if it does not exist. Any number of devices can join by it.",
     )
     parser.add_argument(
         "--no-mdns",
@@ -243,7 +292,18 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
         "replaces this machine's own addresses. May be repeated.",
     )
     _add_state_dir(parser, "agent")
-    _add_token(parser)
+    parser.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="A file with a token of the coordinator, or - to be asked for it. The first start "
+        "needs one. Later, the device is known by its key. Default: $SHOAL_TOKEN.",
+    )
+    parser.add_argument(
+        "--insecure",
+        action="store_true",
+        help="Do not encrypt. For a coordinator that was started with --insecure, too.",
+    )
     parser.add_argument(
         "--list-backends",
         action="store_true",
@@ -258,33 +318,44 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
     from cli.service.making import LocalMakers
-    from coordinator.server import Coordinator, Ready
-    from wire.auth import TokenError, create_token, read_token
+    from coordinator.server import Coordinator
+    from wire.claim import shown
+    from wire.invite import TokenError
 
     _set_log_level(options)
+    if options.http_key is not None and options.http_cert is None:
+        raise UsageError("--http-key needs the certificate: name it with --http-cert FILE")
+
+    state = contextlib.ExitStack()
+    service = ServiceManager.from_environment()
 
     def on_ready(ready: Ready) -> None:
+        running = _running(config, ready)
+        state.enter_context(told(config.state_dir, running))
         _tell_about_keys(config, screen)
+        _tell_who_may_join(config, screen)
+        if running.http_fingerprint:
+            screen.note(f"HTTPS shows the key {shown(bytes.fromhex(running.http_fingerprint))}")
         if options.json:
             screen.json(
                 {
                     "event": "ready",
                     "control_port": ready.control_port,
-                    "http": _url(ready.http_host, ready.http_port),
+                    "http": running.http,
                 }
             )
         else:
             screen.out.print(
                 f"cluster {options.cluster}: agents join at port {ready.control_port}, "
-                f"page and API at {_url(ready.http_host, ready.http_port)}"
+                f"page and API at {running.http}"
             )
 
     _raise_descriptor_limit()
     try:
-        if options.tls:
-            _make_tls_token(options)
-        elif options.create_token:
-            create_token(_required_token_file(options))
+        _require_one_way(options)
+        state.enter_context(_claimed(options, screen, service))
+        if not options.insecure:
+            _prepare_token(options)
         config = CoordinatorConfig(
             cluster=options.cluster,
             state_dir=options.state_dir or default_state_dir("coordinator"),
@@ -294,59 +365,112 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
             http_port=options.http.port,
             http_hosts=tuple(options.http_host),
             advertise=not options.no_mdns,
-            token=None if options.tls else read_token(options.token_file),
-            tls=options.tls,
+            insecure=options.insecure,
             storage_bytes=options.storage,
             recovery_wait_s=options.recovery_wait,
+            rebalances=options.rebalance == "auto",
+            http_tls=options.http_tls or options.http_cert is not None,
+            http_cert=options.http_cert,
+            http_key=options.http_key,
             insecure_http=options.insecure_http,
             cors_origins=tuple(options.cors_origin),
             most_waiting=options.queue,
+            answer_cache_bytes=options.answer_cache,
             prefix_cache=not options.no_prefix_cache,
             drafts=options.speculate,
         )
-        coordinator = Coordinator(
-            config, screen.note, ServiceManager.from_environment(), LocalMakers()
-        )
+        coordinator = Coordinator(config, screen.note, service, LocalMakers())
         _follow_parent(options, lambda: os.kill(os.getpid(), signal.SIGINT))
         asyncio.run(coordinator.run(on_ready))
     except (ConfigError, TokenError, WireError) as error:
         raise CommandFailed(str(error)) from error
+    finally:
+        state.close()
 
 
-def _make_tls_token(options: argparse.Namespace) -> None:
-    """Write a token for any number of devices, without an end, if --create-token asks for one."""
+def _claimed(options: argparse.Namespace, screen: Screen, service: ServiceManager) -> TextIO:
+    """Lock the state directory, if need be after another coordinator. Raises ConfigError."""
+    state_dir = options.state_dir or default_state_dir("coordinator")
+    if not options.standby:
+        return claim_alone(state_dir)
+    tells = True
+
+    def on_wait() -> None:
+        nonlocal tells
+        if tells:
+            screen.note(f"standing by: another coordinator runs with {state_dir}")
+            service.ready()
+            service.status("standing by")
+            tells = False
+        service.alive()
+
+    return stand_by(state_dir, on_wait)
+
+
+def _require_one_way(options: argparse.Namespace) -> None:
+    """Raise UsageError if --insecure comes with a token, which it does not look at."""
+    if options.insecure and (options.token_file is not None or "SHOAL_TOKEN" in os.environ):
+        raise UsageError("--insecure lets everybody join: leave out the token, or --insecure")
+
+
+def _running(config: CoordinatorConfig, ready: Ready) -> Running:
+    return Running(
+        os.getpid(),
+        config.control_host,
+        ready.control_port,
+        config.cluster,
+        _url(ready.http_host, ready.http_port, encrypted=config.http_tls),
+        _http_fingerprint(config).hex(),
+    )
+
+
+def _http_fingerprint(config: CoordinatorConfig) -> bytes:
+    """The fingerprint of the certificate that HTTP shows. Empty without TLS."""
+    import ssl
+
+    from wire.claim import fingerprint_of
+
+    if not config.http_tls:
+        return b""
+    text = (config.http_cert or config.identity_path).read_text(encoding="ascii", errors="replace")
+    begin = text.index("-----BEGIN CERTIFICATE-----")
+    end = text.index("-----END CERTIFICATE-----") + len("-----END CERTIFICATE-----")
+    return fingerprint_of(ssl.PEM_cert_to_DER_cert(text[begin:end]))
+
+
+def _prepare_token(options: argparse.Namespace) -> None:
+    """Make or check the coordinator's token file. Raises CommandFailed, TokenError.
+
+    The token is for any number of devices, and has no end.
+    """
     from coordinator.roster.book import BadBook, DeviceBook
     from model.durable import replace_text
     from wire.identity import IdentityError, own_identity
+    from wire.invite import TokenError, read_invite
 
-    if not options.create_token:
-        return
-    path = _required_token_file(options)
+    path: Path | None = options.token_file
+    if path is None:
+        if options.create_token:
+            raise UsageError("--create-token writes a file: name it with --token-file FILE")
+        if "SHOAL_TOKEN" not in os.environ:
+            return
     state_dir = options.state_dir or default_state_dir("coordinator")
     try:
         state_dir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            return
         identity = own_identity(state_dir / "identity.pem")
-        invite = DeviceBook(state_dir).invite(identity.fingerprint, ttl_s=None, uses=None)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, invite.text + "\n")
+        if path is not None and options.create_token and not path.exists():
+            invite = DeviceBook(state_dir).invite(identity.fingerprint, ttl_s=None, uses=None)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(path, invite.text + "\n")
+        found = read_invite(path)
+        if found is not None and found.coordinator != identity.fingerprint:
+            where = "SHOAL_TOKEN" if path is None else path
+            raise TokenError(f"{where}: this token is of another coordinator; remove it")
     except (BadBook, IdentityError) as error:
         raise CommandFailed(str(error)) from error
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise CommandFailed(f"token file {path} cannot be made: {reason}") from error
-
-
-def _token_or_invite(path: Path | None) -> Token | Invite | None:
-    """Read a token of either kind from a file or SHOAL_TOKEN. Raises TokenError."""
-    from wire.auth import read_token
-    from wire.invite import PREFIX, read_invite
-
-    token = read_token(path)
-    if token is None or not token.startswith(PREFIX.encode() + b"."):
-        return token
-    return read_invite(path)
 
 
 def _tell_about_keys(config: CoordinatorConfig, screen: Screen) -> None:
@@ -364,6 +488,23 @@ def _tell_about_keys(config: CoordinatorConfig, screen: Screen) -> None:
         )
 
 
+def _tell_who_may_join(config: CoordinatorConfig, screen: Screen) -> None:
+    """Say what devices need to join, if none has joined yet or all may."""
+    from coordinator.roster.book import BadBook, DeviceBook
+
+    if config.insecure:
+        if not is_loopback(config.control_host):
+            screen.note("anybody who reaches the port may join, and nothing is encrypted")
+        return
+    book = DeviceBook(config.state_dir)
+    with contextlib.suppress(BadBook):  # The first device that calls is told.
+        if not book.devices() and not book.invites():
+            screen.note(
+                "no device can join yet: make a token for each with `shoal token create "
+                f"--state-dir {config.state_dir}`"
+            )
+
+
 def run_agent(options: argparse.Namespace, screen: Screen) -> None:
     from backends.base import BackendError, BackendUnavailable
 
@@ -374,11 +515,13 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
     _set_log_level(options)
     from agent.config import AgentConfig, ConfigError, default_name
     from agent.daemon import Agent
-    from wire.auth import TokenError
+    from cli.service.token_input import given_invite
+    from wire.invite import TokenError
 
     _raise_descriptor_limit()
     service = ServiceManager.from_environment()
     try:
+        _require_one_way(options)
         agent = Agent(
             AgentConfig(
                 name=options.name or default_name(socket.gethostname()),
@@ -393,7 +536,8 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
                 exact=options.exact,
                 fast_prompts=options.fast_prompts,
                 backend=options.backend,
-                token=_token_or_invite(options.token_file),
+                token=None if options.insecure else given_invite(options.token_file),
+                insecure=options.insecure,
                 watts=options.watts,
                 advertise=options.advertise,
                 measurements_dir=options.measurements_dir,
@@ -433,16 +577,6 @@ def _list_backends(screen: Screen) -> None:
         else:
             state = f"available ({result.version})"
         screen.out.print(f"{name}: {state}", markup=False, soft_wrap=True)
-
-
-def _add_token(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--token-file",
-        type=Path,
-        metavar="FILE",
-        help="A file with the shoal's token. Only devices that have it may join. "
-        "Default: $SHOAL_TOKEN, else no token.",
-    )
 
 
 def _add_log_level(parser: argparse.ArgumentParser, levels: tuple[str, ...], default: str) -> None:
@@ -491,15 +625,9 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _required_token_file(options: argparse.Namespace) -> Path:
-    path: Path | None = options.token_file
-    if path is None:
-        raise UsageError("--create-token writes a file: name it with --token-file FILE")
-    return path
+def _url(host: str, port: int, *, encrypted: bool) -> str:
+    at = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return f"http{'s' * encrypted}://{at}"
 
 
 def _follow_parent(options: argparse.Namespace, stop: Callable[[], None]) -> None:

@@ -12,7 +12,6 @@ import json
 import os
 import pwd
 import re
-import secrets
 import shutil
 import subprocess
 import sys
@@ -25,7 +24,9 @@ from cli.doctor.hardware import corals, has_nvidia_driver, is_jetson
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 from cli.service.settings import parse_toml, settings_of
+from cli.service.token_input import given_invite
 from model.durable import replace_text
+from wire.invite import TokenError
 from wire.messages import Endpoint
 from wire.sizes import parse_size
 
@@ -39,7 +40,10 @@ TMPFILES = Path("/etc/tmpfiles.d/shoal.conf")
 CONFIG = Path("/etc/shoal")
 TOKEN = CONFIG / "token"
 STATE = Path("/var/lib/shoal")
-TOKEN_VARIABLE = "SHOAL_TOKEN"  # noqa: S105 - the name of a variable
+_EXAMPLE = {
+    "agent": "--token-file -  # asks for the token",
+    "coordinator": "--http 0.0.0.0:7421",
+}
 
 OWN_MEMORY_BYTES = 384 << 20
 """The memory of an agent beside its stage, which --memory bounds.
@@ -77,7 +81,9 @@ def add_service_actions(parser: argparse.ArgumentParser) -> None:
     kind = parser.prog.rpartition(" ")[2]
     settings = settings_of(parser)
     settings.pop("state_dir", None)
-    actions = parser.add_subparsers(dest="action", metavar="install | uninstall")
+    is_coordinator = kind == "coordinator"
+    more = " | export | import" if is_coordinator else ""
+    actions = parser.add_subparsers(dest="action", metavar=f"install | uninstall{more}")
     install = actions.add_parser(
         "install",
         help=f"Make the {kind} a systemd service of this machine, or upgrade it.",
@@ -86,7 +92,7 @@ def add_service_actions(parser: argparse.ArgumentParser) -> None:
         "stay as they are. It needs root, except with --dry-run or --root.",
         epilog="examples:\n"
         f"  sudo shoal {kind} install --dry-run\n"
-        f"  sudo {TOKEN_VARIABLE}=... shoal {kind} install\n"
+        f"  sudo shoal {kind} install {_EXAMPLE[kind]}\n"
         f"  shoal {kind} install --root image/  # for packagers\n",
     )
     for action in settings.values():
@@ -129,6 +135,11 @@ def add_service_actions(parser: argparse.ArgumentParser) -> None:
         )
         # It changes the settings file, and does not obey it.
         sub.set_defaults(run=run, kind=kind, parser=parser, config=None)
+    if is_coordinator:
+        # It needs packages that a machine with an agent alone does not have.
+        from cli.service.state_archive import add_archive_actions
+
+        add_archive_actions(actions)
 
 
 def run_install(options: argparse.Namespace, screen: Screen) -> None:
@@ -145,8 +156,13 @@ def run_install(options: argparse.Namespace, screen: Screen) -> None:
         f"`systemctl status shoal-{options.kind}` shows its state, "
         f"settings are in {CONFIG}/{options.kind}.toml"
     )
-    if any(file.path == TOKEN for file in work.files):
-        screen.note(f"the shoal's token is in {TOKEN}; every machine needs the same")
+    if options.kind == "coordinator":
+        screen.note("`sudo shoal token create` lets a device join, and prints what to type there")
+    elif not TOKEN.exists() and not (STATE / "agent" / "coordinator-fingerprint").exists():
+        screen.note(
+            "this device has no token yet: `sudo shoal token create` where the coordinator runs "
+            "prints one, and what to type here"
+        )
 
 
 def run_uninstall(options: argparse.Namespace, screen: Screen) -> None:
@@ -178,17 +194,23 @@ def plan_install(options: argparse.Namespace, root: Path) -> Work:
     work.files.append(File(TMPFILES, template("shoal.tmpfiles")))
 
     given = _given(options)
-    token = _token(options)
-    if token is None and kind == "coordinator" and not _below(root, TOKEN).exists():
-        # The coordinator makes the token, and the other machines get it.
-        token = secrets.token_urlsafe(32)
-    if token is not None:
-        work.files.append(File(TOKEN, token + "\n", 0o600))
     given.pop("token_file", None)
-    if token is not None or _below(root, TOKEN).exists():
-        given["token_file"] = str(TOKEN)
+    if kind == "agent":
+        token = _token(options)
+        if token is not None:
+            work.files.append(File(TOKEN, token + "\n", 0o600))
+        if token is not None or _below(root, TOKEN).exists():
+            given["token_file"] = str(TOKEN)
+    elif options.token_file is not None:
+        raise UsageError(
+            "--token-file: an installed coordinator needs no token: `sudo shoal token create` "
+            "makes one for each device"
+        )
     config = CONFIG / f"{kind}.toml"
-    text = with_settings(_existing(_below(root, config)) or template(f"{kind}.toml"), given)
+    before = _existing(_below(root, config)) or template(f"{kind}.toml")
+    if kind == "coordinator":
+        before = _without_setting(before, "token_file")  # Of a version in which all had one token.
+    text = with_settings(before, given)
     work.files.append(File(config, text))
 
     limits = _limits(options, text, config, _existing(_below(root, drop_ins / "limits.conf")))
@@ -273,6 +295,11 @@ def with_settings(text: str, settings: dict[str, Any]) -> str:
     return text
 
 
+def _without_setting(text: str, name: str) -> str:
+    """A settings file's ``text`` with the lines that set ``name`` made comments."""
+    return re.sub(rf"^(?=[ \t]*{re.escape(name)}[ \t]*=)", "#", text, flags=re.MULTILINE)
+
+
 def _toml(value: object) -> str:
     if isinstance(value, (bool, int, float)):
         return json.dumps(value)
@@ -307,22 +334,12 @@ def _exact_size(size_bytes: int) -> str:
 
 
 def _token(options: argparse.Namespace) -> str | None:
-    """The token to write, or None to keep the present one."""
-    if options.token_file is not None:
-        try:
-            token = options.token_file.read_text(encoding="ascii").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{options.token_file}: not a token file ({error})") from error
-    else:
-        token = os.environ.get(TOKEN_VARIABLE, "").strip()
-        if not token:
-            return None
-    if not re.fullmatch(r"[!-~]{32,4000}", token):
-        raise UsageError(
-            "a token is one line of 32 or more printable characters without spaces; "
-            f"`sudo cat {TOKEN}` on the coordinator shows its own"
-        )
-    return str(token)
+    """The token to write, or None to keep the present one. Raises UsageError."""
+    try:
+        invite = given_invite(options.token_file)
+    except TokenError as error:
+        raise UsageError(str(error)) from error
+    return None if invite is None else invite.text
 
 
 def _limits(options: argparse.Namespace, text: str, config: Path, before: str) -> str:

@@ -21,9 +21,9 @@ from starlette.routing import Route
 from coordinator.http.common import json_lines, model_state, read_json, while_connected
 from coordinator.loading.deployment import Deployment, Planned, Team
 from coordinator.loading.models import Models
-from coordinator.loading.operations import Operations
-from coordinator.loading.paces import slow_devices, slowness_of, token_s
-from coordinator.loading.rebalance import Verdict, choice_of, revalued
+from coordinator.loading.operations import Compared, Operations
+from coordinator.loading.paces import slow_devices, token_s
+from coordinator.loading.rebalance import Verdict
 from coordinator.loading.several import PlannedTogether, SeveralRequest
 from coordinator.loading.state import (
     Loading,
@@ -35,6 +35,7 @@ from coordinator.loading.state import (
 )
 from coordinator.quality.measuring import QualityFound
 from coordinator.quality.store import QualityRequest
+from coordinator.roster.book import BadBook, Device
 from coordinator.roster.measurements import Step
 from coordinator.roster.members import Member, Roster
 from coordinator.roster.noise import device_noise, plan_noise
@@ -54,6 +55,7 @@ from planning.errors import RequestInvalid
 from planning.insight.view import describe_plan
 from planning.request import LoadRequest, model_name
 from planning.request_fields import text_sha256
+from wire.claim import shown
 from wire.messages import PROTOCOL_VERSION, StageLoaded
 from wire.versions import shoal_version
 
@@ -82,6 +84,7 @@ class AdminRoutes:
         return [
             Route("/shoal/v1/devices", self.devices, methods=["GET"]),
             Route("/shoal/v1/measure", self.measure, methods=["POST"]),
+            Route("/shoal/v1/revoke", self.revoke, methods=["POST"]),
             Route("/shoal/v1/ps", self.ps, methods=["GET"]),
             Route("/shoal/v1/events", self.events, methods=["GET"]),
             Route("/shoal/v1/found", self.found, methods=["GET"]),
@@ -107,16 +110,44 @@ class AdminRoutes:
 
         return json_lines(work)
 
+    async def revoke(self, request: Request) -> Response:
+        """Let a device join no more, and drop it."""
+        name = (await read_json(request)).get("device")
+        if not isinstance(name, str):
+            raise RequestInvalid("name the device to revoke", "device")
+        try:
+            gone = self._roster.revoke(name)
+        except (BadBook, OSError) as error:
+            raise RequestInvalid(str(error), "device") from error
+        self._story.tell("revoked", gone.name or gone.device, "")
+        return JSONResponse({"revoked": gone.name or gone.device, "device": gone.device})
+
     def _devices(self) -> dict[str, Any]:
         now_s = time.monotonic()
         links = self._roster.links()
+        known, here = self._known(), {member.device for member in self._roster.members}
+        keys = {item.device: _shown_key(item) for item in known}
         return {
             "cluster": self._cluster,
             "version": shoal_version(),
             "protocol": PROTOCOL_VERSION,
             "devices": [
-                {**_device(member), "noise": device_noise(member, links)}
+                {
+                    **_device(member),
+                    "key": keys.get(member.device, ""),
+                    "noise": device_noise(member, links),
+                }
                 for member in self._roster.members
+            ],
+            "absent": [
+                {
+                    "name": item.name or item.device,
+                    "device": item.device,
+                    "key": keys[item.device],
+                    "joined_s": item.joined_s,
+                }
+                for item in known
+                if item.device not in here
             ],
             "links": [asdict(link) for link in links],
             "no_links": [
@@ -124,6 +155,13 @@ class AdminRoutes:
                 for link, failure in self._roster.failed_links()
             ],
         }
+
+    def _known(self) -> tuple[Device, ...]:
+        """The devices that may join. None if the list of them is damaged, which the log says."""
+        try:
+            return self._roster.known()
+        except BadBook:
+            return ()
 
     async def ps(self, request: Request) -> Response:
         models = [model_view(state) for _, state in self._models.present()]
@@ -254,17 +292,20 @@ class AdminRoutes:
     async def rebalance(self, request: Request) -> Response:
         """Compare the plan of the model that answers with the best one now, and move to that.
 
-        With ``dry_run`` nothing is moved.
+        With ``dry_run`` nothing is moved. Without ``model`` it is the first one that answers.
         """
-        dry_run = (await read_json(request)).get("dry_run", False)
+        body = await read_json(request)
+        dry_run, name = body.get("dry_run", False), body.get("model")
         if not isinstance(dry_run, bool):
             raise RequestInvalid("dry_run: expected true or false", "dry_run")
+        if not (name is None or isinstance(name, str)):
+            raise RequestInvalid("model: expected the name of a loaded model", "model")
 
         async def work(emit: Emit) -> dict[str, Any]:
-            deployment, planned, verdict = await self._operations.rebalance(
-                _emitter(emit), moves=not dry_run
+            deployment, compared, verdict = await self._operations.rebalance(
+                _emitter(emit), moves=not dry_run, name=name
             )
-            answer = _comparison(deployment, planned, verdict)
+            answer = _comparison(deployment, compared, verdict)
             if verdict.moves and not dry_run:
                 moved = await self._models.latest(deployment)
                 answer["moved_to"] = [team[0].name for team in moved.teams]
@@ -328,6 +369,10 @@ def _device(member: Member) -> dict[str, Any]:
     }
 
 
+def _shown_key(device: Device) -> str:
+    return shown(bytes.fromhex(device.fingerprint))
+
+
 def _together(together: PlannedTogether) -> dict[str, Any]:
     """A joint plan as JSON, with what is known of each model's loss."""
     answer = together.describe()
@@ -356,13 +401,12 @@ def _planned(planned: Planned) -> dict[str, Any]:
     return answer
 
 
-def _comparison(deployment: Deployment, planned: Planned, verdict: Verdict) -> dict[str, Any]:
+def _comparison(deployment: Deployment, compared: Compared, verdict: Verdict) -> dict[str, Any]:
     """The JSON of the present plan and the best one, both by the present figures.
 
     moves, why: whether the rule moves the model, if this lasts, and the reason.
     """
-    choice = choice_of(planned.problem, deployment.plan, planned.plan, deployment.load_s)
-    present = revalued(deployment.plan, planned.problem)
+    planned, choice = compared.planned, compared.choice
     spec, slots = deployment.spec, deployment.slots.total
     return {
         "model": deployment.name,
@@ -371,8 +415,8 @@ def _comparison(deployment: Deployment, planned: Planned, verdict: Verdict) -> d
         "gain": choice.gain,
         "loss_gain": choice.loss_gain,
         "pause_s": choice.move_s,
-        "slower_than_planned": slowness_of(deployment),
-        "present": describe_plan(spec, present, slots),
+        "slower_than_planned": {one.name: factor for one, factor in compared.slow.items()},
+        "present": describe_plan(spec, compared.present, slots),
         "plan": describe_plan(spec, planned.plan, slots),
     }
 
@@ -450,6 +494,7 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
             stage["measured_sum"] = figures
     return {
         "context_tokens": deployment.context_tokens,
+        "output": None if deployment.spec.output is None else deployment.spec.output.kind,
         "scheme": deployment.request.scheme,
         "scheme_text_sha256": text_sha256(deployment.request.scheme_text),
         "group_size": deployment.request.group_size,
@@ -477,6 +522,7 @@ def _stage(deployment: Deployment, team: Team, loaded: tuple[StageLoaded, ...]) 
             "device": member.name,
             "memory_bytes": one.memory_bytes,
             "fetched_bytes": one.fetched_bytes,
+            "from_peers_bytes": one.from_peers_bytes,
             "load_s": one.load_s,
             "token_s": token_s(deployment, member),
         }
@@ -486,6 +532,7 @@ def _stage(deployment: Deployment, team: Team, loaded: tuple[StageLoaded, ...]) 
         "device": team[0].name,
         "memory_bytes": sum(one.memory_bytes for one in loaded),
         "fetched_bytes": sum(one.fetched_bytes for one in loaded),
+        "from_peers_bytes": sum(one.from_peers_bytes for one in loaded),
         "load_s": max(one.load_s for one in loaded),
         "token_s": max((part["token_s"] or 0.0 for part in parts), default=0.0) or None,
         "members": parts if len(team) > 1 else [],

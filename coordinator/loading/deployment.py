@@ -34,9 +34,11 @@ from planning.sensitivity import LossSource
 from wire.activations import DEFAULT_HOP_BITS, HOP_BITS, HopBits
 from wire.messages import (
     BlockRef,
+    BlocksFetched,
     ConnectStage,
     ConnectTeam,
     Done,
+    FetchBlocks,
     LoadStage,
     MeasureTeam,
     Message,
@@ -264,6 +266,29 @@ async def deploy(
         weights=planned.weights,
         vocabulary=vocabulary,
         fingerprint=planned.checkpoint.fingerprint,
+    )
+
+
+async def fetch(
+    planned: Planned,
+    blocks: Mapping[str, Sequence[BlockRef]],
+    roster: Sequence[Member],
+    on_step: Callable[[Step], None],
+    vocabulary: Vocabulary | None = None,
+) -> None:
+    """Have the devices of a plan fetch its blocks for a later ``deploy``. Raises AgentFailed."""
+    teams = _teams(planned, roster)
+
+    async def one(name: str, member: Member) -> None:
+        build = partial(FetchBlocks, blocks=tuple(blocks[name]))
+        if vocabulary is not None and member is teams[-1][0]:
+            build = partial(build, vocabulary=vocabulary.ref)
+        await member.request(build, BlocksFetched, forward(on_step, "fetch", name))
+
+    await together(
+        one(name, member)
+        for stage, team in zip(planned.plan.stages, teams, strict=True)
+        for name, member in zip(stage.devices, team, strict=True)
     )
 
 

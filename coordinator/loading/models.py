@@ -11,6 +11,7 @@ from coordinator.loading import state as states
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.state import (
     Action,
+    Asleep,
     Broken,
     Event,
     Loading,
@@ -35,7 +36,7 @@ UNLOADED = "the model was unloaded"
 RETRY_LOADING_S = 5
 """Asking again for a model that is being loaded so often costs nothing."""
 
-_ORDER = (Serving, Replacing, Resuming, Broken, Loading)
+_ORDER = (Serving, Replacing, Resuming, Broken, Loading, Asleep)
 """A request without a model's name is about the first of these."""
 
 _KINDS = {
@@ -47,9 +48,12 @@ _KINDS = {
     states.LoadFailed: "load failed",
     states.Lost: "lost",
     states.MoveBegan: "moving",
+    states.MovedOver: "moved",
     states.StageFoundDamaged: "damaged",
     states.AttemptFailed: "not placed",
     states.WaitEnded: "broken",
+    states.Slept: "asleep",
+    states.WakeFailed: "not loaded",
     states.Unloaded: "unloaded",
 }
 """The story's words for events. Other events are not told."""
@@ -64,14 +68,14 @@ class Models:
         self._story = story
         self._states: dict[str, State] = {}
         """In the order in which the models were loaded, the last one at the end."""
-        self._handlers: dict[type[Any], Callable[[Any], None]] = {}
+        self._handlers: dict[type[Any], list[Callable[[Any], None]]] = {}
         self.changed = Signal()
         self.progress: Callable[[], str] = lambda: ""
         """Says how far the running operation is, such as "fetch 40 %"."""
 
     def carry_out(self, kind: type[ActionType], handler: Callable[[ActionType], None]) -> None:
-        """Let ``handler`` carry out actions of this kind. It must not wait."""
-        self._handlers[kind] = handler
+        """Let ``handler`` carry out actions of this kind, too. It must not wait."""
+        self._handlers.setdefault(kind, []).append(handler)
 
     def apply(self, name: str, event: Event) -> State:
         """Apply an event to the model ``name``, carry out the actions, return the next state."""
@@ -85,8 +89,8 @@ class Models:
             kind = "replaced" if is_replacement else _KINDS[type(event)]
             self._story.tell(kind, name, _text(event))
         for action in actions:
-            if type(action) in self._handlers:
-                self._handlers[type(action)](action)
+            for handler in self._handlers.get(type(action), ()):
+                handler(action)
         if after is not before:
             self.changed.fire()
         return after
@@ -129,16 +133,19 @@ class Models:
             for other in self.all_serving
         )
 
-    def named(self, name: object) -> str:
+    def named(self, name: object, *kinds: str | None) -> str:
         """The name of the model that a request means, or empty if none is here.
 
         name: as the request gives it. A request that gives none, or one that is not here, is about
-        the first model of ``present``.
+        the first model of ``present`` of one of these kinds, or else about the first model.
+        kinds: as of ``OutputSpec.kind``, or None for a model that generates. Without any, all are
+        meant.
         """
-        present = [known for known, _ in self.present()]
-        if name in present:
+        present = self.present()
+        if any(known == name for known, _ in present):
             return str(name)
-        return present[0] if present else ""
+        meant = [known for known, state in present if not kinds or _kind(state) in kinds]
+        return next(iter((*meant, *(known for known, _ in present))), "")
 
     def of_epoch(self, epoch: int) -> Deployment | None:
         """The present deployment with this epoch, whether it serves or was broken."""
@@ -156,7 +163,8 @@ class Models:
         name: as of ``named``.
         """
         state = self[self.named(name)]
-        if isinstance(state, (Loading, Resuming)):
+        # A request that wakes a model waits for it.
+        if isinstance(state, (Loading, Resuming)) and states.request_of(state).keep_s is None:
             what = f"{name_of(state)} is {describe(state)}"
             progress = self.progress()
             raise NotReady(f"{what}{progress and f' ({progress})'}", RETRY_LOADING_S)
@@ -164,9 +172,13 @@ class Models:
     async def deployment(self, name: object = None) -> Deployment:
         """Wait for the deployment that answers. Raises the reason if there will be none.
 
-        name: as of ``named``.
+        name: as of ``named``. A model that sleeps is loaded again.
         """
-        return await self._served(self.named(name), lambda state: True)
+        found = self.named(name)
+        state = self[found]
+        if isinstance(state, Asleep):
+            self.apply(found, states.ResumeBegan(state.request, ()))
+        return await self._served(found, lambda state: True)
 
     async def latest(self, deployment: Deployment) -> Deployment:
         """Wait for this deployment, or for the one that takes its place.
@@ -186,6 +198,8 @@ class Models:
                     raise NotLoaded(UNLOADED)
                 if isinstance(state, Serving):
                     return state.deployment
+                if isinstance(state, Asleep):
+                    raise (state.error or NotLoaded(UNLOADED)).with_traceback(None)
                 if isinstance(state, Broken):
                     # It is raised many times. A traceback would grow with each.
                     raise state.error.with_traceback(None)
@@ -215,6 +229,13 @@ class Models:
         return deployment.epoch in past_of(self[deployment.name]).suspect
 
 
+def _kind(state: State) -> str | None:
+    """The kind of what a model returns. A model that is still being loaded has none."""
+    deployment = deployment_of(state)
+    output = None if deployment is None else deployment.spec.output
+    return "" if deployment is None else None if output is None else output.kind
+
+
 def _continues(state: State, deployment: Deployment) -> bool:
     """Whether ``state`` has ``deployment`` or one that replaced it."""
     present = deployment_of(state)
@@ -236,6 +257,8 @@ def _text(event: Event) -> str:
     """The story's details of an event."""
     if isinstance(event, states.Placed):
         return f"on {event.deployment.where}"
+    if isinstance(event, states.MovedOver):
+        return f"to {event.deployment.where}: {event.error}"
     if isinstance(event, states.Adopted):
         return f"still loaded on {event.deployment.where}"
     if isinstance(event, states.ResumeBegan):

@@ -14,10 +14,11 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import TypeAlias
 
 from coordinator.errors import Busy, LinkFailed, Moved, NotLoaded
 from coordinator.files.artifacts import ArtifactStore
@@ -27,13 +28,22 @@ from coordinator.loading.deployment import (
     Deployment,
     Planned,
     deploy,
+    fetch,
     unload,
     unload_forgotten,
     wanted_artifacts,
 )
 from coordinator.loading.models import UNLOADED, Models
+from coordinator.loading.moving import Mover
 from coordinator.loading.paces import slowness_of
-from coordinator.loading.rebalance import Verdict, choice_of, judge_alone, slowed
+from coordinator.loading.rebalance import (
+    Choice,
+    Verdict,
+    choice_of,
+    judge_alone,
+    revalued,
+    slowed,
+)
 from coordinator.loading.record import DeploymentRecord
 from coordinator.loading.recovery import remaining
 from coordinator.loading.several import PlannedTogether, SeveralRequest, plan_together
@@ -42,7 +52,6 @@ from coordinator.loading.state import (
     FilesMended,
     LoadBegan,
     LoadFailed,
-    MoveBegan,
     Placed,
     Serving,
     StepBegan,
@@ -85,6 +94,29 @@ PLACEMENTS = 6
 """The most plans for one load. Each failed link during a deployment needs another plan."""
 
 
+Slowness: TypeAlias = Callable[[PlanningProblem], Mapping[str, float]]
+"""Says how many times longer than in a problem its devices take, by their names."""
+
+
+def as_measured(problem: PlanningProblem) -> Mapping[str, float]:
+    """Say that each device takes what was measured."""
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """The best plan by the present figures, and how the present one compares.
+
+    present: the present plan with the present figures.
+    slow: how many times longer than measured devices take.
+    """
+
+    planned: Planned
+    present: Plan
+    choice: Choice
+    slow: Mapping[Member, float]
+
+
 class Operations:
     """The operations that users ask for: plan, load, measure, calibrate and unload."""
 
@@ -102,6 +134,7 @@ class Operations:
         self._report = turns.report
         self._store = store
         self._quality_meter = QualityMeter(store, quality)
+        self.mover = Mover(roster, models, self.carry_out)
         self._vocabularies: list[tuple[Tokenizer, Vocabulary | None]] = []
         """The vocabularies of the loaded models' tokenizers, and of the last one."""
         self.records: dict[str, DeploymentRecord] = {}
@@ -247,28 +280,82 @@ class Operations:
         )
 
     async def rebalance(
-        self, on_step: Callable[[Step], None], *, moves: bool
-    ) -> tuple[Deployment, Planned, Verdict]:
+        self, on_step: Callable[[Step], None], *, moves: bool, name: str | None = None
+    ) -> tuple[Deployment, Compared, Verdict]:
         """Plan the model that answers again, by the present figures.
 
-        Devices that run their stage slower than planned are planned with what they take now.
+        Devices that run their stage slower than predicted are planned with what they take now.
 
-        moves: begin the move if the other plan is better. Answers pause, and go on there.
+        moves: move if the other plan is better. Answers go on there.
+        name: of the model. None: the first one that answers.
         Raises NotLoaded if no model answers, CoordinatorError, ModelError and PlanError.
         """
         async with self._turns.asked(on_step):
-            deployment = self._models.serving
+            answering = self._models.all_serving
+            deployment = next((one for one in answering if name in (None, one.name)), None)
             if deployment is None:
-                raise NotLoaded("no model answers now: see `shoal ps`")
-            here = [member.device for member in self._roster.members]
-            request = remaining(deployment.request, here)
-            planned = await self._plan(request, asked=False, slowness=slowness_of(deployment))
-            choice = choice_of(planned.problem, deployment.plan, planned.plan, deployment.load_s)
-            verdict = judge_alone(choice)
+                who = "no model answers" if name is None else f"{name} does not answer"
+                raise NotLoaded(f"{who} now: see `shoal ps`")
+            compared = await self.compare(deployment)
+            verdict = judge_alone(compared.choice)
             if moves and verdict.moves:
-                await self._quantize(planned)  # Answers do not wait for it.
-                self._models.apply(deployment.name, MoveBegan(Moved(), planned))
-            return deployment, planned, verdict
+                await self.prepare(compared.planned, deployment)
+                await self.mover.move(deployment, compared.planned, Moved())
+            return deployment, compared, verdict
+
+    async def compare(
+        self,
+        deployment: Deployment,
+        slow: Mapping[Member, float] = MappingProxyType({}),
+        *,
+        measures: bool = True,
+        without: Collection[Member] = (),
+    ) -> Compared:
+        """Compare a deployment with the best plan by the present figures.
+
+        The caller holds the turn.
+
+        slow: how many times longer than measured devices took when they ran a stage last.
+        measures: measure what is not known yet.
+        without: members that the plan must do without.
+        Raises CoordinatorError, ModelError and PlanError.
+        """
+        here = [member.device for member in self._roster.members]
+        request = remaining(deployment.request, here)
+        request = replace(
+            request, exclude=(*request.exclude, *(member.device for member in without))
+        )
+        slow_now: dict[Member, float] = {}
+
+        def slowness(problem: PlanningProblem) -> dict[str, float]:
+            stages = revalued(deployment.plan, problem).stages
+            elsewhere = {one: slow[one] for one in slow if one not in deployment.devices}
+            slow_now.clear()
+            slow_now.update({**elsewhere, **slowness_of(deployment, stages, slow)})
+            return {member.name: factor for member, factor in slow_now.items()}
+
+        planned = await self._plan(request, asked=False, slowness=slowness, measures=measures)
+        choice = choice_of(
+            planned.problem,
+            deployment.plan,
+            planned.plan,
+            deployment.load_s,
+            is_wished=request.plan is not None or _breaks_pins(deployment, request),
+        )
+        present = revalued(deployment.plan, planned.problem)
+        return Compared(planned, present, choice, slow_now)
+
+    async def prepare(self, planned: Planned, before: Deployment) -> None:
+        """Make the files of a plan for a loaded model, and have its devices fetch them.
+
+        Then answers do not wait for them. The caller holds the turn. Raises CoordinatorError,
+        ModelError.
+        """
+        blocks = await self._quantize(planned)
+        vocabulary = await asyncio.to_thread(
+            self._vocabulary_of, before.tokenizer, planned.checkpoint.spec
+        )
+        await fetch(planned, blocks, self._roster.members, self._report, vocabulary)
 
     async def measure(self, name: str, on_step: Callable[[Step], None]) -> Member:
         """Measure the device ``name`` again, and its links to devices without a stage.
@@ -389,16 +476,19 @@ class Operations:
         *,
         asked: bool,
         weights: bool = True,
-        slowness: Mapping[str, float] = MappingProxyType({}),
+        slowness: Slowness = as_measured,
+        measures: bool = True,
     ) -> Planned:
         """Plan a request.
 
         asked: a user waits for the best plan, so more of the failed links are tried again.
         weights: without them, config.json is enough, and losses are assumed.
-        slowness: how many times longer than measured devices take, by their names.
+        slowness: says how many times longer than measured devices take, by their names.
+        measures: measure what is not known yet.
         """
         open_model = Checkpoint.open if weights else Checkpoint.open_to_plan
         checkpoint = await asyncio.to_thread(self._opened, open_model, request)
+        request = request.for_model(checkpoint.spec)
         members = self._roster.require_members()
         names = self._roster.names
         absent = [device for device in request.exclude if names.device(device) is None]
@@ -414,15 +504,20 @@ class Operations:
 
         async def make(*, asked: bool) -> PlanningProblem:
             problem = await self._problem(
-                request, checkpoint, members, context_tokens, losses, asked=asked
+                request,
+                checkpoint,
+                members,
+                context_tokens,
+                losses,
+                asked=asked if measures else None,
             )
-            return slowed(problem, slowness)
+            return slowed(problem, slowness(problem))
 
         problem = await make(asked=asked)
         try:
             plan = await self._solve(request, problem)
         except PlanError as error:
-            if not await self._links_back(error, failed_before_s):
+            if not measures or not await self._links_back(error, failed_before_s):
                 raise
             problem = await make(asked=False)
             plan = await self._solve(request, problem)
@@ -512,11 +607,13 @@ class Operations:
         context_tokens: int,
         losses: Losses,
         *,
-        asked: bool,
+        asked: bool | None,
     ) -> PlanningProblem:
         """Measure what is not known yet, and build the planning problem.
 
         The devices have the memory and storage that other models leave.
+
+        asked: as of ``_plan``. With None nothing is measured.
         """
         spec = checkpoint.spec
         uses = use_of(self._beside(request))
@@ -527,12 +624,13 @@ class Operations:
             spec,
             request.bits,
             self._report,
-            excluded,
+            names.values() if asked is None else excluded,
             rows=request.slots > 1,
             shares=not request.no_teams,
         )
-        measured = [member for member in members if member.name not in excluded]
-        await measure_links(self._roster, measured, self._report, asked=asked)
+        if asked is not None:
+            measured = [member for member in members if member.name not in excluded]
+            await measure_links(self._roster, measured, self._report, asked=asked)
         errors: tuple[dict[int, float], ...] = ({},) * spec.block_count
         if request.max_weight_error is not None:
             if not checkpoint.tensors:
@@ -708,7 +806,7 @@ class Operations:
         return found
 
     async def carry_out(self, planned: Planned, before: Deployment) -> Deployment:
-        """Deploy a plan in place of a deployment that was unloaded. The caller holds the turn.
+        """Deploy a plan in place of a deployment. The caller holds the turn.
 
         Raises CoordinatorError, ModelError, PlanError.
         """
@@ -762,6 +860,15 @@ class Operations:
 
     def _phase(self, request: LoadRequest, phase: str) -> None:
         self._models.apply(model_name(request.model), StepBegan(phase))
+
+
+def _breaks_pins(deployment: Deployment, request: LoadRequest) -> bool:
+    """Whether a block is not on the device that the request wants for it."""
+    return any(
+        block in range(stage.first, stage.last) and device not in {one.device for one in team}
+        for stage, team in zip(deployment.plan.stages, deployment.teams, strict=True)
+        for block, device in request.pins.items()
+    )
 
 
 def _tokenizer(directory: Path) -> Tokenizer:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Sequence
 
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.models import Models
 from coordinator.roster.members import Member, Roster
 from coordinator.story import Story
+from planning.plan import Stage
 from wire.messages import Heartbeat, Message, StageCounts
 
 log = logging.getLogger(__name__)
@@ -92,13 +94,24 @@ def slow_devices(deployment: Deployment) -> list[str]:
     return found
 
 
-def slowness_of(deployment: Deployment) -> dict[str, float]:
-    """Return how many times longer than planned each slow device takes, by its name."""
+def slowness_of(
+    deployment: Deployment, stages: Sequence[Stage], known: Collection[Member] = ()
+) -> dict[Member, float]:
+    """Return how many times longer than predicted each slow device takes.
+
+    stages: those of the deployment with the present predictions.
+    known: devices that were slow at the last look. They count until they are as predicted.
+    """
     found = {}
-    for member in deployment.devices:
-        measured_s, expected_s = token_s(deployment, member), planned_s(deployment, member)
-        if measured_s and expected_s and _is_slow(measured_s, expected_s):
-            found[member.name] = measured_s / expected_s
+    for stage, team in zip(stages, deployment.teams, strict=True):
+        parts = [part.compute_s for part in stage.members] or [stage.compute_s]
+        for member, expected_s in zip(team, parts, strict=True):
+            measured_s = token_s(deployment, member)
+            if not measured_s or not expected_s:
+                continue
+            is_still = member in known and measured_s >= AS_PLANNED * expected_s + SLOW_BY_S
+            if is_still or _is_slow(measured_s, expected_s):
+                found[member] = measured_s / expected_s
     return found
 
 

@@ -2,7 +2,8 @@
 
 A move costs answers a pause, and figures lie now and then. So a better plan is taken only if
 
-- it saves a share of the objective, or it loses much less quality in about the same time;
+- it saves a share of the objective, or it loses much less quality in about the same time, or it is
+  what the user asked for, with devices that are back;
 - it has been better for a while without a break, so that a toggling link moves nothing;
 - the last move is long enough ago;
 - what it saves within a while is more than the pause;
@@ -61,6 +62,8 @@ class Choice:
     loss_now: float | None
     loss_then: float | None
     move_s: float
+    is_wished: bool = False
+    """Whether the other plan does what the user asked for, and the present one does not."""
 
     @property
     def gain(self) -> float:
@@ -77,6 +80,8 @@ class Choice:
     @property
     def is_better(self) -> bool:
         """Whether it is worth a move, if it lasts."""
+        if self.is_wished:
+            return True
         is_truer = self.loss_gain >= LOSS_GAIN and self.then <= AS_FAST * self.now
         return self.gain >= GAIN or is_truer
 
@@ -96,8 +101,19 @@ class Memory:
     better_since_s: float | None = None
     """Since when each look has found a better plan. None: the last one found none."""
     moved_s: float | None = None
-    """When the model moved last, or was loaded by a user. None: never."""
+    """When the model was placed anew last, by a move or after a loss. None: never."""
     refused: Mapping[Key, Refusal] = field(default_factory=lambda: MappingProxyType({}))
+    failures: int = 0
+    """How many moves in a row measured worse than the plan before."""
+
+    @property
+    def pause_s(self) -> float:
+        """The time between two moves. From the second failure on it doubles with each."""
+        return PAUSE_S * 2.0 ** max(self.failures - 1, 0)
+
+    def kept(self) -> Memory:
+        """Return the memory after a move was compared, and was no failure."""
+        return replace(self, failures=0)
 
     def moved(self, now_s: float) -> Memory:
         """Return the memory after a move."""
@@ -108,7 +124,13 @@ class Memory:
         times = self.refused[key].times + 1 if key in self.refused else 1
         refusal = Refusal(now_s + REFUSED_S * 2 ** (times - 1), times)
         refused = MappingProxyType({**self.refused, key: refusal})
-        return replace(self, better_since_s=None, moved_s=now_s, refused=refused)
+        return replace(
+            self,
+            better_since_s=None,
+            moved_s=now_s,
+            refused=refused,
+            failures=self.failures + 1,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +151,7 @@ def judge(memory: Memory, choice: Choice, now_s: float) -> tuple[Memory, Verdict
     if refusal is not None and now_s < refusal.until_s:
         left_s = refusal.until_s - now_s
         return memory, Verdict(False, f"it measured worse before: left alone for {left_s:.0f} s")
-    if choice.move_s > HORIZON_S * max(choice.gain, choice.loss_gain):
+    if not choice.is_wished and choice.move_s > HORIZON_S * max(choice.gain, choice.loss_gain):
         why = (
             f"the pause of {choice.move_s:.0f} s is longer than what it saves in {HORIZON_S:.0f} s"
         )
@@ -138,9 +160,10 @@ def judge(memory: Memory, choice: Choice, now_s: float) -> tuple[Memory, Verdict
         return memory, Verdict(
             False, f"it has been better for {now_s - since_s:.0f} s, of {STEADY_S:.0f} s"
         )
-    if memory.moved_s is not None and now_s - memory.moved_s < PAUSE_S:
+    if memory.moved_s is not None and now_s - memory.moved_s < memory.pause_s:
         ago_s = now_s - memory.moved_s
-        return memory, Verdict(False, f"the last move was {ago_s:.0f} s ago, of {PAUSE_S:.0f} s")
+        why = f"the last move was {ago_s:.0f} s ago, of {memory.pause_s:.0f} s"
+        return memory, Verdict(False, why)
     return memory, Verdict(True, _better(choice))
 
 
@@ -156,6 +179,8 @@ def is_worse(before_s: float, after_s: float) -> bool:
 
 
 def _better(choice: Choice) -> str:
+    if choice.is_wished:
+        return "it is what was asked for"
     if choice.gain >= GAIN:
         return f"it saves {choice.gain:.0%} of the predicted time"
     return f"it loses {choice.loss_gain:.0%} less quality in about the same time"
@@ -170,10 +195,18 @@ def _not_better(choice: Choice) -> str:
 # ---- what is compared --------------------------------------------------------------------------
 
 
-def choice_of(problem: PlanningProblem, present: Plan, other: Plan, load_s: float = 0.0) -> Choice:
+def choice_of(
+    problem: PlanningProblem,
+    present: Plan,
+    other: Plan,
+    load_s: float = 0.0,
+    *,
+    is_wished: bool = False,
+) -> Choice:
     """Compare the present plan with another one of ``problem``, which has the present figures.
 
     load_s: how long stages take to load blocks that their devices have.
+    is_wished: the present plan is not as the user asked for.
     Raises PlanError if the present plan needs a device or link that is not there.
     """
     now = revalued(present, problem)
@@ -184,6 +217,7 @@ def choice_of(problem: PlanningProblem, present: Plan, other: Plan, load_s: floa
         now.total_sensitivity,
         other.total_sensitivity,
         other.load_s + load_s,
+        is_wished and frozenset(present.placements) != frozenset(other.placements),
     )
 
 

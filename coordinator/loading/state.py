@@ -114,9 +114,28 @@ class Broken:
     since_s: float
 
 
-Present: TypeAlias = Resuming | Loading | Serving | Replacing | Broken
+@dataclass(frozen=True, slots=True)
+class Asleep:
+    """Nobody used the model for the time that its load names. A request loads it again."""
+
+    word = "asleep"
+    request: LoadRequest
+    since_s: float
+    error: CoordinatorError | None = None
+    """Why the last request could not load it."""
+
+
+Present: TypeAlias = Resuming | Loading | Serving | Replacing | Broken | Asleep
 State: TypeAlias = Nothing | Present
-STATES: tuple[type[State], ...] = (Nothing, Resuming, Loading, Serving, Replacing, Broken)
+STATES: tuple[type[State], ...] = (
+    Nothing,
+    Resuming,
+    Loading,
+    Serving,
+    Replacing,
+    Broken,
+    Asleep,
+)
 
 # ---- events ------------------------------------------------------------------------------------
 
@@ -127,6 +146,20 @@ class ResumeBegan:
 
     request: LoadRequest
     devices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slept:
+    """Nobody has used the model for the time that its load names."""
+
+    request: LoadRequest
+
+
+@dataclass(frozen=True, slots=True)
+class WakeFailed:
+    """A request found the model asleep, and it could not be loaded again."""
+
+    error: CoordinatorError
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +224,15 @@ class MoveBegan:
 
 
 @dataclass(frozen=True, slots=True)
+class MovedOver:
+    """The stages of a better plan are loaded beside those of the deployment, and take over."""
+
+    deployment: Deployment
+    error: CoordinatorError
+    """The reason in the words of an error, for the answers that go over."""
+
+
+@dataclass(frozen=True, slots=True)
 class StageFoundDamaged:
     """A stage of the deployment ran from a damaged file."""
 
@@ -240,10 +282,13 @@ Event: TypeAlias = (
     | LoadFailed
     | Lost
     | MoveBegan
+    | MovedOver
     | StageFoundDamaged
     | FilesMended
     | AttemptFailed
     | WaitEnded
+    | Slept
+    | WakeFailed
     | Unloaded
     | Stopped
 )
@@ -257,10 +302,13 @@ EVENTS: tuple[type[Event], ...] = (
     LoadFailed,
     Lost,
     MoveBegan,
+    MovedOver,
     StageFoundDamaged,
     FilesMended,
     AttemptFailed,
     WaitEnded,
+    Slept,
+    WakeFailed,
     Unloaded,
     Stopped,
 )
@@ -305,13 +353,27 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
+class Rest:
+    """Unload the stages of a deployment that nobody uses."""
+
+    deployment: Deployment
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Unload the stages of a deployment, because another one has taken over."""
+
+    deployment: Deployment
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
     """Remove the loaded request of a model and the record of its stages from the disk."""
 
     name: str
 
 
-Action: TypeAlias = EndAnswers | Place | StopPlacing | Keep | Record | Forget
+Action: TypeAlias = EndAnswers | Place | StopPlacing | Keep | Record | Rest | Release | Forget
 Next: TypeAlias = tuple[State, tuple[Action, ...]]
 Rule: TypeAlias = Callable[[Any, Any, float], Next]
 """Maps (state, event, seconds of the monotonic clock) to the next state and actions."""
@@ -384,6 +446,14 @@ def _move(state: Serving, event: MoveBegan, now_s: float) -> Next:
     return replacing, (EndAnswers(state.deployment, event.error), Place(replacing))
 
 
+def _move_over(state: Serving, event: MovedOver, now_s: float) -> Next:
+    before, after = state.deployment, event.deployment
+    ended = {**state.past.ended, before.key: event.error}
+    past = replace(state.past, ended=MappingProxyType(ended))
+    actions = (EndAnswers(before, event.error), Record(after), Release(before))
+    return Serving(after, now_s, past), actions
+
+
 def _lose_damaged(state: Serving, event: StageFoundDamaged, now_s: float) -> Next:
     return _lose(replace(state, past=_suspect(state)), Lost(event.error), now_s)
 
@@ -424,6 +494,23 @@ def _give_up(state: Replacing | Resuming, event: WaitEnded, now_s: float) -> Nex
     return Broken(state, event.error, now_s), ()
 
 
+def _sleep(state: Serving, event: Slept, now_s: float) -> Next:
+    return Asleep(event.request, now_s), (Rest(state.deployment),)
+
+
+def _sleep_on(state: Nothing, event: Slept, now_s: float) -> Next:
+    return Asleep(event.request, now_s), ()
+
+
+def _wake(state: Asleep, event: ResumeBegan, now_s: float) -> Next:
+    resuming = Resuming(event.request, event.devices, event.devices, now_s)
+    return resuming, (Place(resuming),)
+
+
+def _fail_wake(state: Resuming, event: WakeFailed, now_s: float) -> Next:
+    return Asleep(state.request, now_s, event.error), (StopPlacing(name_of(state)),)
+
+
 def _end(state: State, event: Unloaded | Stopped) -> Next:
     """End a model in any state. The disk keeps it if the coordinator only stops."""
     actions: list[Action] = []
@@ -450,6 +537,7 @@ TABLE: Mapping[type[State], Mapping[type[Event], tuple[type[State], Rule]]] = {
     Nothing: {
         ResumeBegan: (Resuming, _resume),
         LoadBegan: (Loading, _load),
+        Slept: (Asleep, _sleep_on),
         Stopped: (Nothing, _stop),
     },
     Resuming: {
@@ -458,6 +546,7 @@ TABLE: Mapping[type[State], Mapping[type[Event], tuple[type[State], Rule]]] = {
         Adopted: (Serving, _adopt),
         AttemptFailed: (Resuming, _explain),
         WaitEnded: (Broken, _give_up),
+        WakeFailed: (Asleep, _fail_wake),
         Unloaded: (Nothing, _unload),
         Stopped: (Nothing, _stop),
     },
@@ -470,7 +559,9 @@ TABLE: Mapping[type[State], Mapping[type[Event], tuple[type[State], Rule]]] = {
     Serving: {
         Lost: (Replacing, _lose),
         MoveBegan: (Replacing, _move),
+        MovedOver: (Serving, _move_over),
         StageFoundDamaged: (Replacing, _lose_damaged),
+        Slept: (Asleep, _sleep),
         Unloaded: (Nothing, _unload),
         Stopped: (Nothing, _stop),
     },
@@ -489,6 +580,11 @@ TABLE: Mapping[type[State], Mapping[type[Event], tuple[type[State], Rule]]] = {
         StageFoundDamaged: (Broken, _doubt_broken),
         FilesMended: (Broken, _doubt_broken),
         AttemptFailed: (Broken, _explain_broken),
+        Unloaded: (Nothing, _unload),
+        Stopped: (Nothing, _stop),
+    },
+    Asleep: {
+        ResumeBegan: (Resuming, _wake),
         Unloaded: (Nothing, _unload),
         Stopped: (Nothing, _stop),
     },

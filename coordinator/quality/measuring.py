@@ -168,6 +168,14 @@ class QualityMeter:
         measured here if ``measure`` says so. Raises RequestInvalid where a budget that was asked
         for has none; the default budget takes assumed ones.
         """
+        if checkpoint.spec.encodes:
+            if request.quality_budget is not None:
+                raise RequestInvalid(
+                    f"a quality budget bounds the divergence of next tokens, and "
+                    f"{model_name(request.model)} encodes texts: choose widths with --bits",
+                    "quality_budget",
+                )
+            return Losses(None, None, {}, None)
         known = self._quality.latest(checkpoint, request.scheme, request.group_size)
         count = checkpoint.spec.block_count
         if request.sensitivities is not None:

@@ -1,6 +1,6 @@
 """The devices that a coordinator knows by their keys, and the invites by which new ones join.
 
-A file of the state directory has both. ``shoal token`` and ``shoal devices --revoke`` change it
+A file of the state directory has both. ``shoal token`` and ``shoal devices revoke`` change it
 while the coordinator runs, which sees each change at the next connection.
 """
 
@@ -45,10 +45,10 @@ NO_INVITE = (
 ENDED = "the token has expired: `shoal token create` makes another one"
 USED = "the token was used up: `shoal token create` makes another one"
 OTHER_KEY = (
-    "a device of this id has joined with another key: `shoal devices --revoke {name}` where the "
+    "a device of this id has joined with another key: `shoal devices revoke {name}` where the "
     "coordinator runs, then start this one with a token"
 )
-FULL = f"this shoal knows {MOST_DEVICES} devices: revoke some with `shoal devices --revoke NAME`"
+FULL = f"this shoal knows {MOST_DEVICES} devices: revoke some with `shoal devices revoke NAME`"
 
 Stamp = tuple[int, int, int]
 """Tells versions of the file apart: time of change, size, inode."""

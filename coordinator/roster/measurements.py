@@ -96,45 +96,76 @@ async def measure_blocks(
     *,
     rows: bool = False,
     shares: bool = False,
+    only: Collection[Member] | None = None,
 ) -> dict[str, tuple[BlockTiming, ...]]:
     """Have each member measure its seconds per block. Members on one machine take turns.
 
     rows: whether passes of several rows are timed too, each row of another sequence.
     shares: whether shares of blocks are timed too, if two members or more can be in a team.
     excluded: names of members that are not asked. The result has what is known of them.
+    only: the only members that are asked now, although others may be in a team with them.
     Raises AgentFailed.
     """
-
     asking = [member for member in members if member.name not in excluded]
-    sharing = [member for member in asking if shares and member.profile.shares]
-    shared = {width for width in bits if most_members(spec, Format.of(width).group_size) > 1}
+    missing = unmeasured_widths(asking, spec, bits, rows=rows, shares=shares)
 
     async def one_machine(residents: list[Member]) -> None:
         for member in residents:
-            known = member.timings.get(spec, {})
-            usable = dict(member.profile.container_bits)
-            in_team = len(sharing) > 1 and member in sharing
-            missing = tuple(
-                width
-                for width in bits
-                if width in usable
-                and (
-                    width not in known
-                    or (rows and not _has_rows(known[width]))
-                    or (in_team and width in shared and not _has_shares(known[width]))
+            if member.device in missing and (only is None or member in only):
+                await _measure_model(
+                    member,
+                    spec,
+                    missing[member.device],
+                    on_step,
+                    rows=rows,
+                    shares=shares and _can_share(member, asking),
                 )
-            )
-            if missing:
-                await _measure_model(member, spec, missing, on_step, rows=rows, shares=in_team)
 
-    asked = machines(asking)
-    await together(one_machine(residents) for residents in asked)
+    await together(one_machine(residents) for residents in machines(asking))
     return {
         member.name: tuple(
             timing for width in bits for timing in member.timings.get(spec, {}).get(width, ())
         )
         for member in members
     }
+
+
+def unmeasured_widths(
+    members: Sequence[Member],
+    spec: ModelSpec,
+    bits: Sequence[int],
+    *,
+    rows: bool = False,
+    shares: bool = False,
+) -> dict[str, tuple[int, ...]]:
+    """Return the widths that a member has not measured yet, by its device id.
+
+    rows, shares: as of ``measure_blocks``. Members that have measured all widths are left out.
+    """
+    shared = {width for width in bits if most_members(spec, Format.of(width).group_size) > 1}
+    found: dict[str, tuple[int, ...]] = {}
+    for member in members:
+        known = member.timings.get(spec, {})
+        usable = dict(member.profile.container_bits)
+        in_team = shares and _can_share(member, members)
+        missing = tuple(
+            width
+            for width in bits
+            if width in usable
+            and (
+                width not in known
+                or (rows and not _has_rows(known[width]))
+                or (in_team and width in shared and not _has_shares(known[width]))
+            )
+        )
+        if missing:
+            found[member.device] = missing
+    return found
+
+
+def _can_share(member: Member, members: Sequence[Member]) -> bool:
+    """Whether two of the members can share layers, and this is one of them."""
+    return member.profile.shares and sum(one.profile.shares for one in members) > 1
 
 
 def _has_rows(timings: Iterable[BlockTiming]) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import astuple, dataclass, field, replace
 from typing import TypeVar
 
 from coordinator.errors import AgentFailed, AgentLost, NoAgents
-from coordinator.roster.book import BadBook, DeviceBook
+from coordinator.roster.book import BadBook, Device, DeviceBook
 from coordinator.roster.links import Failure, Links
 from coordinator.roster.names import NameBook
 from coordinator.story import Story
@@ -35,6 +35,7 @@ from wire.hygiene import (
 )
 from wire.messages import (
     AgentHello,
+    BlocksFetched,
     BlocksFound,
     CancelRequest,
     CoordinatorWelcome,
@@ -51,6 +52,7 @@ from wire.messages import (
     LinkMeasured,
     Message,
     ModelMeasured,
+    PassFailed,
     PeerLost,
     Progress,
     PromptScored,
@@ -61,6 +63,7 @@ from wire.messages import (
     StageDamaged,
     StageLoaded,
     TeamMeasured,
+    TextsEncoded,
     TokenSampled,
     TraceTaken,
 )
@@ -89,6 +92,7 @@ _ANSWERS = (
     LinkMeasured,
     QualityMeasured,
     HopMeasured,
+    BlocksFetched,
     BlocksFound,
     FilesMade,
     StageLoaded,
@@ -98,6 +102,17 @@ _ANSWERS = (
     Progress,
     RequestFailed,
 )
+
+_REPORTS = (
+    TokenSampled,
+    PromptScored,
+    SequenceFailed,
+    TextsEncoded,
+    PassFailed,
+    PeerLost,
+    StageDamaged,
+)
+"""The messages that answer no request, for the subscribers of members."""
 
 Answer = TypeVar("Answer", bound=Message)
 OnProgress = Callable[[Progress], None]
@@ -518,6 +533,20 @@ class Roster:
                 self._tellings.add(task)
                 task.add_done_callback(self._tellings.discard)
 
+    def known(self) -> tuple[Device, ...]:
+        """All devices that may join, oldest first. None without TLS. Raises BadBook."""
+        return () if self._book is None else self._book.devices()
+
+    def revoke(self, name: str) -> Device:
+        """Let a device of this name or id join no more, and drop it. Raises BadBook, OSError."""
+        if self._book is None:
+            raise BadBook(
+                "this coordinator runs with --insecure: any device may join, so none can be revoked"
+            )
+        gone = self._book.revoke_device(name)
+        self.tell_known()
+        return gone
+
     def _name_in(self, book: DeviceBook, member: Member) -> None:
         """Note a member's name, by which people revoke it."""
         try:
@@ -593,7 +622,7 @@ class Roster:
                 raise ProtocolError(f"it has {wrong}")
             member.load, member.celsius = message.load, message.celsius
             member.beats = {stage.epoch: stage for stage in message.stages}
-            if any(map(_is_at_work, message.stages)):
+            if message.stages:
                 self._tell(member, message)
         elif isinstance(message, _ANSWERS):
             if not _is_possible(message):
@@ -612,9 +641,7 @@ class Roster:
                 member.take_better(message)
             except AgentFailed as error:
                 raise ProtocolError(str(error)) from error
-        elif isinstance(
-            message, (TokenSampled, PromptScored, SequenceFailed, PeerLost, StageDamaged)
-        ):
+        elif isinstance(message, _REPORTS):
             self._tell(member, message)
         else:
             raise ProtocolError(f"{member.name} sent an unexpected {type(message).__name__}")
@@ -684,11 +711,6 @@ def _addresses(source: Member, target: Member) -> tuple[str, ...]:
     return tuple(f"{item.host}:{item.port}" for item in target.endpoints_for(source))
 
 
-def _is_at_work(stage: StageBeat) -> bool:
-    """Whether a stage has run tokens, or runs a pass now."""
-    return stage.token_s > 0 or (stage.counts is not None and stage.counts.running_us > 0)
-
-
 def _is_possible(message: Message) -> bool:
     """Whether an answer's figures are plausible. Block times and links are checked elsewhere."""
     sizes: tuple[int, ...] = ()
@@ -698,7 +720,10 @@ def _is_possible(message: Message) -> bool:
         if message.unit not in ("bytes", "steps"):
             return False
     elif isinstance(message, StageLoaded):
-        sizes, figures = (message.memory_bytes, message.fetched_bytes), (message.load_s,)
+        figures = (message.load_s,)
+        sizes = message.memory_bytes, *_parted(message)
+    elif isinstance(message, BlocksFetched):
+        sizes = _parted(message)
     elif isinstance(message, TeamMeasured):
         sizes, figures = (message.chunk_rows,), (message.row_s, message.chunk_s)
     elif isinstance(message, TraceTaken):
@@ -708,6 +733,12 @@ def _is_possible(message: Message) -> bool:
     return all(0 <= size <= hygiene.MAX_BYTES for size in sizes) and all(
         0 <= figure <= hygiene.MAX_SECONDS for figure in figures
     )
+
+
+def _parted(message: StageLoaded | BlocksFetched) -> tuple[int, int, int]:
+    """The fetched bytes, those of them that devices sent, and the rest."""
+    from_peers_bytes = message.from_peers_bytes
+    return message.fetched_bytes, from_peers_bytes, message.fetched_bytes - from_peers_bytes
 
 
 async def _tell(member: Member, message: Message) -> None:

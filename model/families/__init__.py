@@ -11,7 +11,7 @@ modules hold the families.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from model.families.config import Config, read_config, read_config_file
@@ -25,6 +25,19 @@ from model.families.decoder import (
     qwen2,
     qwen3,
     smollm3,
+)
+from model.families.embedders import with_files
+from model.families.encoders import (
+    BERT_NAMES,
+    DISTILBERT_NAMES,
+    ENCODERS,
+    MODERNBERT_NAMES,
+    bert,
+    distilbert,
+    encoder_sources,
+    label_names,
+    modernbert,
+    roberta,
 )
 from model.families.experts import (
     GRANITEMOE,
@@ -77,6 +90,7 @@ __all__ = [
     "Piece",
     "Source",
     "describe",
+    "label_names",
     "load_spec",
     "read_config",
     "read_config_file",
@@ -126,7 +140,7 @@ def describe(config: Config, directory: Path) -> ModelSpec:
     own = language_part(config)
     family = _family(own)
     _refuse_foreign_options(config)
-    spec = family.describe(own)
+    spec = with_files(family.describe(own), directory)
     generation = directory / "generation_config.json"
     eos = read_config_file(generation).tokens("eos_token_id") if generation.exists() else ()
     plain = spec.to_dict()
@@ -163,7 +177,23 @@ def tensor_sources(
     if family.experts is not None and spec.block_kind(block) == "layer":
         layer = spec.layer(block)
         sources |= family.experts.sources(f"{prefix}layers.{block - 1}.", layer, available)
-    return _turned(spec, block, family.adapt(config, spec, block, sources))
+    sources = _turned(spec, block, family.adapt(config, spec, block, sources))
+    if config.model_type in ENCODERS:
+        sources = {
+            name: tuple(_old_named(piece, available) for piece in source)
+            for name, source in sources.items()
+        }
+    return sources
+
+
+_OLD_NAMES = {"weight": "gamma", "bias": "beta"}
+
+
+def _old_named(piece: Piece, available: Collection[str]) -> Piece:
+    """Return a piece of a layer norm by the name that BERT's first checkpoints give it."""
+    module, _, kind = piece.name.rpartition(".")
+    old = f"{module}.{_OLD_NAMES.get(kind, kind)}"
+    return replace(piece, name=old) if piece.name not in available and old in available else piece
 
 
 def _turned(spec: ModelSpec, block: int, sources: Sources) -> Sources:
@@ -208,7 +238,9 @@ def _refuse_foreign_options(config: Config) -> None:
     read_quantization(config)
     for key in ("is_encoder_decoder", "add_cross_attention"):
         if config.flag(key, False):
-            raise config.unsupported(key, True, "only decoders are")
+            raise config.unsupported(key, True, "models without cross-attention are")
+    if config.model_type in ENCODERS:
+        return
     if not config.flag("is_causal", True):
         raise config.unsupported("is_causal", False, "only causal models are")
     if config.values.get("pruned_heads"):
@@ -232,6 +264,9 @@ _TEXT_TYPES = {"gemma3": "gemma3_text", "mistral3": "mistral"}
 _OF_THE_WHOLE = ("bos_token_id", "eos_token_id", "tie_word_embeddings", "dtype", "torch_dtype")
 
 _FAMILIES: Mapping[str, _Family] = {
+    "bert": _Family(bert, ("bert.", ""), BERT_NAMES, encoder_sources),
+    "camembert": _Family(roberta, ("roberta.", ""), BERT_NAMES, encoder_sources),
+    "distilbert": _Family(distilbert, ("distilbert.", ""), DISTILBERT_NAMES, encoder_sources),
     "ernie4_5": _Family(ernie, _DECODER, LLAMA_NAMES, interleaved),
     "exaone4": _Family(exaone4, _DECODER, OLMO_NAMES),
     "gemma": _Family(gemma, _DECODER, LLAMA_NAMES, gemma_sources),
@@ -256,11 +291,14 @@ _FAMILIES: Mapping[str, _Family] = {
     "mistral": _Family(mistral, NESTED_PREFIXES, LLAMA_NAMES),
     "olmo2": _Family(olmo2, _DECODER, OLMO_NAMES),
     "olmo3": _Family(olmo3, _DECODER, OLMO_NAMES),
+    "modernbert": _Family(modernbert, ("model.", ""), MODERNBERT_NAMES, encoder_sources),
     "opt": _Family(opt, ("model.decoder.", "decoder.", ""), OPT_NAMES),
     "phi3": _Family(phi3, _DECODER, PHI3_NAMES, phi3_sources),
     "qwen2": _Family(qwen2, _DECODER, LLAMA_NAMES),
     "qwen3": _Family(qwen3, _DECODER, LLAMA_NAMES),
+    "roberta": _Family(roberta, ("roberta.", ""), BERT_NAMES, encoder_sources),
     "smollm3": _Family(smollm3, _DECODER, LLAMA_NAMES),
     "stablelm": _Family(stablelm, _DECODER, LLAMA_NAMES),
     "starcoder2": _Family(starcoder2, _DECODER, STARCODER2_NAMES),
+    "xlm-roberta": _Family(roberta, ("roberta.", ""), BERT_NAMES, encoder_sources),
 }

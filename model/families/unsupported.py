@@ -10,7 +10,7 @@ _DELTA = "gated-delta attention (layers of linear_attention), whose state cannot
 _STATE_SPACE = "state-space layers (Mamba)"
 _RECURRENT = "recurrent layers in place of attention"
 _CONVOLUTION = "convolution layers (conv in layer_types), whose state cannot be rolled back"
-_ENCODER = "bidirectional attention, as an encoder has it"
+_ENCODER = "its kind of encoder"
 _CROSS = "an encoder with cross-attention"
 _LATENT = "latent attention (compressed keys and values, MLA)"
 _LINEAR = "linear attention"
@@ -41,8 +41,8 @@ MISSING: Mapping[str, str] = {
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm2_vl"), _CONVOLUTION),
     **dict.fromkeys(
         (
-            "albert", "bert", "camembert", "deberta", "deberta-v2", "distilbert", "electra",
-            "eurobert", "gte", "modernbert", "mpnet", "nomic_bert", "roberta", "xlm-roberta",
+            "albert", "deberta", "deberta-v2", "electra", "eurobert", "gte", "mpnet",
+            "nomic_bert",
         ),
         _ENCODER,
     ),

@@ -40,6 +40,7 @@ def describe_plan(spec: ModelSpec, plan: Plan, slots: int) -> dict[str, Any]:
         "predicted_first_token_s": plan.first_token_s(prompt_tokens),
         "slots": slots,
         "predicted_tokens_per_s": decode_tokens_per_s(plan, slots),
+        "encodes": spec.encodes,
         "proven_optimal": plan.proven_optimal,
         "gap": plan.gap,
     }

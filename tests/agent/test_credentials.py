@@ -32,7 +32,7 @@ KEY = b"k" * 16
 ANSWER_S = 20.0
 
 
-def config_of(directory: Path, name: str, token: bytes | Invite | None) -> AgentConfig:
+def config_of(directory: Path, name: str, token: Invite | None) -> AgentConfig:
     (directory / name).mkdir(exist_ok=True)
     return AgentConfig(
         name=name,
@@ -69,7 +69,7 @@ class Ring:
         )
         for credentials in self.credentials.values():
             credentials.learn(self.known)
-        self.listener = Listener("127.0.0.1", 0, token=self.credentials["porch"].of_others())
+        self.listener = Listener("127.0.0.1", 0, answerer=self.credentials["porch"].of_others())
         self.endpoint = Endpoint("127.0.0.1", self.listener.port)
         self.delivered: list[Message] = []
         self.arrived = threading.Event()
@@ -86,7 +86,7 @@ class Ring:
             name,
             "porch",
             [self.endpoint],
-            token=self.credentials[name].to_device("porch"),
+            caller=self.credentials[name].to_device("porch"),
             hop_key=key,
         )
 
@@ -115,14 +115,14 @@ def test_a_stranger_says_nothing_to_a_stage(ring: Ring) -> None:
 def test_another_member_cannot_be_the_device_before(ring: Ring) -> None:
     """It has joined and knows the key of the hop, but its certificate is its own."""
     caller = ring.credentials["cellar"].to_device("porch")
-    with Connection.connect(ring.endpoint, token=caller) as connection:
+    with Connection.connect(ring.endpoint, caller=caller) as connection:
         connection.set_receive_timeout(ANSWER_S)
         connection.send(PeerHello("attic", "porch", KEY))
         with pytest.raises(WireError):
             connection.receive()
     assert isinstance(caller, Caller)
     lying = replace(caller, device="attic")
-    with Connection.connect(ring.endpoint, token=lying) as connection:
+    with Connection.connect(ring.endpoint, caller=lying) as connection:
         connection.set_receive_timeout(ANSWER_S)
         connection.send(PeerHello("attic", "porch", KEY))
         assert connection.receive()[0] == JoinRefused(NOT_KNOWN)
@@ -165,9 +165,6 @@ def test_only_a_device_that_the_coordinator_named_is_called(ring: Ring) -> None:
 def test_a_device_that_has_joined_needs_no_token(tmp_path: Path) -> None:
     invite = new_invite(COORDINATOR_KEY)
     first = Credentials(config_of(tmp_path, "attic", invite), "attic")
-    assert (
-        Credentials(config_of(tmp_path, "attic", None), "attic").to_coordinator("control") is None
-    )
     first.joined()
     again = Credentials(config_of(tmp_path, "attic", None), "attic").to_coordinator("blocks")
     before = first.to_coordinator("blocks")
@@ -180,13 +177,15 @@ def test_a_device_that_has_joined_needs_no_token(tmp_path: Path) -> None:
         Credentials(config_of(tmp_path, "attic", None), "attic")
 
 
-def test_a_token_of_the_whole_shoal_is_shown_as_before(tmp_path: Path) -> None:
-    token = b"0123456789abcdef0123456789abcdef"
-    credentials = Credentials(config_of(tmp_path, "attic", token), "attic")
+def test_without_a_token_nothing_starts_unless_it_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="`shoal token create` makes one"):
+        Credentials(config_of(tmp_path, "attic", None), "attic")
+    insecure = replace(config_of(tmp_path, "attic", None), insecure=True)
+    credentials = Credentials(insecure, "attic")
     shown: list[Callable[[], object]] = [
         lambda: credentials.to_coordinator("control"),
         lambda: credentials.to_device("porch"),
         credentials.of_others,
     ]
-    assert [show() for show in shown] == [token] * 3
+    assert [show() for show in shown] == [None] * 3
     assert not (tmp_path / "attic" / "identity.pem").exists()

@@ -149,6 +149,7 @@ def running_agent(
             storage_bytes=None,
             threads=1,
             backend="onnx_cpu",
+            insecure=True,
         ),
         said.append,
     )

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cli.errors import EXIT_UNREACHABLE
+
 ROOT = Path(__file__).parents[2]
 
 _RUN = """
@@ -51,3 +53,9 @@ def test_plans_for_described_devices_need_no_server(
     assert shown.returncode == 0, shown.stderr
     assert "plan for opt-pre, predicted from" in shown.stdout
     assert list((tmp_path / "shoal" / "coordinator").rglob("*.json"))
+
+
+def test_what_only_asks_the_coordinator_needs_no_numerics_and_no_messages() -> None:
+    shown = run_without(["numpy", "msgpack", "cryptography"], "ps", "--url=http://127.0.0.1:9")
+    assert shown.returncode == EXIT_UNREACHABLE, shown.stderr
+    assert "shoal coordinator" in shown.stderr

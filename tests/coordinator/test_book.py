@@ -56,7 +56,7 @@ def test_a_device_joins_once_and_is_known_by_its_key_then(book: DeviceBook) -> N
         book.admit(claim("attic", purpose=purpose))
     book.admit(claim("attic", invite))  # It is started with the same token again.
     assert book.known() == DevicesKnown((KnownDevice("attic", claim("attic").fingerprint),))
-    with pytest.raises(AuthFailed, match=r"joined with another key.*devices --revoke attic"):
+    with pytest.raises(AuthFailed, match=r"joined with another key.*devices revoke attic"):
         book.admit(claim("attic", key=1))
     with pytest.raises(AuthFailed, match="joined with another key"):
         book.admit(claim("attic", book.invite(HERE), key=1))

@@ -18,6 +18,7 @@ from starlette.routing import Route
 from coordinator.http import guard
 from coordinator.http.common import on_error, read_json
 from coordinator.http.guard import HostGuard, guarded_protocol
+from coordinator.http.tls import HttpTls, encrypted_protocol
 from wire.lobby import Lobby
 from wire.transport import bind
 
@@ -45,8 +46,9 @@ async def stream(request: Request) -> Response:
 
 
 @asynccontextmanager
-async def running(*names: str, most: int = 64) -> AsyncIterator[int]:
+async def running(*names: str, most: int = 64, tls: HttpTls | None = None) -> AsyncIterator[int]:
     """A guarded server; its port."""
+    lobby = Lobby("HTTP", most, most)
     routes = [
         Route("/devices", devices),
         Route("/load", load, methods=["POST"]),
@@ -61,7 +63,7 @@ async def running(*names: str, most: int = 64) -> AsyncIterator[int]:
             app,
             log_level="critical",
             lifespan="off",
-            http=guarded_protocol(Lobby("HTTP", most, most)),
+            http=guarded_protocol(lobby) if tls is None else encrypted_protocol(lobby, tls),
         )
         server = uvicorn.Server(config)
         serving = asyncio.ensure_future(server.serve(sockets=[listening]))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import pytest
@@ -22,7 +21,7 @@ from coordinator.loading import operations
 from coordinator.loading.deployment import Deployment, Planned, wanted_artifacts
 from coordinator.loading.keeper import Keeper
 from coordinator.loading.models import Models
-from coordinator.loading.operations import Operations
+from coordinator.loading.operations import Operations, Slowness, as_measured
 from coordinator.loading.paces import Paces, slow_devices
 from coordinator.loading.recovery import LoadedFile
 from coordinator.loading.turns import Turns
@@ -48,15 +47,21 @@ from wire import limits
 from wire.connection import AsyncConnection, serve
 from wire.messages import (
     AgentHello,
+    BlocksFetched,
     ConnectStage,
     ConnectTeam,
     Done,
     Endpoint,
+    FetchBlocks,
     Heartbeat,
     KeptStage,
+    LinkMeasured,
     LoadStage,
+    MeasureLink,
+    MeasureModel,
     MeasureTeam,
     Message,
+    ModelMeasured,
     PeerLost,
     ReleaseSequence,
     RequestFailed,
@@ -69,7 +74,7 @@ from wire.messages import (
     TokenSampled,
     UnloadStage,
 )
-from wire.profile import DeviceProfile
+from wire.profile import TIMED_ROWS, BlockTiming, DeviceProfile, TimingKind
 
 MODEL = Path(__file__).parents[1] / "fixtures" / "opt-pre"
 CHECKPOINT = Checkpoint.open(MODEL)
@@ -113,6 +118,12 @@ def planned(plan: Plan, names: Iterable[str] = NAMES) -> Planned:
     return Planned(request, CHECKPOINT, 64, problem, plan, None, None, losses, devices)
 
 
+def block_timings(bits: int) -> list[BlockTiming]:
+    """Return the times of the model's blocks, as a device measures them for several sequences."""
+    kinds: tuple[TimingKind, ...] = ("embedding", "layer", "head")
+    return [BlockTiming(kind, 0, bits, 0.1, 0.1, rows_s=(0.1,) * len(TIMED_ROWS)) for kind in kinds]
+
+
 class PlansGiven(Operations):
     """Operations with plans from a list in place of the planner."""
 
@@ -124,7 +135,8 @@ class PlansGiven(Operations):
         *,
         asked: bool,
         weights: bool = True,
-        slowness: Mapping[str, float] = MappingProxyType({}),
+        slowness: Slowness = as_measured,
+        measures: bool = True,
     ) -> Planned:
         if not self.plans:
             raise PlanError("no plan is left")
@@ -159,6 +171,8 @@ class Shoal:
         """Pairs of devices that cannot connect. A lead with itself: it cannot measure sums."""
         self.frozen: set[str] = set()
         """Devices that say nothing more."""
+        self.busy: set[str] = set()
+        """Devices whose measurements of a model do not end."""
         self.steps: list[Step] = []
 
     async def handle(self, connection: AsyncConnection) -> None:
@@ -200,8 +214,15 @@ class Shoal:
                     await agent.send(RequestFailed(message.request, "busy"))
                 else:
                     await agent.send(TeamMeasured(message.request, 0.25e-3, 32, 4e-3))
+            elif isinstance(message, FetchBlocks):
+                await agent.send(BlocksFetched(message.request, 0))
             elif isinstance(message, UnloadStage):
                 await agent.send(Done(message.request))
+            elif isinstance(message, MeasureModel) and name not in self.busy:
+                timings = tuple(timing for bits in message.bits for timing in block_timings(bits))
+                await agent.send(ModelMeasured(message.request, timings))
+            elif isinstance(message, MeasureLink):
+                await agent.send(LinkMeasured(message.request, 1e-3, 1e8))
 
     def member(self, name: str) -> Member:
         return next(member for member in self.roster.members if member.name == name)

@@ -25,7 +25,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.netns, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny-opt" / "model"
 QUESTION = "The lamp is in the attic. The meter in the cellar reads 42. Where is the lamp?"
-TOKEN = "a-token-of-a-test-that-is-long-enough-0123456789"  # noqa: S105 - of this test alone
 NETWORK = "shoal-image-test"
 BASE = "localhost/shoal-test-base"
 PIP_CONF = "[global]\nno-index = true\nfind-links = /wheels\n"
@@ -103,14 +102,15 @@ def network() -> Iterator[None]:
         subprocess.run(["ip", "netns", "del", NETWORK], check=True)
 
 
-def start(engine: Engine, name: str, image: str, *arguments: str) -> None:
+def start(engine: Engine, name: str, image: str, *arguments: str, token: str = "") -> None:
     """As deploy/kubernetes starts it: no rights, nothing writable but its state."""
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     engine.podman(
         *("run", "--detach", "--pull=never", f"--name={name}", "--no-healthcheck"),
         *(f"--network=ns:/run/netns/{NETWORK}", "--read-only", "--cap-drop=all"),
         *("--security-opt=no-new-privileges", f"--ulimit=nofile={files}:{files}"),
-        *("--ulimit=nproc=4096:4096", f"--env=SHOAL_TOKEN={TOKEN}", f"--volume={MODEL}:/model:ro"),
+        *("--ulimit=nproc=4096:4096", f"--volume={MODEL}:/model:ro"),
+        *([f"--env=SHOAL_TOKEN={token}"] if token else []),
         *(image, *arguments),
     )
 
@@ -127,18 +127,20 @@ def states(engine: Engine) -> dict[str, tuple[str, int]]:
 
 def test_a_coordinator_and_two_agents_answer_and_stop(engine: Engine, network: None) -> None:
     start(engine, "coordinator", "shoal-coordinator", "--no-mdns", "--http=127.0.0.1:7421")
+    # The command's first line is that nobody answers yet.
+    wait_for(lambda: "API at" in engine.podman("logs", "coordinator"), 60, "the coordinator")
+    create = ("shoal", "token", "create", "--uses=2", "--json")
+    token = json.loads(inside(engine, "coordinator", *create))["token"]
     agents = ("left", "right")
     for name in agents:
         given = (f"--name={name}", "--coordinator=127.0.0.1:7420", "--memory=5M", "--storage=100M")
-        start(engine, name, "shoal-agent", *given, "--threads=1")
+        start(engine, name, "shoal-agent", *given, "--threads=1", token=token)
 
     def joined() -> bool:
         assert all(state == "running" for state, _ in states(engine).values()), states(engine)
         shown = json.loads(inside(engine, "coordinator", "shoal", "devices", "--json"))
         return {device["name"] for device in shown["devices"]} == set(agents)
 
-    # The command's first line is that nobody answers yet.
-    wait_for(lambda: "API at" in engine.podman("logs", "coordinator"), 60, "the coordinator")
     wait_for(joined, 60, "two agents")
     loaded = json.loads(
         inside(engine, "coordinator", "shoal", "load", "/model", "--bits=8", "--json")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -20,10 +22,11 @@ from cli import errors
 from cli.main import main
 from cli.service.install import template, with_settings
 from cli.service.settings import parse_toml
+from wire.invite import new_invite
 from wire.messages import Endpoint
 
 ROOT = Path(__file__).parents[2]
-PHRASE = "correct-horse-battery-staple-4711"
+TOKEN = new_invite(bytes(32)).text
 UNITS = "etc/systemd/system"
 HIGHEST_EXPOSURE = 3.5
 
@@ -55,7 +58,7 @@ def files(root: Path) -> dict[str, str]:
 def test_everything_is_written_and_removed_again(
     install: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("SHOAL_TOKEN", PHRASE)
+    monkeypatch.setenv("SHOAL_TOKEN", TOKEN)
     root = install("agent", "--coordinator=10.0.0.1", "--memory=1.5G", "--name=pi-1")
     settings = parse_toml((root / "etc/shoal/agent.toml").read_text(), root)
     assert settings == {
@@ -69,7 +72,7 @@ def test_everything_is_written_and_removed_again(
     wants = root / UNITS / "multi-user.target.wants/shoal-agent.service"
     assert wants.resolve() == root / UNITS / "shoal-agent.service"
     token = root / "etc/shoal/token"
-    assert token.read_text() == f"{PHRASE}\n"
+    assert token.read_text() == f"{TOKEN}\n"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
     assert "z /etc/shoal/token 0640 root shoal" in (root / "etc/tmpfiles.d/shoal.conf").read_text()
 
@@ -108,14 +111,90 @@ def test_installing_again_keeps_what_it_is_not_told(install: Callable[..., Path]
 def test_a_dry_run_shows_all_and_the_token_to_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("SHOAL_TOKEN", PHRASE)
+    monkeypatch.setenv("SHOAL_TOKEN", TOKEN)
     assert main(["agent", "install", "--dry-run", "--command=/opt/shoal/bin/shoal"]) == 0
     shown = capsys.readouterr().out
     assert template("shoal-agent.service") in shown
     assert "$ systemctl --quiet enable shoal-agent.service" in shown
-    assert PHRASE not in shown
+    assert TOKEN not in shown
     assert main(["agent", "install", "--dry-run", f"--root={tmp_path}"]) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("around", ["{}\n", "shoal agent --token-file -\n  {}  \n# for pi-1\n"])
+def test_the_token_comes_by_standard_input(
+    around: str, install: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what stands around it where it was copied from. It is on no command line."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(around.format(TOKEN)))
+    root = install("agent", "--token-file=-")
+    assert (root / "etc/shoal/token").read_text() == f"{TOKEN}\n"
+    settings = parse_toml((root / "etc/shoal/agent.toml").read_text(), root)
+    assert settings == {"token_file": "/etc/shoal/token"}
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "this is no token"),
+        ("x" * 40, "this is no token, or one of an older shoal; make one"),
+        (TOKEN[:-4], "the token is cut or mistyped"),
+        (f"{TOKEN}\n{new_invite(bytes(32)).text}", "several tokens: give one"),
+    ],
+)
+def test_no_token_on_standard_input_writes_nothing(
+    text: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+    assert main(["agent", "install", f"--root={tmp_path}", "--token-file=-"]) == 2
+    assert said in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_terminal_is_asked_for_the_token_and_does_not_show_it(tmp_path: Path) -> None:
+    leader, follower = os.openpty()
+    command = [sys.executable, "-m", "cli", "agent", "install", f"--root={tmp_path}"]
+    # In a session of its own, this terminal is the process's.
+    program = "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    program += "os.execv(sys.argv[1], sys.argv[1:])"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *command, "--token-file=-"],
+        stdin=follower,
+        stdout=follower,
+        stderr=follower,
+        cwd=ROOT,
+        start_new_session=True,
+    ) as process:
+        os.close(follower)
+        shown = b""
+        while b"it is not shown" not in shown:
+            shown += os.read(leader, 4096)
+        os.write(leader, f"{TOKEN}\n".encode())
+        with contextlib.suppress(OSError):  # Its end.
+            while more := os.read(leader, 4096):
+                shown += more
+        assert process.wait(30) == 0
+    os.close(leader)
+    assert TOKEN.encode() not in shown
+    assert (tmp_path / "etc/shoal/token").read_text() == f"{TOKEN}\n"
+
+
+def test_a_coordinator_has_no_token_of_its_own(
+    install: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One that an older version wrote is not used any more."""
+    root = install("coordinator")
+    assert not (root / "etc/shoal/token").exists()
+    path = root / "etc/shoal/coordinator.toml"
+    path.write_text('token_file = "/etc/shoal/token"\nqueue = 7\n')
+    install("coordinator")
+    assert parse_toml(path.read_text(), path) == {"queue": 7}
+    assert main(["coordinator", "install", f"--root={root}", "--token-file=/etc/hostname"]) == 2
+    assert "needs no token" in capsys.readouterr().err
 
 
 def test_data_is_not_removed_unasked(
@@ -139,8 +218,8 @@ def test_data_is_not_removed_unasked(
     ("options", "said"),
     [
         (["--memory=lots"], "expected a size"),
-        (["--token-file=/nowhere"], "not a token file"),
-        (["--token-file=/etc/hostname"], "32 or more printable characters"),
+        (["--token-file=/nowhere"], "no such file"),
+        (["--token-file=/etc/hostname"], "run `chmod o= /etc/hostname`"),
         (["--cpu-weight=0"], "must be between 1 and 10000"),
     ],
 )
@@ -312,7 +391,7 @@ def test_the_board_script_is_one_that_a_shell_understands() -> None:
     completed = subprocess.run(
         ["sh", str(ROOT / "install.sh"), "--help"], capture_output=True, text=True, check=True
     )
-    assert "SHOAL_TOKEN" in completed.stdout
+    assert "--token-file -" in completed.stdout
     wrong = subprocess.run(["sh", str(ROOT / "install.sh")], capture_output=True, check=False)
     assert wrong.returncode == 2
 

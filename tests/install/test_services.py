@@ -21,8 +21,7 @@ QUESTION = "The lamp is in the attic. The meter in the cellar reads 42. Where is
 ANSWER = "in the attic"
 AGENT = "shoal-agent.service"
 COORDINATOR = "shoal-coordinator.service"
-PHRASE = "correct-horse-battery-staple-4711"
-INSTALL = f"SHOAL_WHEELS=/mnt/wheels SHOAL_TOKEN={PHRASE} sh /mnt/bundle/install.sh"
+INSTALL = "SHOAL_WHEELS=/mnt/wheels sh /mnt/bundle/install.sh"
 
 
 class Shoal:
@@ -72,7 +71,8 @@ def shoal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shoal]:
         assert "listens at 0.0.0.0:7420" in hub.shell(f"{INSTALL} coordinator")
         for agent in agents:
             # One line on a board, as docs/install.md gives it.
-            agent.shell(f"{INSTALL} agent --memory 6M")
+            token = json.loads(hub.shell("shoal token create --json").splitlines()[-1])["token"]
+            agent.shell(f"echo {token} | {INSTALL} agent --token-file - --memory 6M")
         yield shoal
 
 

@@ -32,6 +32,7 @@ case "$*" in
     version=$(basename "$last" | cut -d- -f2)
     echo "$version" > "$here/version"
     printf '#!/bin/sh\\necho "%s $*" >> "$FAKES/said"\\n' "$version" > "$here/bin/shoal"
+    echo 'case "$*" in *--token-file*-*) cat > "$FAKES/token" ;; esac' >> "$here/bin/shoal"
     chmod +x "$here/bin/shoal"
     ;;
 *'m.version('*) cat "$here/version" ;;
@@ -74,7 +75,9 @@ class Machine:
             (folder / name).touch()
         return folder / "install.sh"
 
-    def run(self, version: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, version: str, *arguments: str, typed: str = ""
+    ) -> subprocess.CompletedProcess[str]:
         namespace = ["unshare", "--user", "--map-root-user", "--mount"]
         script = self.release(version)
         return subprocess.run(
@@ -88,10 +91,11 @@ class Machine:
             capture_output=True,
             text=True,
             check=False,
+            input=typed,
         )
 
-    def install(self, version: str, *arguments: str) -> str:
-        completed = self.run(version, *arguments)
+    def install(self, version: str, *arguments: str, typed: str = "") -> str:
+        completed = self.run(version, *arguments, typed=typed)
         assert completed.returncode == 0, completed.stderr
         return completed.stdout
 
@@ -120,6 +124,18 @@ def machine(tmp_path: Path) -> Machine:
     if shutil.which("unshare") is None or subprocess.run(probe, check=False).returncode:
         pytest.skip("needs mount namespaces")
     return Machine(tmp_path)
+
+
+@pytest.mark.parametrize("option", [["--token-file", "-"], ["--token-file=-"]])
+def test_a_token_from_standard_input_reaches_the_command_by_a_pipe(
+    option: list[str], machine: Machine
+) -> None:
+    """And not by its arguments, which all users of a machine see."""
+    machine.install("0.1.0", "agent", *option, "--memory=1G", typed="shoal1.a.b\n")
+    assert machine.said == [f"0.1.0 agent install {' '.join(option)} --memory=1G"]
+    assert (machine.directory / "token").read_text() == "shoal1.a.b\n"
+    refused = machine.run("0.1.0", "agent", *option)
+    assert (refused.returncode, refused.stderr) == (1, "install.sh: no token was given\n")
 
 
 def both(machine: Machine) -> None:

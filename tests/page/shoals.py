@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -51,7 +50,7 @@ class GivenShoal(StateFeed):
         )
         roster, models = Roster("attic", story=story), Models(story)
         super().__init__(config, roster, models, Turns(), Requests(), story)
-        self._first_config = self.config = config
+        self.config = config
         self.given: dict[str, Any] = {}
         """Parts of the state in place of the empty ones."""
         self.pieces: Sequence[str | dict[str, Any]] = ()
@@ -69,6 +68,8 @@ class GivenShoal(StateFeed):
         self.plan: dict[str, Any] = {}
         """The result of planning."""
         self.url = ""
+        self.token = ""
+        """The token for the next device."""
         self.reset()
 
     def state(self) -> State:
@@ -76,7 +77,7 @@ class GivenShoal(StateFeed):
 
     def routes(self) -> list[Route]:
         return [
-            *PageRoutes(self.config, self).routes(),
+            *PageRoutes(self.config, self, lambda: self.token).routes(),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/shoal/v1/plan", self.planned, methods=["POST"]),
             Route("/shoal/v1/ps", self.ps, methods=["GET"]),
@@ -85,18 +86,12 @@ class GivenShoal(StateFeed):
     def reset(self) -> None:
         """Be four devices at work, without keys and tokens, that have answered nothing yet."""
         self.given, self.pieces, self.plan = four_pis(), (), {}
-        self.key, self.remembers = "", True
-        self.config = self._config = self._first_config
+        self.key, self.token, self.remembers = "", "", True
         self._app = self._application()
         self.asked.clear()
         self.cancelled.clear()
         self.hold.set()
         self.reopen()
-
-    def use_token(self, token: bytes) -> None:
-        """Be a shoal whose agents need a token."""
-        self.config = self._config = replace(self._config, token=token)
-        self._app = self._application()
 
     def reopen(self) -> None:
         """Serve streams again after ``close``."""

@@ -206,21 +206,25 @@ def test_the_page_finds_a_coordinator_again_that_stopped(
     assert browser.count(".banner") == 0
 
 
-def test_the_joining_line_is_copied_with_the_token(browser: Browser, shoal: GivenShoal) -> None:
-    token = "of-more-than-thirty-two-characters"  # noqa: S105 - made up
-    shoal.use_token(token.encode())
+def test_the_joining_line_has_no_token_and_the_page_makes_one(
+    browser: Browser, shoal: GivenShoal
+) -> None:
+    token = "shoal1.fingerprint.secret"  # noqa: S105 - made up
+    shoal.token = token
     browser.open(shoal.url)
     browser.click(".column-shoal .card:nth-of-type(2) .quiet-button")
-    browser.until(".join code", "SHOAL_TOKEN=••••")
+    line = "shoal agent --coordinator 127.0.0.1:7420 --cluster attic --token-file -"
+    browser.until(".join code", line)
     assert token not in browser.text()
     browser.js("navigator.clipboard.writeText = (text) => { window.copied = text; }")
-    browser.click(".line-buttons button:last-child")
+    browser.click(".join .line button")
     browser.until(".join [role=status]", "Copied.")
-    line = f"SHOAL_TOKEN={token} shoal agent --coordinator 127.0.0.1:7420 --cluster attic"
     assert browser.js("return window.copied") == line
-    assert token not in browser.text()
-    browser.click(".line-buttons button:first-child")
-    browser.until(".join code", f"SHOAL_TOKEN={token}")
+    browser.click(".join .quiet-button")
+    browser.until(".join code[aria-label=Token]", token)
+    browser.click(".join .line:nth-of-type(2) button")
+    browser.until(".join [role=status]", "Copied.")
+    assert browser.js("return window.copied") == token
 
 
 # ---- the chat -----------------------------------------------------------------------------------

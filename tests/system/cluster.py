@@ -16,13 +16,22 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
+
+from cli.main import _parser
+from cli.render import Screen
+from coordinator.roster.book import DeviceBook
+from model.durable import replace_text
+from model.errors import ModelError
+from model.families import load_spec
+from tests.system import made_up
+from wire.identity import own_identity
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -35,7 +44,9 @@ PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
 """Knows no authority. Reading those of the machine would take 30 ms of each poll."""
 
 
-def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
+def wait_for(
+    condition: Callable[[], Any], timeout_s: float, what: str, every_s: float = 0.02
+) -> Any:
     """Poll another process's state, which no event of ours announces."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -43,7 +54,7 @@ def wait_for(condition: Callable[[], Any], timeout_s: float, what: str) -> Any:
         if result:
             return result
         assert time.monotonic() < deadline, f"{what} did not happen within {timeout_s:g} s"
-        time.sleep(0.02)
+        time.sleep(every_s)
 
 
 def shoal(
@@ -77,6 +88,15 @@ def demo_processes() -> list[psutil.Process]:
     ]
 
 
+class Answered(Screen):
+    """A screen that keeps the JSON object it is given."""
+
+    answer: Any = None
+
+    def json(self, values: Mapping[str, Any]) -> None:
+        self.answer = values
+
+
 MERGED = ("entries", "conditions")
 """Parts of a calibration store that hold what was measured, by what it depends on."""
 
@@ -87,8 +107,10 @@ LOG_CHARACTERS = 6000
 class Cluster:
     """A coordinator and agents of this test, on the loopback interface.
 
-    Its agents share what they measure and try. They begin with what agents of earlier clusters of
-    this run have left, as one that is started again does. ``measures`` True: each has nothing.
+    The agents join by a token, unless a test brings its own, or says --insecure. They share what
+    they measure and try. They begin with what agents of earlier clusters of this run have left, as
+    one that is started again does, and with made-up figures of the device and of the models in
+    ``run``'s arguments. ``measures`` True: each has nothing.
     """
 
     def __init__(self, directory: Path, *, measures: bool = False) -> None:
@@ -98,6 +120,11 @@ class Cluster:
         self.processes: dict[str, subprocess.Popen[str]] = {}
         self.control_port = 0
         self.url = ""
+        self._made_up = set[str]()
+        """The names of made-up figures, which are not kept for other clusters."""
+        self._known_models = set[Path]()
+        self.backends = [made_up.BACKEND]
+        """The backends with made-up figures."""
 
     def start_coordinator(self, *options: str) -> None:
         losses = self.directory / "coordinator" / "losses"
@@ -112,7 +139,7 @@ class Cluster:
             "--port=0",
             "--http=127.0.0.1:0",
             f"--state-dir={self.directory / 'coordinator'}",
-            *self._token(options, "--tls", "--create-token"),
+            "--rebalance=off",  # Most tests want a model to stay where they have put it.
             *(options or ("--no-mdns",)),
         )
         assert process.stdout is not None
@@ -128,15 +155,30 @@ class Cluster:
             "--threads=1",
             f"--state-dir={self.directory / name}",
             *self.measurements(),
-            *self._token(options),
+            *self._joining(name, options),
             *(options or (f"--coordinator=127.0.0.1:{self.control_port}",)),
         )
 
-    def _token(self, options: Sequence[str], *others: str) -> tuple[str, ...]:
-        """With SHOAL_TEST_TLS, the options of a cluster with TLS. A test may bring its own."""
-        if "SHOAL_TEST_TLS" not in os.environ or any("token" in option for option in options):
+    def token(self) -> Path:
+        """A file with a token by which any number of devices join, also before it has started."""
+        path = self.directory / "token"
+        if not path.exists():
+            state_dir = self.directory / "coordinator"
+            state_dir.mkdir(parents=True, exist_ok=True)
+            fingerprint = own_identity(state_dir / "identity.pem").fingerprint
+            replace_text(path, self.book().invite(fingerprint, ttl_s=None, uses=None).text)
+        return path
+
+    def book(self) -> DeviceBook:
+        """The devices and tokens that the coordinator knows."""
+        return DeviceBook(self.directory / "coordinator")
+
+    def _joining(self, name: str, options: Sequence[str]) -> tuple[str, ...]:
+        """The options with which an agent joins, unless the test gives its own or it is known."""
+        is_known = (self.directory / name / "coordinator-fingerprint").exists()
+        if is_known or any("token" in option or option == "--insecure" for option in options):
             return ()
-        return (*others, f"--token-file={self.directory / 'token'}")
+        return (f"--token-file={self.token()}",)
 
     def measurements(self) -> tuple[str, ...]:
         """The option that lets an agent find what was measured before."""
@@ -148,6 +190,8 @@ class Cluster:
             with _kept_stores() as stores:
                 for path in stores:
                     shutil.copy(path, directory)
+            for backend in self.backends:
+                self._made_up |= made_up.add_device(directory / "calibration.json", backend)
         return (f"--measurements-dir={directory}",)
 
     def command(self, name: str) -> list[str]:
@@ -174,13 +218,35 @@ class Cluster:
         return [device["name"] for device in self.get("/shoal/v1/devices")["devices"]]
 
     def wait_for_agents(self, *names: str, timeout_s: float = START_TIMEOUT_S) -> None:
-        wait_for(lambda: self.names() == sorted(names), timeout_s, f"agents {names}")
+        # A state that lasts. Each look takes the coordinator and us 3 ms.
+        joined = sorted(names)
+        wait_for(lambda: self.names() == joined, timeout_s, f"agents {names}", every_s=0.1)
+
+    def know(self, model: Path) -> None:
+        """Spare the agents to measure this model, if it is one."""
+        directory = self.directory / "measurements"
+        if self.measures or model in self._known_models or not directory.exists():
+            return
+        self._known_models.add(model)
+        with contextlib.suppress(ModelError, OSError):  # A test may have damaged it.
+            spec = load_spec(model)
+            for backend in self.backends:
+                self._made_up |= made_up.add_model(directory / "calibration.json", spec, backend)
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        for argument in arguments:
+            if os.path.exists(os.path.join(argument, "config.json")):  # noqa: PTH110, PTH118 - a prompt may be no path
+                self.know(Path(argument))
         return shoal(*arguments, f"--url={self.url}", command=self.command("coordinator"))
 
     def load(self, model: Path, *options: str) -> Any:
-        return last_json(self.run("load", str(model), "--json", *options))
+        """Do as ``shoal load`` does, in this process. To start another takes half a second."""
+        self.know(model)
+        words = ["load", str(model), "--json", f"--url={self.url}", *options]
+        load = _parser("load").parse_args(words)
+        screen = Answered(json_output=True)
+        load.run(load, screen)
+        return screen.answer
 
     def keep_measurements(self) -> None:
         """Let agents that start from now on have what these have measured."""
@@ -193,7 +259,8 @@ class Cluster:
                 known = kept.get(path.name, {})
                 for key, value in json.loads(path.read_bytes()).items():
                     if key in MERGED:
-                        known[key] = {**known.get(key, {}), **value}
+                        new = {name: of for name, of in value.items() if name not in self._made_up}
+                        known[key] = {**known.get(key, {}), **new}
                     elif key != "models":  # They would be measured again in quiet moments.
                         known[key] = value
                 (_kept / path.name).write_text(json.dumps(known))

@@ -17,7 +17,7 @@ import pytest
 
 from agent.peers import connect_peer
 from tests.system.cluster import COMMAND, TINY_OPT, Cluster, wait_for
-from wire.auth import read_token
+from tests.system.members import Member
 from wire.codec import encode
 from wire.connection import Connection
 from wire.errors import WireError
@@ -101,14 +101,18 @@ def test_an_agent_hears_its_peers_whatever_strangers_open(cluster: Cluster) -> N
     cluster.wait_for_agents("pi-1")
     device = cluster.get("/shoal/v1/devices")["devices"][0]["device"]
     endpoint = Endpoint("127.0.0.1", data_port(agent))
+    other, known = Member(cluster, "other"), Member(cluster, "member")
+
+    def connected(by: Member) -> Connection:
+        return connect_peer(by.device, device, [endpoint], caller=by.to(device))
 
     def answers() -> bool:
-        with suppress(WireError), connect_peer("other", device, [endpoint]):
+        with suppress(WireError), connected(other):
             return True
         return False
 
     with ExitStack() as stack, task_limit(agent.pid) as limit:
-        member = stack.enter_context(connect_peer("member", device, [endpoint]))
+        member = stack.enter_context(connected(known))
         silent(stack, endpoint.port, 700)
         wait_for(answers, ANSWER_S, "a peer that is answered")
         assert agent.num_threads() < 200
@@ -194,13 +198,11 @@ def test_a_page_with_a_name_of_its_own_for_this_machine_learns_nothing(
 
 
 def test_a_member_outside_the_ring_changes_no_answer(cluster: Cluster) -> None:
-    """It knows the token, and sends tokens and rows to every stage as if it were the one before."""
-    token = cluster.directory / "token"
-    cluster.start_coordinator("--no-mdns", "--create-token", f"--token-file={token}")
-    where = (f"--coordinator=127.0.0.1:{cluster.control_port}", f"--token-file={token}")
+    """It has joined, and sends tokens and rows to every stage as if it were the one before."""
+    cluster.start_coordinator()
     names = ("pi-1", "pi-2")
     for name in names:
-        cluster.start_agent(name, *where)
+        cluster.start_agent(name)
     cluster.wait_for_agents(*names)
     loaded = cluster.load(
         TINY_OPT, "--bits=16", "--max-weight-error=none", "--pin=embedding:pi-1", "--pin=head:pi-2"
@@ -223,6 +225,7 @@ def test_a_member_outside_the_ring_changes_no_answer(cluster: Cluster) -> None:
 
     expected = ask()
     over = threading.Event()
+    stranger = Member(cluster)
 
     def attack(name: str, claimed: str) -> None:
         """Say all that a neighbour in the ring could, over and over."""
@@ -230,7 +233,9 @@ def test_a_member_outside_the_ring_changes_no_answer(cluster: Cluster) -> None:
         while not over.is_set():
             with (
                 suppress(WireError),
-                Connection.connect(Endpoint("127.0.0.1", port), token=read_token(token)) as peer,
+                Connection.connect(
+                    Endpoint("127.0.0.1", port), caller=stranger.to(devices[name])
+                ) as peer,
             ):
                 peer.send(PeerHello(claimed, devices[name]))
                 peer.set_receive_timeout(ANSWER_S)
@@ -244,8 +249,8 @@ def test_a_member_outside_the_ring_changes_no_answer(cluster: Cluster) -> None:
     threads = [
         threading.Thread(target=attack, args=(name, claimed))
         for name, claimed in (
-            ("pi-1", "stranger"),
-            ("pi-1", devices["pi-2"]),
+            ("pi-1", stranger.device),
+            ("pi-2", stranger.device),
             ("pi-2", devices["pi-1"]),
         )
     ]
@@ -260,7 +265,8 @@ def test_a_member_outside_the_ring_changes_no_answer(cluster: Cluster) -> None:
             thread.join(ANSWER_S)
     for name in names:
         lines = cluster.log(name).splitlines()
-        assert sum("is not the previous device" in line for line in lines) == 1, lines
+        told = ("is not the previous device", "has introduced itself as another device")
+        assert sum(any(text in line for text in told) for line in lines) == 1, lines
 
 
 def test_a_coordinator_out_of_descriptors_says_so_once(small: SmallCluster) -> None:

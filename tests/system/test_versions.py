@@ -27,7 +27,7 @@ def test_a_coordinator_and_an_agent_name_who_is_of_another_version(
     said = f"127.0.0.1 (pi) runs shoal 7.1 (protocol 9), this machine runs {HERE}: install"
     wait_for(lambda: said in cluster.log("coordinator"), 20, "the coordinator's line")
     assert cluster.log("coordinator").count("protocol 9") == 1
-    with old_peer(token=False) as (endpoint, _):
+    with old_peer() as endpoint:
         cluster.start_agent("pi-1", f"--coordinator=127.0.0.1:{endpoint.port}")
         said = f"127.0.0.1 runs an older shoal (protocol 2), this machine runs {HERE}: install"
         wait_for(lambda: said in cluster.log("pi-1"), 60, "the agent's line")

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wire import admission, auth, limits
+from tests.machines import answering, calling
+from wire import admission, introduction, limits
+from wire.claim import Claim
 from wire.codec import MAGIC, PREFIX, encode
 from wire.errors import AuthFailed, ConnectionLost, ProtocolError, VersionMismatch, WireError
 from wire.framing import BUFFER_BYTES, Framer
+from wire.handshake import NEEDED
+from wire.introduction import Answerer, Caller
 from wire.messages import (
     Activation,
     BlockChunk,
@@ -22,8 +28,6 @@ from wire.messages import (
     RequestFailed,
 )
 
-TOKEN = b"0123456789abcdef0123456789abcdef"
-OTHER = b"another-token-that-is-long-enough"
 ACTIVATION = Activation(1, 2, 0, 3, 4, 32, True)
 
 
@@ -138,10 +142,10 @@ def test_what_may_not_come_is_refused_by_its_prefix(message: Message, payload_by
 class Pair:
     """A caller and an answerer whose bytes go to each other without a network."""
 
-    def __init__(self, caller: bytes | None, answerer: bytes | None, cut: int = 1 << 20) -> None:
+    def __init__(self, caller: Caller | None, answerer: Answerer, cut: int = 1 << 20) -> None:
         self.ends = (
-            Framer("answerer:1", None if caller is None else auth.call(caller)),
-            Framer("caller:1", None if answerer is None else auth.answer(answerer)),
+            Framer("answerer:1", None if caller is None else introduction.call(caller)),
+            Framer("caller:1", introduction.answer(answerer)),
         )
         self.heard: tuple[list[Message], list[Message]] = ([], [])
         self.errors: list[WireError | None] = [None, None]
@@ -175,7 +179,7 @@ class Pair:
 
 @pytest.mark.parametrize("cut", [1, 7, 1 << 20])
 def test_both_handshakes_meet_and_what_follows_is_read(cut: int) -> None:
-    pair = Pair(TOKEN, TOKEN, cut)
+    pair = Pair(calling(), answering(), cut)
     pair.run()
     assert pair.errors == [None, None]
     assert not any(framer.is_proving for framer in pair.ends)
@@ -185,56 +189,43 @@ def test_both_handshakes_meet_and_what_follows_is_read(cut: int) -> None:
     assert pair.heard == ([Heartbeat(2)], [Heartbeat(1)])
 
 
-TOKENS = {
-    "other tokens": (
-        (OTHER, TOKEN),
-        ("answerer:1: the tokens differ", "caller:1: the tokens differ"),
-    ),
-    "token unwanted": (
-        (TOKEN, None),
-        ("answerer:1: no token is known there", "caller:1: it came with a token"),
-    ),
-}
-
-
-@pytest.mark.parametrize(("tokens", "texts"), TOKENS.values(), ids=TOKENS)
 @pytest.mark.parametrize("cut", [1, 1 << 20])
-def test_who_does_not_get_through_is_told_why_at_both_ends(
-    tokens: tuple[bytes | None, bytes | None], texts: tuple[str, str], cut: int
-) -> None:
-    pair = Pair(*tokens, cut)
+def test_who_does_not_get_through_is_told_why_at_both_ends(cut: int) -> None:
+    def nobody(claim: Claim) -> None:
+        raise AuthFailed("not this one", "not you")
+
+    pair = Pair(calling(), replace(answering(), admit=nobody), cut)
     pair.run()
-    for error, text in zip(pair.errors, texts, strict=True):
-        assert isinstance(error, AuthFailed)
-        assert str(error).startswith(text)
+    assert pair.heard[0] == [JoinRefused("not you")]
+    assert str(pair.errors[1]) == "caller:1: not this one"
 
 
-def test_who_comes_without_a_token_is_told_so() -> None:
-    pair = Pair(None, TOKEN)
+def test_who_does_not_introduce_itself_is_told_so() -> None:
+    pair = Pair(None, answering())
     pair.say(0, encode(Heartbeat(1)))
     pair.run()
-    assert pair.heard[0] == [JoinRefused(auth.NEEDED)]
+    assert pair.heard[0] == [JoinRefused(NEEDED)]
     assert isinstance(pair.errors[1], AuthFailed)
 
 
 @settings(deadline=None)
 @given(st.lists(st.binary(max_size=60), max_size=4), pieces)
 def test_no_bytes_get_past_a_handshake(headers: list[bytes], cuts: list[int]) -> None:
-    framer = Framer("pi:1", auth.answer(TOKEN))
+    framer = Framer("pi:1", introduction.answer(answering()))
     data = b"".join(
         PREFIX.pack(MAGIC, 3, 0, code, len(header), 0) + header
-        for code, header in zip((26, 28, 4, 4), headers, strict=False)
+        for code, header in zip((26, 95, 4, 4), headers, strict=False)
     )
     assert outcome(framer, data, cuts)
     assert framer.is_proving
 
 
 @pytest.mark.parametrize("cut", [1, 1 << 20])
-@pytest.mark.parametrize("token", [None, TOKEN])
-def test_another_version_is_heard_out_and_told(cut: int, token: bytes | None) -> None:
+@pytest.mark.parametrize("answerer", [None, answering()], ids=["insecure", "tls"])
+def test_another_version_is_heard_out_and_told(cut: int, answerer: Answerer | None) -> None:
     header = msgpack.packb(["0" * 16, "pi", "7.1"])
     data = PREFIX.pack(MAGIC, 9, 0, 1, len(header), 0) + header
-    framer = Framer("10.0.0.7:1", None if token is None else auth.answer(token))
+    framer = Framer("10.0.0.7:1", None if answerer is None else introduction.answer(answerer))
     with pytest.raises(VersionMismatch, match=r"^10\.0\.0\.7 \(pi\) runs shoal 7\.1"):
         feed(framer, data, [cut])
     assert framer.take_outgoing().startswith(MAGIC + b"\x09")

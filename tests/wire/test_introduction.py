@@ -20,7 +20,8 @@ from wire import introduction
 from wire.claim import Claim
 from wire.codec import encode
 from wire.connection import AsyncConnection, Connection, Listener, serve
-from wire.errors import AuthFailed, ConnectFailed, ProtocolError, WireError
+from wire.errors import AuthFailed, ConnectFailed, WireError
+from wire.handshake import NEEDED
 from wire.identity import Identity, own_identity
 from wire.introduction import COORDINATOR, Answerer, Caller
 from wire.invite import Invite, new_invite
@@ -34,7 +35,7 @@ from wire.messages import (
     Message,
     ProbePing,
 )
-from wire.tls import NEEDS_TLS, TlsTransport, own_client_context
+from wire.tls import TlsTransport, own_client_context
 
 ANSWER_S = 20.0
 UNKNOWN = "this shoal does not know that device"
@@ -54,7 +55,7 @@ class Machine:
     """Answers at one port: echoes messages; the last one of each caller, or its error, is kept."""
 
     def __init__(self, answerer: Answerer) -> None:
-        self.listener = Listener("127.0.0.1", 0, token=answerer)
+        self.listener = Listener("127.0.0.1", 0, answerer=answerer)
         self.endpoint = Endpoint("127.0.0.1", self.listener.port)
         self.outcomes: list[WireError | Message] = []
         self.claims: list[Claim] = []
@@ -131,7 +132,7 @@ def attic_to_coordinator(identities: dict[str, Identity]) -> Caller:
 
 
 def converse(endpoint: Endpoint, caller: Caller) -> None:
-    with Connection.connect(endpoint, token=caller) as connection:
+    with Connection.connect(endpoint, caller=caller) as connection:
         connection.set_receive_timeout(ANSWER_S)
         connection.send(Heartbeat(5))
         message, payload = connection.receive()
@@ -167,7 +168,7 @@ def test_asyncio_answers_the_same(identities: dict[str, Identity]) -> None:
             await connection.send(message, payload)
 
     async def main() -> None:
-        server, port = await serve("127.0.0.1", 0, handle, token=coordinator_of(identities))
+        server, port = await serve("127.0.0.1", 0, handle, answerer=coordinator_of(identities))
         endpoint = Endpoint("127.0.0.1", port)
         async with server:
             known = attic_to_coordinator(identities)
@@ -257,7 +258,7 @@ def test_a_relay_that_changes_a_byte_ends_the_connection(
     identities: dict[str, Identity], machine: Serve
 ) -> None:
     answering = machine(coordinator_of(identities))
-    with Connection.connect(answering.endpoint, token=attic_to_coordinator(identities)) as ours:
+    with Connection.connect(answering.endpoint, caller=attic_to_coordinator(identities)) as ours:
         transport = ours._transport
         assert isinstance(transport, TlsTransport)
         sealed = bytearray(transport._channel.seal(encode(Heartbeat(5))))
@@ -411,21 +412,21 @@ def test_plain_and_encrypted_ends_name_the_cause(
     with Connection.connect(answering.endpoint) as connection:
         connection.set_receive_timeout(ANSWER_S)
         connection.send(Heartbeat(5))
-        assert connection.receive()[0] == JoinRefused(NEEDS_TLS)
+        assert connection.receive()[0] == JoinRefused(NEEDED)
     answering.close()
     (outcome,) = answering.outcomes
-    assert isinstance(outcome, ProtocolError)
+    assert isinstance(outcome, AuthFailed)
     plain = Listener("127.0.0.1", 0)
 
     def answer() -> None:
         connection = plain.accept()
         assert connection is not None
-        with connection, contextlib.suppress(WireError):
+        with connection, pytest.raises(AuthFailed, match="this side runs with --insecure"):
             connection.receive()
 
     thread = threading.Thread(target=answer)
     thread.start()
-    with pytest.raises(ConnectFailed, match="does not answer in TLS"):
+    with pytest.raises(ConnectFailed, match="it runs with --insecure: start both"):
         converse(Endpoint("127.0.0.1", plain.port), attic_to_coordinator(identities))
     thread.join(ANSWER_S)
     plain.close()
@@ -435,7 +436,7 @@ def test_the_old_handshake_is_refused_inside_tls(
     identities: dict[str, Identity], machine: Serve
 ) -> None:
     answering = machine(coordinator_of(identities))
-    for first in (AuthChallenge(1, bytes(32)), AuthAnswer(bytes(32), b""), Heartbeat(5)):
+    for first in (AuthChallenge(1, bytes(32)), AuthAnswer(bytes(32)), Heartbeat(5)):
         with inside_tls(answering, identities) as connection:
             connection.send(first)
             assert isinstance(connection.receive()[0], JoinRefused), first

@@ -14,6 +14,7 @@ from functools import partial
 
 import pytest
 
+from tests.machines import answering
 from wire import limits, rare_log
 from wire.codec import encode
 from wire.connection import AsyncConnection, Connection, Listener, serve
@@ -119,13 +120,13 @@ def test_a_hello_is_read() -> None:
     assert at_once(encode(HELLO)) == b""
 
 
-@pytest.mark.parametrize("token", [None, b"0123456789abcdef0123456789abcdef"])
+@pytest.mark.parametrize("encrypts", [False, True])
 def test_who_says_hello_byte_by_byte_is_not_waited_for(
-    token: bytes | None, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, *, encrypts: bool
 ) -> None:
     monkeypatch.setattr(limits, "HELLO_TIMEOUT_S", 0.3)
     monkeypatch.setattr(limits, "HANDSHAKE_TIMEOUT_S", 0.3)
-    listener = Listener("127.0.0.1", 0, token=token)
+    listener = Listener("127.0.0.1", 0, answerer=answering() if encrypts else None)
     over = threading.Event()
 
     def drip(sock: socket.socket) -> None:

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from wire.codec import PREFIX, encode
 from wire.errors import AuthFailed, ProtocolError
 from wire.identity import Identity, own_identity
+from wire.messages import Heartbeat
 from wire.tls import (
     TlsChannel,
     TlsTransport,
@@ -284,8 +286,12 @@ def test_a_machine_with_another_fingerprint_is_left(identity: Identity) -> None:
 
 def test_bytes_that_are_no_tls_are_refused(identity: Identity) -> None:
     channel = TlsChannel(server_context(identity), "caller", is_server=True)
-    with pytest.raises(ProtocolError, match="does not speak TLS"):
-        channel.feed(b"SHOL")
+    frame = encode(Heartbeat(1))
+    for number in range(PREFIX.size - 1):
+        channel.feed(frame[number : number + 1])
+    assert channel.take() == b""
+    with pytest.raises(AuthFailed, match="does not introduce itself"):
+        channel.feed(frame[PREFIX.size - 1 : PREFIX.size])
     assert b"shoal token create" in channel.take()
     with pytest.raises(OSError, match="not over"):
         TlsChannel(server_context(identity), "caller", is_server=True).seal(b"text")

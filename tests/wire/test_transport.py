@@ -15,12 +15,10 @@ from pathlib import Path
 import pytest
 
 from wire.connection import AsyncConnection, Connection, Listener
-from wire.errors import AuthFailed, ConnectFailed, ConnectionLost
+from wire.errors import ConnectFailed, ConnectionLost
 from wire.messages import Endpoint, Heartbeat, ProbePing
 from wire.transport import Buffer, TcpTransport, Transport, peer_name
 
-TOKEN = b"0123456789abcdef0123456789abcdef"
-OTHER = b"another-token-that-is-long-enough"
 PAYLOAD = bytes(range(256)) * 4096
 ANSWER_S = 20.0
 
@@ -102,7 +100,6 @@ def test_threads_talk_over_tls(contexts: tuple[ssl.SSLContext, ssl.SSLContext]) 
     listener = Listener(
         "127.0.0.1",
         0,
-        token=TOKEN,
         transport=lambda sock: TlsTransport(sock, server, is_server=True),
     )
     outcomes: list[str] = []
@@ -114,20 +111,19 @@ def test_threads_talk_over_tls(contexts: tuple[ssl.SSLContext, ssl.SSLContext]) 
                     while True:
                         message, payload = connection.receive()
                         connection.send(message, payload)
-                except (ConnectionLost, AuthFailed) as error:
+                except ConnectionLost as error:
                     outcomes.append(type(error).__name__)
 
-    def call(token: bytes) -> Connection:
+    def call() -> Connection:
         return Connection.connect(
             Endpoint("127.0.0.1", listener.port),
-            token=token,
             transport=lambda sock: TlsTransport(sock, client, is_server=False),
         )
 
     thread = threading.Thread(target=answer)
     thread.start()
     try:
-        with call(TOKEN) as connection:
+        with call() as connection:
             connection.send(Heartbeat(1))
             assert connection.receive()[0] == Heartbeat(1)
             connection.send(ProbePing(2), PAYLOAD)
@@ -136,12 +132,10 @@ def test_threads_talk_over_tls(contexts: tuple[ssl.SSLContext, ssl.SSLContext]) 
             connection.set_receive_timeout(0.05)
             with pytest.raises(ConnectionLost, match="no answer in time"):
                 connection.receive()
-        with pytest.raises(AuthFailed, match="tokens differ"):
-            call(OTHER)
     finally:
         listener.close()
         thread.join(ANSWER_S)
-    assert outcomes == ["ConnectionLost", "AuthFailed"]
+    assert outcomes == ["ConnectionLost"]
 
 
 def test_a_thread_and_asyncio_talk_over_tls(

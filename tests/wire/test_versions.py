@@ -13,17 +13,17 @@ from contextlib import contextmanager
 import msgpack
 import pytest
 
+from tests.machines import answering, calling
 from wire import limits
 from wire.codec import MAGIC, PREFIX, decode_header, decode_prefix, encode_refusal
 from wire.connection import AsyncConnection, Connection, Listener, protocol_of_silent, serve
-from wire.errors import ProtocolError, VersionMismatch
+from wire.errors import NoTls, ProtocolError, VersionMismatch
 from wire.messages import PROTOCOL_VERSION, Endpoint, JoinRefused
 from wire.versions import Stranger, shoal_version
 
 HERE = f"shoal {shoal_version()} (protocol {PROTOCOL_VERSION})"
 HOST = socket.gethostname()
-TOKEN = b"correct-horse-battery-staple-4711"
-HELLO, REFUSED, CHALLENGE, ANSWER = 1, 3, 26, 27
+HELLO, REFUSED, CHALLENGE = 1, 3, 26
 
 
 def frame(version: int, code: int, values: list[object]) -> bytes:
@@ -54,13 +54,15 @@ def told(data: bytes) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("version", [1, 2, PROTOCOL_VERSION + 1, 255])
-@pytest.mark.parametrize("token", [None, TOKEN])
-def test_both_sides_hear_of_each_other(version: int, token: bytes | None) -> None:
-    listener = Listener("127.0.0.1", 0, token=token)
+@pytest.mark.parametrize("encrypts", [False, True])
+@pytest.mark.parametrize("code", [HELLO, CHALLENGE])
+def test_both_sides_hear_of_each_other(version: int, code: int, *, encrypts: bool) -> None:
+    """The stranger comes without TLS, and begins with a hello or a handshake."""
+    listener = Listener("127.0.0.1", 0, answerer=answering() if encrypts else None)
     with socket.create_connection(("127.0.0.1", listener.port)) as stranger:
         connection = listener.accept()
         assert connection is not None
-        if token is None:
+        if code == HELLO:
             stranger.sendall(hello(version))
         else:
             stranger.sendall(frame(version, CHALLENGE, [1, bytes(32), "7.1", "future"]))
@@ -69,7 +71,7 @@ def test_both_sides_hear_of_each_other(version: int, token: bytes | None) -> Non
         answered, text = told(read(stranger))
     listener.close()
     story = str(caught.value)
-    where = "127.0.0.1 (pi)" if token is None else "127.0.0.1"
+    where = "127.0.0.1 (pi)" if code == HELLO else "127.0.0.1"
     theirs = f"shoal 7.1 (protocol {version})"
     assert story.startswith(f"{where} runs {theirs}, this machine runs {HERE}: install ")
     assert text.startswith(f"{HOST} runs {HERE}, this machine runs {theirs}: install ")
@@ -83,18 +85,19 @@ def test_both_sides_hear_of_each_other(version: int, token: bytes | None) -> Non
         assert text.endswith(f": install shoal 7.1 on {HOST}")
 
 
-@pytest.mark.parametrize("token", [None, TOKEN])
+@pytest.mark.parametrize("encrypts", [False, True])
 def test_a_server_tells_of_a_stranger_once_and_him_each_time(
-    token: bytes | None, caplog: pytest.LogCaptureFixture
+    *, encrypts: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def handle(connection: AsyncConnection) -> None:
         await connection.receive(20)
 
     async def main() -> None:
-        server, port = await serve("127.0.0.1", 0, handle, token=token)
+        answerer = answering() if encrypts else None
+        server, port = await serve("127.0.0.1", 0, handle, answerer=answerer)
         for _ in range(3):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(hello(9) if token is None else frame(9, CHALLENGE, [1, bytes(32), "7.1"]))
+            writer.write(hello(9))
             assert told(await asyncio.wait_for(reader.read(), 20))[0] == 9
             writer.close()
         server.close()
@@ -157,9 +160,8 @@ def test_what_a_stranger_says_of_himself_is_short_and_harmless() -> None:
 
 
 @contextmanager
-def old_peer(token: bool) -> Iterator[tuple[Endpoint, list[str]]]:
+def old_peer() -> Iterator[Endpoint]:
     """As protocol 2 answers: it closes at other versions, and refuses a hello without an id."""
-    heard: list[str] = []
 
     def answer(sock: socket.socket) -> None:
         data = sock.recv(4096)
@@ -167,10 +169,7 @@ def old_peer(token: bool) -> Iterator[tuple[Endpoint, list[str]]]:
             return
         code = PREFIX.unpack(data[: PREFIX.size])[3]
         values = msgpack.unpackb(data[PREFIX.size :])
-        if token and code == CHALLENGE and len(values) == 2 and len(values[1]) == 32:
-            sock.sendall(frame(2, ANSWER, [bytes(32), bytes(32)]))
-            heard.append(told(read(sock))[1])
-        elif not token and code == HELLO and len(values) == 5 and len(values[4]) == 17:
+        if code == HELLO and len(values) == 5 and len(values[4]) == 17:
             sock.sendall(frame(2, REFUSED, ["device id or name is empty or too long"]))
 
     def run() -> None:
@@ -185,18 +184,18 @@ def old_peer(token: bool) -> Iterator[tuple[Endpoint, list[str]]]:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=run)
         thread.start()
-        yield Endpoint("127.0.0.1", listening.getsockname()[1]), heard
-        listening.shutdown(socket.SHUT_RDWR)
-        thread.join(20)
+        try:
+            yield Endpoint("127.0.0.1", listening.getsockname()[1])
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join(20)
 
 
-@pytest.mark.parametrize("token", [None, TOKEN])
-def test_an_older_peer_is_asked_in_its_own_words(token: bytes | None) -> None:
-    with old_peer(token is not None) as (endpoint, heard):
-        assert protocol_of_silent(endpoint, token) == 2
-    if token is not None:  # Who has a token prints what it is refused with.
-        (text,) = heard
-        assert text.startswith(f"{HOST} runs {HERE}, this machine runs an older shoal (protocol 2)")
+def test_an_older_peer_is_asked_in_its_own_words() -> None:
+    with old_peer() as endpoint:
+        with pytest.raises(NoTls, match="or an older version"):
+            Connection.connect(endpoint, caller=calling())
+        assert protocol_of_silent(endpoint) == 2
 
 
 def test_one_who_just_closes_stays_unknown() -> None:
@@ -210,10 +209,10 @@ def test_one_who_just_closes_stays_unknown() -> None:
     thread = threading.Thread(target=hang_up)
     thread.start()
     endpoint = Endpoint("127.0.0.1", listener.port)
-    assert protocol_of_silent(endpoint, None) is None
+    assert protocol_of_silent(endpoint) is None
     thread.join(20)
     listener.close()
-    assert protocol_of_silent(endpoint, None) is None
+    assert protocol_of_silent(endpoint) is None
 
 
 def test_a_caller_of_another_version_is_shown_why() -> None:

@@ -36,10 +36,13 @@ from coordinator.http.openai.answers import ChatCompletions, Completions
 from coordinator.http.openai.api import Api, answered
 from coordinator.http.openai.events import Outcome, events
 from coordinator.http.openai.jobs import Job
+from coordinator.http.openai.kinds import require_generates
 from coordinator.http.openai.responses import Responses
 from coordinator.loading.models import Models
-from coordinator.loading.state import Loading, Replacing, Resuming, describe
+from coordinator.loading.state import Asleep, Loading, Replacing, Resuming, describe
+from coordinator.serving import requests
 from coordinator.serving.gateway import Gateway
+from coordinator.serving.urgency import urgency_of
 
 PROMPT_THREADS = 4
 
@@ -83,13 +86,15 @@ class OpenAIRoutes:
 
     async def _answer(self, request: Request, make: type[Api]) -> Response:
         api = make(await read_json(request))
-        name = self._models.named(api.body.get("model"))
+        requests.current().urgency = urgency_of(request.headers, api.body)
+        name = self._models.named(api.body.get("model"), None)
         self._require_room(name)
         state = self._models[name]
-        if api.wants_stream and isinstance(state, (Resuming, Loading, Replacing)):
+        if api.wants_stream and isinstance(state, (Resuming, Loading, Replacing, Asleep)):
             return server_sent_events(self._late_stream(name, api, _is_long(request)), api.form)
         self._models.require_soon(name)
         deployment = await while_connected(request, self._models.deployment(name))
+        require_generates(deployment)
         job = await while_connected(
             request, self.prepare(lambda: api.read(deployment), is_long=_is_long(request))
         )
@@ -103,6 +108,7 @@ class OpenAIRoutes:
         """Stream what the answer waits for, then the answer. Errors come in the stream."""
         yield f"{name} is {describe(self._models[name])}"
         deployment = await self._models.deployment(name)
+        require_generates(deployment)
         job = await self.prepare(lambda: api.read(deployment), is_long=is_long)
         async with aclosing(self._stream(api, job)) as found:
             async for event in found:

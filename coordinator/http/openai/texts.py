@@ -40,13 +40,6 @@ class ModelUnknown(CoordinatorError):
     code = "model_not_found"
 
 
-class NotGiven(CoordinatorError):
-    """A route of OpenAI's API that this server does not give."""
-
-    status = 501
-    code = "not_supported"
-
-
 class TextRoutes:
     """Handlers that generate nothing."""
 
@@ -58,7 +51,6 @@ class TextRoutes:
         return [
             Route("/v1/models", self.models, methods=["GET"]),
             Route("/v1/models/{model:path}", self.model, methods=["GET"]),
-            Route("/v1/embeddings", self.embeddings, methods=["POST"]),
             self._route("/tokenize", tokenize),
             self._route("/detokenize", detokenize),
             self._route("/apply-template", apply_template),
@@ -75,11 +67,6 @@ class TextRoutes:
             if name == asked:
                 return JSONResponse(_model(name, state))
         raise ModelUnknown(f"the model {asked[:200]!r} is not loaded")
-
-    async def embeddings(self, request: Request) -> Response:
-        raise NotGiven(
-            "this server gives no embeddings: the models that it serves were not trained for them"
-        )
 
     def _route(self, path: str, work: Work, api: type[Api] = Api) -> Route:
         """Serve ``work`` in a thread. Errors have the form of ``api``."""

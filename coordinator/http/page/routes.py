@@ -17,6 +17,7 @@ from coordinator.http.keys import KEY
 from coordinator.http.page.files import HEADERS, read_files
 from coordinator.http.page.state import MOST_WATCHERS, StateFeed
 from coordinator.http.page.users import End, user_of
+from coordinator.roster.book import BadBook
 from wire.addresses import is_everywhere, is_loopback, reachable_addresses
 
 EVENTS = "text/event-stream"
@@ -32,9 +33,15 @@ class PageRoutes:
         self,
         config: CoordinatorConfig,
         feed: StateFeed,
+        invite: Callable[[], str] | None = None,
         user_of: Callable[[End, End], int | None] = user_of,
     ) -> None:
-        """``user_of`` tells which user of this machine a connection comes from."""
+        """Take what the routes need.
+
+        invite: makes a token for one device. It may raise BadBook, OSError. None with --insecure.
+        user_of: tells which user of this machine a connection comes from.
+        """
+        self._invite = invite
         self._user_of = user_of
         self._config = config
         self._feed = feed
@@ -75,18 +82,21 @@ class PageRoutes:
         )
 
     async def join(self, request: Request) -> Response:
-        """The addresses where agents join, and the shoal's token for those who may have it.
+        """The addresses where agents join, and a new token for those who ask and may have it.
 
         These are holders of an API key. Without one, they are the coordinator's own user and root,
-        who can read its token file.
+        who can make tokens in its state directory.
         """
-        await read_json(request)
+        wants_token = (await read_json(request)).get("token") is True
         config = self._config
         hosts = await asyncio.to_thread(reachable_addresses, config.control_host)
         others = [host for host in hosts if not is_loopback(host)]
         token = None
-        if config.token is not None and (request.scope.get(KEY) or self._is_own(request)):
-            token = config.token.decode(errors="replace")
+        if wants_token and self._invite and (request.scope.get(KEY) or self._is_own(request)):
+            try:
+                token = self._invite()
+            except (BadBook, OSError) as error:
+                raise HTTPException(500, f"no token can be made: {error}") from error
         return JSONResponse(
             {
                 "hosts": others if is_everywhere(config.control_host) else list(hosts),

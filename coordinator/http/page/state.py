@@ -180,7 +180,7 @@ class StateFeed:
                 "version": shoal_version(),
                 "protocol": PROTOCOL_VERSION,
                 "control_port": self.control_port,
-                "needs_token": self._config.token is not None,
+                "needs_token": not self._config.insecure,
                 "started_s": self._started_s,
             },
             "devices": self._devices(),

@@ -146,69 +146,65 @@ export function Devices({ state, nowS }) {
   </section>`;
 }
 
-/** Quotes a word for a shell, if it needs that. */
-function quoted(word) {
-  return /^[\w.:@%+=,/-]+$/.test(word) ? word : `'${word.replaceAll("'", "'\\''")}'`;
-}
-
-/** The command that joins a device, with `token` as its word for the shoal's token. */
-function joiningLine(shoal, answer, token) {
+/** The command that joins a device. It asks for the token, so that none lands in a history. */
+function joiningLine(shoal, hosts) {
   const { hostname } = window.location;
   const isLocal = hostname === "localhost" || hostname.startsWith("127.") || hostname === "[::1]";
-  const host = isLocal ? (answer?.hosts[0] ?? "COORDINATOR") : hostname;
-  const secret = shoal.needs_token ? `SHOAL_TOKEN=${token} ` : "";
+  const host = isLocal ? (hosts[0] ?? "COORDINATOR") : hostname;
   const cluster = shoal.cluster === "shoal" ? "" : ` --cluster ${shoal.cluster}`;
-  return `${secret}shoal agent --coordinator ${host}:${shoal.control_port}${cluster}`;
+  const asks = shoal.needs_token ? " --token-file -" : " --insecure";
+  return `shoal agent --coordinator ${host}:${shoal.control_port}${cluster}${asks}`;
 }
 
 const UNTOLD =
-  "Put the token in its place: it is in the coordinator's token file. The page is told it with an " +
-  "API key, or if the coordinator's own user opens it on the same machine.";
+  "No token for this page: run `shoal token create` where the coordinator runs. The page gets one " +
+  "with an API key, or if the coordinator's own user opens it on the same machine.";
 
-function Join({ shoal, isFirst }) {
-  const [answer, setAnswer] = useState(null);
-  const [said, setSaid] = useState("");
-  const [isShown, setShown] = useState(false);
-
-  // The addresses are no secret. The token comes along, and is shown only when asked for.
-  useEffect(() => void fetched().catch(() => {}), []);
-
-  async function fetched() {
-    const found = answer ?? (await ask("/shoal/v1/join", {}));
-    setAnswer(found);
-    return found;
-  }
+function CopiedLine({ text, label, onSaid }) {
   async function copy() {
     try {
-      const found = await fetched();
-      const isTold = !shoal.needs_token || found.token;
-      await copyText(joiningLine(shoal, found, isTold ? quoted(found.token ?? "") : "TOKEN"));
-      setSaid(isTold ? "Copied." : `Copied. ${UNTOLD}`);
+      await copyText(text);
+      onSaid("Copied.");
     } catch (error) {
-      setSaid(`Not copied (${error.message}): select the line and copy it.`);
+      onSaid(`Not copied (${error.message}): select the line and copy it.`);
     }
   }
-  async function show() {
+  return html`<div class="line">
+    <code tabindex="0" aria-label=${label}>${text}</code>
+    <div class="line-buttons"><button type="button" onClick=${copy}>Copy</button></div>
+  </div>`;
+}
+
+function Join({ shoal, isFirst }) {
+  const [hosts, setHosts] = useState([]);
+  const [token, setToken] = useState("");
+  const [said, setSaid] = useState("");
+
+  // The addresses are no secret. A token is made only when somebody asks for it.
+  useEffect(() => {
+    ask("/shoal/v1/join", {}).then(
+      (found) => setHosts(found.hosts),
+      () => {},
+    );
+  }, []);
+
+  async function make() {
     try {
-      const found = await fetched();
-      setShown(true);
+      const found = await ask("/shoal/v1/join", { token: true });
+      setToken(found.token ?? "");
       setSaid(found.token ? "" : UNTOLD);
     } catch (error) {
       setSaid(error.message);
     }
   }
-  const token = isShown ? (answer?.token ? quoted(answer.token) : "TOKEN") : "••••••••";
   return html`<div class="join">
     <p>${isFirst ? "No device has joined yet. " : ""}On each device, install shoal and run:</p>
-    <div class="line">
-      <code tabindex="0" aria-label="Joining line">${joiningLine(shoal, answer, token)}</code>
-      <div class="line-buttons">
-        ${shoal.needs_token &&
-        !isShown &&
-        html`<button type="button" onClick=${show}>Show token</button>`}
-        <button type="button" onClick=${copy}>Copy</button>
-      </div>
-    </div>
+    <${CopiedLine} text=${joiningLine(shoal, hosts)} label="Joining line" onSaid=${setSaid} />
+    ${shoal.needs_token &&
+    html`<p>It asks for a token, which lets one device join within 24 hours.</p>
+      ${token
+        ? html`<${CopiedLine} text=${token} label="Token" onSaid=${setSaid} />`
+        : html`<button type="button" class="quiet-button" onClick=${make}>Make a token</button>`}`}
     <p class="quiet small" role="status">
       ${said ||
       "Where multicast works, the address may be left out. Every device of one shoal runs the same version."}

@@ -1,0 +1,241 @@
+"""``shoal coordinator export`` and ``import``: a coordinator moves to another machine.
+
+The archive is a tar of small files of the state directory: the key, the devices and open tokens,
+names, API keys, the loaded models, and what quality was measured. Agents know a coordinator by its
+key. So they join the new machine without a new token. Models and quantized blocks are not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import re
+import sys
+import tarfile
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from cli.errors import CommandFailed, UsageError
+from cli.render import Screen
+from cli.service.running import FILE as RUNNING_FILE
+from cli.service.running import running_in
+from coordinator.keys import LOCAL_FILE
+from coordinator.roster.book import LOCK_FILE, BadBook, DeviceBook
+from model.bounded import read_bytes
+from model.durable import replace_bytes
+from wire.claim import shown
+from wire.identity import Identity, IdentityError, own_identity
+from wire.versions import shoal_version
+
+IDENTITY = "identity.pem"
+MANIFEST = "shoal-coordinator.json"
+VERSION = 1
+
+LEFT_OUT = (LOCAL_FILE, RUNNING_FILE, LOCK_FILE)
+"""Files that each start makes anew."""
+
+FOLDERS = ("quality", "losses")
+"""Folders of small files that took long to measure."""
+
+LARGEST_FILE_BYTES = 16 << 20
+LARGEST_ARCHIVE_BYTES = 256 << 20
+STREAM = Path("-")
+
+_NAME = re.compile(rf"(?:(?:{'|'.join(FOLDERS)})/)?[A-Za-z0-9_][A-Za-z0-9_.-]{{0,200}}")
+
+_ABOUT = {
+    "export": (
+        "Write this coordinator's key and what it knows into a file.",
+        "Whoever has the file is this coordinator for all agents, so keep it secret. Models and "
+        "blocks are not in it. Stop the coordinator before another one takes its place.",
+        "  sudo shoal coordinator export nano.tar\n"
+        "  sudo shoal coordinator export - | ssh new-nano sudo shoal coordinator import -\n",
+    ),
+    "import": (
+        "Take another coordinator's place, from a file of `shoal coordinator export`.",
+        "The coordinator of this machine must be stopped. Agents that look for it by mDNS then "
+        "join by themselves. Others need the new address.",
+        "  sudo shoal coordinator import nano.tar  # stop the one of this machine before\n",
+    ),
+}
+
+
+def add_archive_actions(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``export`` and ``import`` to the actions of ``shoal coordinator``."""
+    for name, run in (("export", run_export), ("import", run_import)):
+        summary, about, examples = _ABOUT[name]
+        action = actions.add_parser(
+            name, help=summary, description=f"{summary}\n\n{about}", epilog=f"examples:\n{examples}"
+        )
+        action.add_argument("file", type=Path, metavar="FILE", help="The file. - is a pipe.")
+        if name == "import":
+            action.add_argument(
+                "--replace",
+                action="store_true",
+                help="Do it although devices have joined the coordinator of this machine. They "
+                "need new tokens then.",
+            )
+        action.add_argument(
+            "--state-dir",
+            type=Path,
+            metavar="DIR",
+            help="The coordinator's state directory. Default: that of the coordinator installed "
+            "here, else the user's.",
+        )
+        action.set_defaults(run=run, config=None)
+
+
+def run_export(options: argparse.Namespace, screen: Screen) -> None:
+    from cli.commands.keys import coordinator_state_dir
+
+    directory: Path = options.state_dir or coordinator_state_dir()
+    if options.file == STREAM and sys.stdout.isatty():
+        raise UsageError("the archive is no text: name a file, or send it through a pipe")
+    if options.file != STREAM and options.file.exists():
+        raise CommandFailed(f"{options.file} exists already: name another file")
+    with _reporting(directory):
+        if not (directory / IDENTITY).exists():
+            raise CommandFailed(f"{directory} has no coordinator's key: name its --state-dir")
+        identity = own_identity(directory / IDENTITY)
+        data = _packed(dict(_files(directory)))
+        if options.file == STREAM:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        else:
+            replace_bytes(options.file.absolute(), data)
+    screen.note(
+        f"exported the coordinator with the key {shown(identity.fingerprint)}; "
+        "whoever has the archive can take its place"
+    )
+    if running_in(directory) is not None:
+        screen.note("it runs: stop it before another one takes its place")
+
+
+def run_import(options: argparse.Namespace, screen: Screen) -> None:
+    from cli.commands.keys import coordinator_state_dir
+
+    directory: Path = options.state_dir or coordinator_state_dir()
+    with _reporting(directory):
+        if options.file == STREAM:
+            data = sys.stdin.buffer.read(LARGEST_ARCHIVE_BYTES + 1)
+        else:
+            data = read_bytes(options.file, LARGEST_ARCHIVE_BYTES)
+        files = _unpacked(data)
+        if running_in(directory) is not None:
+            raise CommandFailed("a coordinator runs with this state directory: stop it first")
+        identity = _checked(files)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not options.replace:
+            _require_free(directory, identity)
+        _write(directory, files)
+    screen.note(
+        f"this machine's coordinator has the key {shown(identity.fingerprint)} now; start it, and "
+        "never the old one again; models must be at the same paths as there"
+    )
+
+
+@contextmanager
+def _reporting(directory: Path) -> Iterator[None]:
+    """Turn errors into CommandFailed."""
+    try:
+        yield
+    except PermissionError as error:
+        raise CommandFailed(
+            f"{error.filename or directory}: permission denied: run this with sudo, or name "
+            "another state directory with --state-dir"
+        ) from error
+    except (BadBook, IdentityError, ValueError) as error:
+        raise CommandFailed(str(error)) from error
+
+
+def _files(directory: Path) -> Iterator[tuple[str, bytes]]:
+    """The names and contents of all files that belong into an archive."""
+    for folder in ("", *FOLDERS):
+        for path in sorted((directory / folder).glob("*")):
+            name = f"{folder}/{path.name}" if folder else path.name
+            is_taken = _NAME.fullmatch(name) and path.suffix != ".damaged" and path.is_file()
+            if is_taken and name not in LEFT_OUT:
+                yield name, read_bytes(path, LARGEST_FILE_BYTES)
+
+
+def _packed(files: Mapping[str, bytes]) -> bytes:
+    manifest = json.dumps({"version": VERSION, "shoal": shoal_version()}).encode()
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as archive:
+        for name, data in {MANIFEST: manifest, **files}.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mode = len(data), 0o600
+            archive.addfile(member, io.BytesIO(data))
+    return made.getvalue()
+
+
+def _unpacked(data: bytes) -> dict[str, bytes]:
+    """The files in an archive, which may be anybody's. Raises ValueError."""
+    if len(data) > LARGEST_ARCHIVE_BYTES:
+        raise ValueError("the archive is larger than any of `shoal coordinator export`")
+    files: dict[str, bytes] = {}
+    try:
+        with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
+            for member in archive:
+                content = archive.extractfile(member)
+                if not _NAME.fullmatch(member.name) or not member.isreg() or content is None:
+                    raise ValueError(f"it has {member.name!r:.60}")
+                files[member.name] = content.read()
+        manifest = json.loads(files.pop(MANIFEST))
+        if manifest["version"] != VERSION:
+            raise ValueError(f"it is of version {manifest['version']!r:.20}")
+        if IDENTITY not in files:
+            raise ValueError("it has no key")
+    except (tarfile.TarError, ValueError, KeyError, TypeError, EOFError) as error:
+        reason = "it has no list" if isinstance(error, KeyError) else str(error)
+        raise ValueError(
+            f"this is no whole archive of `shoal coordinator export` of this version ({reason})"
+        ) from error
+    return {name: content for name, content in files.items() if name not in LEFT_OUT}
+
+
+def _checked(files: Mapping[str, bytes]) -> Identity:
+    """The identity in an archive. Raises IdentityError, BadBook if what counts is damaged."""
+    with tempfile.TemporaryDirectory(prefix="shoal-import-") as name:
+        for file, content in files.items():
+            if "/" not in file:
+                replace_bytes(Path(name, file), content)
+        DeviceBook(Path(name)).devices()
+        return own_identity(Path(name, IDENTITY))
+
+
+def _require_free(directory: Path, identity: Identity) -> None:
+    """Raise CommandFailed if devices know this machine's coordinator by another key."""
+    if not (directory / IDENTITY).exists():
+        return
+    own = own_identity(directory / IDENTITY)
+    devices = DeviceBook(directory).devices()
+    if devices and own.fingerprint != identity.fingerprint:
+        raise CommandFailed(
+            f"{len(devices)} devices have joined the coordinator of this machine, whose key is "
+            f"{shown(own.fingerprint)}: --replace forgets them"
+        )
+
+
+def _write(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write the files, the key last, for the owner of the directory."""
+    owner = directory.stat()
+
+    def give(descriptor: int) -> None:
+        if os.geteuid() == 0:
+            os.fchown(descriptor, owner.st_uid, owner.st_gid)
+
+    for name in dict(_files(directory)).keys() - files.keys():
+        if "/" not in name:  # What else this machine knew, such as a loaded model.
+            (directory / name).unlink()
+    for name in sorted(files, key=lambda name: name == IDENTITY):
+        path = directory / name
+        if not path.parent.exists():
+            path.parent.mkdir(mode=0o750)
+            if os.geteuid() == 0:
+                os.chown(path.parent, owner.st_uid, owner.st_gid)
+        replace_bytes(path, files[name], prepare=give)

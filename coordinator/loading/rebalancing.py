@@ -1,0 +1,281 @@
+"""Moves a model to a better plan by itself, compares what it measures there, and moves back.
+
+Each few seconds the loop looks at the figures. If they have changed, it plans the model again.
+coordinator.loading.rebalance has the rule that says when to move. After a move, the measured tokens
+are compared with those before it. If they take longer, the model moves back, and the rule remembers
+the plan.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from coordinator.errors import CoordinatorError, Moved
+from coordinator.loading.deployment import Deployment, Planned
+from coordinator.loading.models import Models
+from coordinator.loading.operations import Compared, Operations
+from coordinator.loading.paces import planned_s, token_s
+from coordinator.loading.rebalance import (
+    Key,
+    Memory,
+    is_worse,
+    judge,
+)
+from coordinator.loading.remeasuring import LinkCosts, Remeasuring, run_while
+from coordinator.loading.state import Serving
+from coordinator.loading.tempo import Tempo, in_common
+from coordinator.loading.turns import Turns
+from coordinator.roster.members import Member, Roster
+from coordinator.story import Story
+from model.errors import ModelError
+from planning.errors import RequestInvalid
+from planning.plan import PlanError
+
+log = logging.getLogger(__name__)
+
+LOOK_S = 5.0
+"""Pause between two looks."""
+
+REST = 20.0
+"""After planning, the loop plans nothing for this many times as long. So it takes a processor's
+twentieth at most."""
+
+STEP = math.log(1.25)
+"""A device's measured time counts as changed from this step of its logarithm on."""
+
+FAILURES = (CoordinatorError, ModelError, PlanError, RequestInvalid, OSError)
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """A move that was begun.
+
+    key: of the plan that was chosen.
+    before_s: measured seconds of a token before it, by the sequences in flight.
+    back: the plan before it, or None if the model does not move back.
+    """
+
+    key: Key
+    before_s: Mapping[int, float]
+    back: Planned | None
+
+
+@dataclass(slots=True)
+class _Watched:
+    """What the loop knows of one deployment.
+
+    links: what its links cost when the loop saw them first.
+    basis: the figures from which ``compared`` was made.
+    begun: the move that ends this deployment, once it has begun.
+    trial: the move that led to this deployment, until its tokens have been compared.
+    """
+
+    deployment: Deployment
+    memory: Memory
+    links: LinkCosts
+    trial: _Move | None = None
+    begun: _Move | None = None
+    basis: object = None
+    compared: Compared | None = None
+    plan_from_s: float = -math.inf
+
+
+class Rebalancer:
+    """Follows the figures of every model that answers."""
+
+    def __init__(
+        self,
+        roster: Roster,
+        models: Models,
+        turns: Turns,
+        operations: Operations,
+        story: Story,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._roster = roster
+        self._models = models
+        self._turns = turns
+        self._operations = operations
+        self._story = story
+        self._clock = clock
+        self._tempo = Tempo(roster, models, clock)
+        self._watched: dict[str, _Watched] = {}
+        self._remeasuring = Remeasuring(roster, models, turns, clock)
+
+    async def follow(self) -> None:
+        """Look for ever."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            await self.look()
+
+    async def look(self) -> None:
+        """Look at every model that answers once."""
+        for _, state in self._models.present():
+            if isinstance(state, Serving) and not self._turns.is_taken:
+                await self._look(state.deployment)
+
+    async def _look(self, deployment: Deployment) -> None:
+        watched = self._recognised(deployment)
+        self._remeasuring.keep()
+        if watched.trial is not None and await self._is_moved_back(watched, watched.trial):
+            return
+        with contextlib.suppress(*FAILURES):
+            await self._remeasuring.measure(deployment)
+        await self._plan(watched)
+        compared = watched.compared
+        if compared is None or not self._answers(deployment):
+            return
+        watched.memory, verdict = judge(watched.memory, compared.choice, self._clock())
+        if verdict.moves:
+            since_s = watched.memory.better_since_s or -math.inf
+            before_s = self._tempo.token_s(deployment.epoch, since_s)
+            log.warning("%s moves to a better plan: %s", deployment.name, verdict.why)
+            move = _Move(compared.choice.key, before_s, _way_back(compared))
+            await self._move(watched, compared.planned, move, Moved(f"{MOVES}: {verdict.why}"))
+
+    def _recognised(self, deployment: Deployment) -> _Watched:
+        """Return what is known of a deployment. One that replaced another counts as a move.
+
+        A load by a user does not: its plan is new, and only news can make another one better.
+        """
+        before = self._watched.get(deployment.name)
+        if before is not None and before.deployment.epoch == deployment.epoch:
+            before.deployment = deployment  # Its stages may have been taken over.
+            return before
+        now_s = self._clock()
+        costs = self._remeasuring.link_costs(deployment)
+        found = _Watched(deployment, Memory(), costs)
+        if before is not None and self._models.is_replaced(before.deployment):
+            found.links = {one: min(costs[one], before.links.get(one, math.inf)) for one in costs}
+            found.memory = before.memory.moved(now_s)
+            begun = before.begun
+            if begun is not None and begun.back is not None and _key(deployment) == begun.key:
+                found.trial = begun
+            self._remeasuring.left(before.deployment, before.links, deployment)
+        self._watched[deployment.name] = found
+        self._tempo.forget_all_but([one.deployment.epoch for one in self._watched.values()])
+        return found
+
+    def _answers(self, deployment: Deployment) -> bool:
+        return self._models.ended_by(deployment) is None
+
+    def _may_go_on(self, deployment: Deployment) -> bool:
+        """Whether work for a move may go on. Losses and users do not wait for it."""
+        return self._answers(deployment) and not self._turns.is_awaited
+
+    # ---- figures --------------------------------------------------------------------------------
+
+    def _basis(self, deployment: Deployment) -> object:
+        """Return a value that changes when a figure changes from which plans are made."""
+        members = self._roster.members
+        paces = []
+        for member in deployment.devices:
+            measured_s, expected_s = token_s(deployment, member), planned_s(deployment, member)
+            if measured_s and expected_s:
+                paces.append((member.device, round(math.log(measured_s / expected_s) / STEP)))
+        return (
+            deployment.epoch,
+            [(one.device, one.joined_s, one.profile, _timings(one, deployment)) for one in members],
+            self._roster.links(),
+            [link for link, _ in self._roster.failed_links()],
+            paces,
+            [(one.device, factor) for one, factor in self._remeasuring.slow.items()],
+        )
+
+    # ---- planning and moving --------------------------------------------------------------------
+
+    async def _plan(self, watched: _Watched) -> None:
+        """Choose again if figures have changed and planning is due."""
+        deployment, begun_s = watched.deployment, self._clock()
+        basis = self._basis(deployment)
+        if basis == watched.basis or begun_s < watched.plan_from_s:
+            return
+        missing = self._remeasuring.missing(deployment, shares=False)
+        without = [
+            member
+            for member in self._roster.members
+            if member.device in missing and member not in deployment.devices
+        ]
+        try:
+            async with self._turns.unasked("another plan is being looked for"):
+                work = self._operations.compare(
+                    deployment, self._remeasuring.slow, measures=False, without=without
+                )
+                compared = await run_while(lambda: self._may_go_on(deployment), work)
+        except FAILURES as error:
+            log.info("%s: no other plan: %s", deployment.name, error)
+            compared = None
+        watched.plan_from_s = self._clock() + REST * (self._clock() - begun_s)
+        watched.basis = basis
+        watched.compared = compared
+        if compared is None:
+            watched.memory = replace(watched.memory, better_since_s=None)
+            return
+        self._remeasuring.slow = dict(compared.slow)
+        watched.basis = self._basis(deployment)
+
+    async def _is_moved_back(self, watched: _Watched, trial: _Move) -> bool:
+        """Compare the tokens of a move with those before. Returns whether the model moves back."""
+        deployment = watched.deployment
+        try:
+            before_s, after_s = in_common(trial.before_s, self._tempo.token_s(deployment.epoch))
+        except LookupError:
+            return False  # Too few tokens have come.
+        watched.trial = None
+        took = f"{before_s * 1e3:.3g} ms a token before, {after_s * 1e3:.3g} ms after"
+        if not is_worse(before_s, after_s) or trial.back is None:
+            watched.memory = watched.memory.kept()
+            self._story.tell("move kept", deployment.name, took)
+            return False
+        watched.memory = watched.memory.rolled_back(trial.key, self._clock())
+        log.warning("%s moves back: %s", deployment.name, took)
+        move = _Move(frozenset(trial.back.plan.placements), {}, None)
+        await self._move(watched, trial.back, move, Moved(f"the model moves back: {took}"))
+        return True
+
+    async def _carry_out(self, deployment: Deployment, planned: Planned, reason: Moved) -> None:
+        await self._operations.prepare(planned, deployment)
+        await self._operations.mover.move(deployment, planned, reason)
+
+    async def _move(self, watched: _Watched, planned: Planned, move: _Move, reason: Moved) -> None:
+        """Move to a plan, or let the keeper carry it out where memory is short."""
+        deployment = watched.deployment
+        watched.begun = move
+        try:
+            async with self._turns.unasked("a move to a better plan is under way"):
+                work = self._carry_out(deployment, planned, reason)
+                await run_while(lambda: self._may_go_on(deployment), work)
+        except FAILURES as error:
+            log.warning("%s is not moved: %s", deployment.name, error)
+            watched.memory = watched.memory.moved(self._clock())
+
+
+MOVES = "the model moves to a better plan"
+
+
+def _key(deployment: Deployment) -> Key:
+    return frozenset(deployment.plan.placements)
+
+
+def _timings(member: Member, deployment: Deployment) -> object:
+    """The measured block times of a device, without those of other models."""
+    known = member.timings.get(deployment.spec, {})
+    return {width: tuple(timings) for width, timings in known.items()}
+
+
+def _way_back(compared: Compared) -> Planned | None:
+    """Return how to move back to the present plan, or None if no measured figure says whether to.
+
+    A plan of less energy may be slower, and so may one of more throughput. What the user asked for
+    is taken as it is.
+    """
+    request = compared.planned.request
+    if compared.choice.is_wished or request.objective.kind not in ("latency", "request"):
+        return None
+    return replace(compared.planned, plan=compared.present)

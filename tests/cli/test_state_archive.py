@@ -1,0 +1,169 @@
+"""A coordinator's archive: what is in it, who may read it, and archives that are none."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from cli.main import main
+from cli.service.running import Running, told
+from cli.service.state_archive import MANIFEST, VERSION
+from coordinator.roster.book import DeviceBook
+from coordinator.roster.names import NameBook
+from wire.claim import Claim, prove_invite
+from wire.identity import own_identity
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """The state of a coordinator that one device has joined."""
+    return coordinator(tmp_path / "old", "attic")
+
+
+def coordinator(directory: Path, *devices: str) -> Path:
+    directory.mkdir()
+    fingerprint = own_identity(directory / "identity.pem").fingerprint
+    book = DeviceBook(directory)
+    for device in devices:
+        invite = book.invite(fingerprint)
+        proof = prove_invite(invite.secret, b"text")
+        book.admit(Claim(b"k" * 32, "control", device, invite.id, b"text", proof))
+        NameBook(directory).assign(device, f"{device}-pi", ())
+    return directory
+
+
+def state(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file() and path.name != "devices.lock"
+    }
+
+
+def export(directory: Path, file: Path) -> int:
+    return main(["coordinator", "export", str(file), f"--state-dir={directory}"])
+
+
+def take(directory: Path, file: Path, *options: str) -> int:
+    return main(["coordinator", "import", str(file), f"--state-dir={directory}", *options])
+
+
+def test_a_coordinator_is_the_same_on_another_machine(old: Path, tmp_path: Path) -> None:
+    (old / "quality").mkdir()
+    (old / "quality" / "x.json").write_text("{}")
+    (old / "loaded.json").write_text('{"request": 1}')
+    kept = state(old)
+    (old / "artifacts").mkdir()
+    (old / "artifacts" / ("a" * 64)).write_bytes(b"a block")
+    (old / "local-key").write_text("of this machine")
+    (old / "names.damaged").write_text("")
+    file = tmp_path / "old.tar"
+    assert export(old, file) == 0
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    new = tmp_path / "new"
+    assert take(new, file) == 0
+    assert state(new) == kept
+    assert stat.S_IMODE((new / "identity.pem").stat().st_mode) == 0o600
+    assert [item.device for item in DeviceBook(new).devices()] == ["attic"]
+    assert take(new, file) == 0  # Again is the same.
+    assert state(new) == kept
+
+
+def test_it_passes_through_a_pipe(
+    old: Path,
+    tmp_path: Path,
+    capfdbinary: pytest.CaptureFixture[bytes],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert export(old, Path("-")) == 0
+    data = capfdbinary.readouterr().out
+    with io.TextIOWrapper(io.BytesIO(data)) as stream:
+        monkeypatch.setattr("sys.stdin", stream)
+        assert take(tmp_path / "new", Path("-")) == 0
+    assert state(tmp_path / "new") == state(old)
+
+
+def test_a_coordinator_with_devices_is_not_replaced_unasked(
+    old: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """One that nobody has joined is, because an installation makes one."""
+    file = tmp_path / "old.tar"
+    assert export(old, file) == 0
+    fresh, used = coordinator(tmp_path / "fresh"), coordinator(tmp_path / "used", "cellar")
+    (fresh / "loaded.json").write_text("a model of its own")
+    assert take(fresh, file) == 0
+    assert state(fresh) == state(old)
+    before = state(used)
+    assert take(used, file) == 1
+    assert "1 devices have joined the coordinator of this machine" in capsys.readouterr().err
+    assert state(used) == before
+    assert take(used, file, "--replace") == 0
+    assert state(used) == state(old)
+
+
+def test_a_running_coordinator_is_left_alone(old: Path, tmp_path: Path, capsys: Capture) -> None:
+    file, new = tmp_path / "old.tar", coordinator(tmp_path / "new")
+    with told(old, Running(os.getpid(), "", 7420, "shoal", "", "")):
+        assert export(old, file) == 0
+        assert "it runs: stop it" in capsys.readouterr().err
+    before = state(new)
+    with told(new, Running(os.getpid(), "", 7420, "shoal", "", "")):
+        assert take(new, file) == 1
+        assert "stop it first" in capsys.readouterr().err
+    assert state(new) == before
+    assert export(old, file) == 1  # It never overwrites a file.
+    assert "exists already" in capsys.readouterr().err
+
+
+def archive(path: Path, *members: tuple[str, bytes, bytes]) -> Path:
+    """A tar of (name, type, content)."""
+    with tarfile.open(path, "w") as made:
+        for name, kind, content in members:
+            member = tarfile.TarInfo(name)
+            member.type, member.size = kind, len(content)
+            member.linkname = "/etc/passwd"
+            made.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["../evil", "/etc/evil", "a/b", "quality/../../evil", ".ssh", "quality/.x", ""]
+)
+def test_an_archive_writes_nowhere_else(
+    name: str, old: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    manifest = json.dumps({"version": VERSION}).encode()
+    key = (old / "identity.pem").read_bytes()
+    regular = tarfile.REGTYPE
+    parts = [(MANIFEST, regular, manifest), ("identity.pem", regular, key)]
+    file = archive(tmp_path / "x.tar", *parts, (name, regular, b"x"))
+    assert take(tmp_path / "new", file) == 1
+    assert "this is no whole archive" in capsys.readouterr().err
+    for kind in (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE):
+        file = archive(tmp_path / "x.tar", *parts, ("loaded.json", kind, b""))
+        assert take(tmp_path / "new", file) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_archive_that_is_cut_or_damaged_changes_nothing(
+    old: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    file = tmp_path / "old.tar"
+    assert export(old, file) == 0
+    data = file.read_bytes()
+    key = data.index(b"PRIVATE KEY") + 40
+    for wrong in (b"", b"x" * 2000, data[:700], data[:key] + b"####" + data[key + 4 :]):
+        file.write_bytes(wrong)
+        assert take(tmp_path / "new", file) == 1
+        assert "error:" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    assert export(tmp_path / "nowhere", tmp_path / "y.tar") == 1
+    assert "has no coordinator's key" in capsys.readouterr().err

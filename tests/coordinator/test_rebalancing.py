@@ -1,0 +1,361 @@
+"""A model moves to a better plan by itself, and back if that measures worse."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+
+from coordinator.errors import AgentLost
+from coordinator.loading.deployment import Deployment, Planned
+from coordinator.loading.operations import Compared
+from coordinator.loading.rebalance import PAUSE_S, REFUSED_S, STEADY_S, Choice
+from coordinator.loading.rebalancing import LOOK_S, Rebalancer
+from coordinator.loading.remeasuring import PATIENCE_S
+from coordinator.loading.stale import FIRST_S, LONGEST_S, Stale
+from coordinator.loading.state import Lost
+from coordinator.loading.tempo import FEWEST, Tempo
+from coordinator.roster.members import Member
+from planning.plan import Plan
+from tests.coordinator import test_teams
+from tests.coordinator.test_teams import (
+    BLOCKS,
+    SPEC,
+    Parts,
+    PlansGiven,
+    Shoal,
+    block_timings,
+    plan_of,
+    planned,
+)
+from wire.messages import (
+    MeasureLink,
+    MeasureModel,
+    Message,
+    TokenSampled,
+)
+
+ALONE: tuple[Parts, ...] = ((("d",), BLOCKS),)
+BETTER: tuple[Parts, ...] = ((("c",), BLOCKS),)
+NAMES = ("c", "d")
+
+
+class Compares(PlansGiven):
+    """Operations that find another plan better by a share that the test says."""
+
+    gain = 0.0
+    other: Plan
+    looked = 0
+    without: Collection[Member] = ()
+    stuck: asyncio.Event | None = None
+    """Is set when a preparation begins, which then does not end."""
+
+    async def prepare(self, planned: Planned, before: Deployment) -> None:
+        if self.stuck is not None:
+            self.stuck.set()
+            await asyncio.Event().wait()
+        await super().prepare(planned, before)
+
+    async def compare(
+        self,
+        deployment: Deployment,
+        slow: Mapping[Member, float] = MappingProxyType({}),
+        *,
+        measures: bool = True,
+        without: Collection[Member] = (),
+    ) -> Compared:
+        self.looked += 1
+        self.without = without
+        wanted = planned(self.other, [member.name for member in self._roster.members])
+        key = frozenset(self.other.placements)
+        gain = self.gain if key != frozenset(deployment.plan.placements) else 0.0
+        choice = Choice(key, 1.0, 1.0 - gain, None, None, 2.0)
+        return Compared(wanted, deployment.plan, choice, {})
+
+
+@dataclass
+class World:
+    """A shoal, the loop over it, and a clock that only the test moves."""
+
+    shoal: Shoal
+    operations: Compares
+    loop: Rebalancer
+    now_s: float = 0.0
+    index: int = 0
+    """The newest token that a device has sampled, and the newest that the coordinator has read."""
+    seen: int = 0
+
+    def __post_init__(self) -> None:
+        self.shoal.roster.subscribe(self._on_event, lambda *_: None)
+
+    def _on_event(self, member: Member, message: Message) -> None:
+        if isinstance(message, TokenSampled):
+            self.seen = message.index
+            self.shoal.news.set()
+
+    async def look(self, seconds: float) -> None:
+        """Let so much time pass, with a look each LOOK_S."""
+        until_s = self.now_s + seconds
+        while self.now_s < until_s:
+            self.now_s += LOOK_S
+            await self.loop.look()
+            await self.shoal.until(lambda: self.shoal.models.serving is not None)
+
+    async def tokens(self, name: str, seconds: float, count: int = FEWEST) -> None:
+        """Have the last stage sample tokens that take so long."""
+        deployment = self.served
+        for _ in range(count):
+            self.index += 1
+            token = TokenSampled(deployment.epoch, 1, self.index, 5, "", int(seconds * 1e6))
+            await self.shoal.said(name, token)
+        await self.shoal.until(lambda: self.seen == self.index)
+
+    @property
+    def served(self) -> Deployment:
+        assert self.shoal.models.serving is not None
+        return self.shoal.models.serving
+
+    def told(self, *kinds: str) -> list[str]:
+        return [event.kind for event in self.shoal.story.after() if event.kind in kinds]
+
+
+Test = Callable[[World], Awaitable[None]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Test], None]:
+    monkeypatch.setattr(test_teams, "PlansGiven", Compares)
+
+    async def main(test: Test) -> None:
+        async with test_teams.running(tmp_path) as shoal:
+            await shoal.join(*NAMES)
+            for name in NAMES:
+                shoal.member(name).timings[SPEC] = {32: block_timings(32)}
+            operations = shoal.operations
+            assert isinstance(operations, Compares)
+            world: World
+
+            def clock() -> float:
+                return world.now_s
+
+            loop = Rebalancer(
+                shoal.roster, shoal.models, shoal.turns, operations, shoal.story, clock
+            )
+            world = World(shoal, operations, loop)
+            await shoal.load(plan_of(ALONE))
+            operations.other = plan_of(BETTER)
+            await asyncio.wait_for(test(world), 60)
+
+    return lambda test: asyncio.run(main(test))
+
+
+def test_the_model_moves_once_to_a_plan_that_stays_better(run: Callable[[Test], None]) -> None:
+    async def test(world: World) -> None:
+        first = world.served
+        await world.look(STEADY_S)
+        assert world.served is first
+        world.operations.gain = 0.5
+        world.shoal.member("c").profile = replace(world.shoal.member("c").profile, call_s=1e-3)
+        await world.look(STEADY_S)
+        assert world.served is first
+        await world.tokens("d", 0.1)
+        await world.look(2 * LOOK_S)
+        assert world.served.where == "c"
+        world.operations.gain = 0.0
+        await world.tokens("c", 0.05)
+        await world.look(PAUSE_S)
+        assert world.told("moving", "moved", "move kept") == ["moved", "move kept"]
+        assert world.operations.looked <= 4  # It plans only when figures have changed.
+
+    run(test)
+
+
+def test_a_plan_that_measures_worse_is_left_and_remembered(run: Callable[[Test], None]) -> None:
+    async def test(world: World) -> None:
+        world.operations.gain = 0.5
+        await world.look(LOOK_S)
+        moved_back_s = []
+        for _ in range(100):
+            where = world.served.where
+            await world.tokens(where, 0.2 if where == "c" else 0.1, FEWEST)
+            await world.look(6 * LOOK_S)
+            if (where, world.served.where) == ("c", "d"):
+                moved_back_s.append(world.now_s)
+        # Each time it takes longer until the plan is tried again.
+        assert world.served.where == "d"
+        assert len(moved_back_s) == 2
+        assert moved_back_s[1] - moved_back_s[0] >= REFUSED_S
+        texts = [event.text for event in world.shoal.story.after() if event.kind == "moved"]
+        assert texts[1] == "to d: the model moves back: 100 ms a token before, 200 ms after"
+
+    run(test)
+
+
+def test_tokens_from_before_the_cause_do_not_count(run: Callable[[Test], None]) -> None:
+    async def test(world: World) -> None:
+        await world.tokens("d", 0.01)  # Long ago, all was well.
+        await world.look(LOOK_S)
+        world.operations.gain = 0.5
+        world.shoal.member("c").profile = replace(world.shoal.member("c").profile, call_s=1e-3)
+        await world.look(STEADY_S + 2 * LOOK_S)
+        assert world.served.where == "c"
+        await world.tokens("c", 0.05)
+        world.operations.gain = 0.0
+        await world.look(PAUSE_S)
+        assert world.served.where == "c"
+
+    run(test)
+
+
+def test_what_toggles_moves_the_model_twice_in_ten_minutes_at_most(
+    run: Callable[[Test], None],
+) -> None:
+    async def test(world: World) -> None:
+        moved_s, member = [], world.shoal.member("c")
+        for step in range(int(1800 / LOOK_S)):
+            is_worse = step * LOOK_S // 65 % 2 == 1
+            member.profile = replace(member.profile, call_s=2e-3 if is_worse else 1e-3)
+            where = world.served.where
+            world.operations.gain = 0.5 if is_worse == (where == "d") else -0.5
+            world.operations.other = plan_of(BETTER if where == "d" else ALONE)
+            await world.look(LOOK_S)
+            if world.served.where != where:
+                moved_s.append(world.now_s)
+        assert moved_s
+        for first_s in moved_s:
+            assert sum(first_s <= one < first_s + 600 for one in moved_s) <= 2
+
+    run(test)
+
+
+def test_a_recovery_counts_as_a_move(run: Callable[[Test], None]) -> None:
+    async def test(world: World) -> None:
+        first = world.served
+        await world.look(LOOK_S)
+        world.operations.plans.append(plan_of(BETTER))
+        world.shoal.models.apply(first.name, Lost(AgentLost("d", "test")))
+        await world.shoal.until(lambda: world.shoal.models.serving not in (None, first))
+        world.operations.gain, world.operations.other = 0.5, plan_of(ALONE)
+        await world.look(PAUSE_S)
+        assert world.served.where == "c"
+        await world.look(2 * LOOK_S)
+        assert world.served.where == "d"
+
+    run(test)
+
+
+# ---- measuring ---------------------------------------------------------------------------------
+
+
+def test_a_device_that_joined_is_measured_in_a_quiet_moment(run: Callable[[Test], None]) -> None:
+    async def test(world: World) -> None:
+        shoal = world.shoal
+        await shoal.join("a")
+        shoal.told.clear()
+        async with world.served.slots.one((1, 2)):  # An answer runs. All are on one machine here.
+            await world.look(PATIENCE_S / 2)
+            assert not shoal.of(MeasureModel)
+            assert not shoal.of(MeasureLink)
+            # The plan does without it meanwhile.
+            assert list(world.operations.without) == [shoal.member("a")]
+            await world.look(PATIENCE_S)
+            # Links do not wait for ever. One is measured at a time.
+            assert shoal.of(MeasureModel) == []
+            assert len(shoal.of(MeasureLink)) == 6
+        await world.look(2 * LOOK_S)
+        assert [name for name, _ in shoal.of(MeasureModel)] == ["a"]
+        assert not world.operations.without
+        await world.look(4 * LOOK_S)
+        assert len(shoal.of(MeasureModel)) == 1
+
+    run(test)
+
+
+def test_a_request_ends_a_measurement(run: Callable[[Test], None]) -> None:
+    async def test(world: World) -> None:
+        shoal = world.shoal
+        await shoal.join("a")
+        shoal.busy.add("a")
+        shoal.told.clear()
+        world.now_s += LOOK_S
+        looking = asyncio.ensure_future(world.loop.look())
+        await shoal.until(lambda: shoal.of(MeasureModel))
+        async with world.served.slots.one((1, 2)):
+            await looking
+        assert not shoal.member("a").is_asked
+
+    run(test)
+
+
+def test_a_user_does_not_wait_for_a_move(run: Callable[[Test], None]) -> None:
+    async def test(world: World) -> None:
+        shoal, first = world.shoal, world.served
+        world.operations.gain = 0.5
+        await world.look(STEADY_S)
+        stuck = world.operations.stuck = asyncio.Event()
+        world.now_s += 2 * LOOK_S
+        looking = asyncio.ensure_future(world.loop.look())
+        await stuck.wait()
+        async with shoal.turns.asked(lambda step: None):
+            assert world.served is first
+        await looking
+        assert world.served is first
+
+    run(test)
+
+
+def test_bad_figures_are_measured_again_ever_more_rarely(run: Callable[[Test], None]) -> None:
+    async def test(world: World) -> None:
+        stale, member = Stale(), world.shoal.member("c")
+        stale.note(member, 1.0, 0.0)
+        stale.note(member, 9.0, 1.0)  # It is known already.
+        now_s, asked = 0.0, []
+        for _ in range(8):
+            assert stale.due(now_s + FIRST_S - 1) == []
+            now_s = next(at for at in range(int(now_s), 100_000) if stale.due(at))
+            asked.append(now_s)
+            stale.measured(member, 3.0, now_s)
+        pauses = [after - before for before, after in itertools.pairwise(asked)]
+        assert pauses == [120, 240, 480, 960, LONGEST_S, LONGEST_S, LONGEST_S]
+        stale.measured(member, 1.2, now_s)
+        assert stale.due(1e9) == []
+        stale.note((member, world.shoal.member("d")), 1.0, 0.0)
+        world.shoal.kill("d")
+        await world.shoal.until(lambda: len(world.shoal.roster.members) == 1)
+        stale.keep(world.shoal.roster)
+        assert stale.due(1e9) == []
+
+    run(test)
+
+
+# ---- tempo -------------------------------------------------------------------------------------
+
+
+def test_tokens_are_timed_by_sequences_in_flight_and_without_guesses(
+    run: Callable[[Test], None],
+) -> None:
+    async def test(world: World) -> None:
+        tempo = Tempo(world.shoal.roster, world.shoal.models)
+        epoch = world.served.epoch
+        await world.tokens("d", 0.1, FEWEST - 1)
+        await world.tokens("c", 0.5)  # It does not sample.
+        assert tempo.token_s(epoch) == {}
+        # A pass that checked three guesses: two were right, and its tokens share its time.
+        for drafted, accepted in ((0, 0), (0, 0), (3, 2)):
+            world.index += 1
+            told = TokenSampled(epoch, 1, world.index, 5, "", 30_000, b"", drafted, accepted)
+            await world.shoal.said("d", told)
+        await world.tokens("d", 0.1, 1)
+        assert tempo.token_s(epoch) == {0: pytest.approx(0.1)}
+        async with world.served.slots.one((1,)), world.served.slots.one((2,)):
+            await world.tokens("d", 0.3)
+        assert tempo.token_s(epoch) == {0: pytest.approx(0.1), 2: pytest.approx(0.3)}
+        tempo.forget_all_but([])
+        assert tempo.token_s(epoch) == {}
+
+    run(test)
