@@ -6,7 +6,7 @@ its own requests one after the other. It gets through ``rounds`` of them, one at
 of m never waits for more than one pass of k:
 
     rounds_mk = min(1, T_m / T_k)
-    T_m       = max(alone_m + half of the sum over devices i that m uses, and other models k, of
+    T_m       = max(alone_m + half of the sum over stages of m, on device i, and other models k of
                         rounds_mk x busy_ki,
                     max over devices i that m uses of
                         busy_mi + sum over other models k of rounds_mk x busy_ki)
@@ -43,14 +43,14 @@ class Use:
 
     ``alone_s``: with all devices to itself. ``busy_s``: computing seconds of each device, by name.
     ``load_s``: the part of the objective for loading blocks, which shares nothing.
-    ``waits``: whether waiting anywhere makes the request longer. For throughput it does not: only
-    the slowest device counts.
+    ``leads``: where a pass waits for others: one device of each stage, the lead of a team. Empty
+    for throughput, because only the slowest device counts there.
     """
 
     alone_s: float
     busy_s: Mapping[str, float]
     load_s: float = 0.0
-    waits: bool = True
+    leads: tuple[str, ...] = ()
 
     @property
     def value(self) -> float:
@@ -75,7 +75,7 @@ def at_pace(uses: Sequence[Use], paces_s: Sequence[float]) -> tuple[float, ...]:
             )
             for name in use.busy_s
         }
-        waited_s = WAITED * math.fsum(met_s.values()) if use.waits else 0.0
+        waited_s = WAITED * math.fsum(met_s[name] for name in use.leads)
         shared = [busy_s + met_s[name] for name, busy_s in use.busy_s.items()]
         found.append(max(use.alone_s + waited_s, *shared, 0.0))
     return tuple(found)
@@ -118,7 +118,8 @@ def use_of(plan: Plan, chunk_tokens: int) -> Use:
             if prompt:
                 seconds += chunks * stage.passage.busy_s(rows) + stage.passage.delay_s
         busy_s.update(dict.fromkeys(stage.devices, seconds))
-    return Use(alone_s, busy_s, load_s, objective.kind != "throughput")
+    leads = tuple(stage.device for stage in plan.stages)
+    return Use(alone_s, busy_s, load_s, () if objective.kind == "throughput" else leads)
 
 
 def block_busy_s(problem: PlanningProblem, block: int, option: BlockOption) -> float:

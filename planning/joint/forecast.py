@@ -74,22 +74,36 @@ def simulated_s(plan: JointPlan, *, seed: int = 0) -> tuple[float, ...]:
     )
 
 
+def _places(plan: JointPlan) -> dict[str, int]:
+    """A number for each device. All members of a team have one, because their passes are one."""
+    found: dict[str, int] = {}
+    for one in plan.plans:
+        for stage in one.stages:
+            old = {found[name] for name in stage.devices if name in found}
+            number = min(old, default=len(found))
+            for name, known in found.items():
+                if known in old:
+                    found[name] = number
+            found.update(dict.fromkeys(stage.devices, number))
+    return found
+
+
 class _Simulation:
     def __init__(self, plan: JointPlan, seed: int) -> None:
         self._random = random.Random(seed)  # noqa: S311 - a simulation
-        names = sorted({name for one in plan.plans for s in one.stages for name in s.devices})
-        self._number = {name: at for at, name in enumerate(names)}
+        self._number = _places(plan)
+        places = range(1 + max(self._number.values()))
         self._models = [
             self._model(one, rows) for one, rows in zip(plan.plans, plan.chunk_tokens, strict=True)
         ]
         self._scale = [one.objective.tokens[1] / max(m.tokens, 1) for one, m in self._pairs(plan)]
         self._waiting: list[list[deque[tuple[list[_Step], int]]]] = [
-            [deque() for _ in self._models] for _ in names
+            [deque() for _ in self._models] for _ in places
         ]
         # Virtual times, as those of agent/turnstile.py: of each stage, and of the running pass.
-        self._due_s = [[0.0] * len(self._models) for _ in names]
-        self._now_s = [0.0] * len(names)
-        self._busy = [False] * len(names)
+        self._due_s = [[0.0] * len(self._models) for _ in places]
+        self._now_s = [0.0] * len(places)
+        self._busy = [False] * len(places)
         self._events: list[tuple[float, int, int, list[_Step], int]] = []
         self._count = 0
 

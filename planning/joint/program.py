@@ -3,7 +3,7 @@
 The models' programs (planning/exact/program.py) are parts of one program. More rows say that
 
     memory and storage of each device   sum over models of the taken part of its limit  <=  1
-    time[m]  >=  the objective of m alone + half of rounds_mk x busy_ki, if m uses device i
+    time[m]  >=  the objective of m alone + half of rounds_mk x busy_ki, if a stage of m is on i
     time[m]  >=  busy_mi + sum over other models k of rounds_mk x busy_ki    if m uses device i
 
 The objective is the mean of time[m] by shares. ``rounds_mk`` are numbers, from about how long the
@@ -42,9 +42,9 @@ class Terms:
     plan: Plan | None
     use: Use | None
 
-    def program_using(self, real: int) -> Any:
-        """1 if the model, which is to be planned, uses the real device."""
-        return None if self.program is None else self.program.using(real)
+    def leading(self, real: int) -> Any:
+        """1 if the real device, alone or as a lead, has a stage of the model, which is planned."""
+        return None if self.program is None else self.program.leading(real)
 
 
 class JointProgram:
@@ -121,7 +121,7 @@ class JointProgram:
         for m, variable in self._times.items():
             found[variable.name] = (times_s[m] + uses[m].load_s) / self._unit_s
         for (m, k, name), variable in self._waits.items():
-            used = name in uses[m].busy_s
+            used = name in uses[m].leads
             met_s = uses[k].busy_s.get(name, 0.0) if used else 0.0
             found[variable.name] = met_s / self._most_busy_s(k, name)
         return found
@@ -209,9 +209,9 @@ class JointProgram:
             return pulp.lpSum([])
         found: list[Any] = []
         for name in self._names:
-            if own.use is not None and name not in own.use.busy_s:
+            if own.use is not None and name not in own.use.leads:
                 continue
-            here = None if own.use is not None else own.program_using(self._names.index(name))
+            here = None if own.use is not None else own.leading(self._names.index(name))
             for k, terms in enumerate(self._terms):
                 if k == m:
                     continue

@@ -68,7 +68,7 @@ def use_of(route: Route) -> Use:
     for device, seconds in route:
         if device is not None:
             busy_s[str(device)] = busy_s.get(str(device), 0.0) + seconds
-    return Use(math.fsum(seconds for _, seconds in route), busy_s)
+    return Use(math.fsum(seconds for _, seconds in route), busy_s, leads=tuple(busy_s))
 
 
 def random_routes(seed: int) -> list[Route]:
@@ -102,27 +102,31 @@ def test_the_formula_agrees_with_a_simulation_of_the_events() -> None:
 
 
 def test_models_on_one_device_both_take_the_sum() -> None:
-    uses = [Use(0.010, {"pi": 0.010}), Use(0.100, {"pi": 0.100})]
+    uses = [Use(0.010, {"pi": 0.010}, leads=("pi",)), Use(0.100, {"pi": 0.100}, leads=("pi",))]
     assert settled(uses) == pytest.approx((0.110, 0.110))
 
 
 def test_a_pass_waits_for_half_of_the_others_pass() -> None:
-    """Each meets two passes of 10 ms of the other in a request, or a little less often."""
-    uses = [Use(0.040, {"a": 0.010, "b": 0.010}), Use(0.040, {"a": 0.010, "b": 0.010})]
+    """Each meets two passes of 10 ms of the other in a request."""
+    busy_s = {"a": 0.010, "b": 0.010}
+    uses = [Use(0.040, busy_s, leads=("a", "b"))] * 2
     assert settled(uses) == pytest.approx((0.050, 0.050))
 
 
+def test_a_team_waits_once() -> None:
+    team = Use(0.040, {"a": 0.010, "b": 0.010}, leads=("a",))
+    assert settled([team, team]) == pytest.approx((0.045, 0.045))
+
+
 def test_throughput_waits_only_on_the_slowest_device() -> None:
-    uses = [
-        Use(0.040, {"a": 0.040, "b": 0.010}, waits=False),
-        Use(0.040, {"b": 0.040}, waits=False),
-    ]
+    uses = [Use(0.040, {"a": 0.040, "b": 0.010}), Use(0.040, {"b": 0.040})]
     assert settled(uses) == pytest.approx((0.050, 0.050))
 
 
 def test_a_quick_model_waits_as_often_as_the_slow_one_comes() -> None:
     """The slow one is on the quick one's device for a quarter of its time."""
-    quick, slow = Use(0.010, {"a": 0.010}), Use(0.200, {"a": 0.050, "b": 0.150})
+    quick = Use(0.010, {"a": 0.010}, leads=("a",))
+    slow = Use(0.200, {"a": 0.050, "b": 0.150}, leads=("a", "b"))
     together = settled([quick, slow])
     assert together[1] == pytest.approx(0.205)
     assert together[0] == pytest.approx(0.010 / (1 - 0.050 / 0.205))
