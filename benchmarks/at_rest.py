@@ -37,12 +37,13 @@ def main() -> None:
         coordinator = start(
             "coordinator", "--json", "--no-mdns", "--bind=127.0.0.1", "--port=0",
             "--http=127.0.0.1:0", f"--state-dir={directory}/coordinator",
+            "--create-token", f"--token-file={directory}/token",
         )  # fmt: skip
         ready = coordinator.stdout.readline() if coordinator.stdout else ""
         port = json.loads(ready)["control_port"]
         agent = start(
             "agent", "--bind=127.0.0.1", f"--coordinator=127.0.0.1:{port}",
-            f"--state-dir={directory}/agent",
+            f"--state-dir={directory}/agent", f"--token-file={directory}/token",
         )  # fmt: skip
         try:
             time.sleep(SETTLE_S)

@@ -9,10 +9,12 @@ drawn. The right answers were recorded before the first fault.
 
 Meanwhile the seed chooses one fault at a time:
 
-- An agent is killed or frozen, or the coordinator is killed.
+- An agent is killed or frozen, or the coordinator is killed and started again.
+- The connection between an agent and the coordinator ends.
 - A cable is cut, or loses every frame, or loses the frames to one host.
 - A link is slow or loses some frames.
 - Files in an agent's cache are damaged while it is down.
+- Hosts become slower and faster, and the model moves to a better plan.
 
 Each answer counts as right, refused, wrong or stuck. Refused means an error message, or that the
 coordinator was down. Wrong means any text that the undisturbed answer lacks. Stuck means no end
@@ -24,10 +26,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import threading
@@ -41,26 +41,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.faulty import HOSTS, SHAPE, FaultyShoal
 from benchmarks.fidelity import say
-from benchmarks.random_model import Shape, make_model
+from benchmarks.random_model import make_model
 from cli.client import Client
 from cli.errors import CommandFailed
-from testbed.bed import Testbed, TestbedError
-from testbed.cluster import Cluster
-from testbed.lab import AgentSettings
+from testbed.bed import Testbed
 from testbed.network import HUB, Host, Link, Network
 
-HOSTS = ("ash", "birch", "cedar", "dogwood")
-SHAPE = Shape(hidden=256, ffn=704, layers=8, heads=8)
 CONTEXT_TOKENS = 512
-AGENT = AgentSettings(memory_bytes=36 << 20, storage_bytes=1 << 30)
-"""With so little memory the model needs two hosts."""
-
 STREAMS = 4
 TOKENS = 320
-DAMAGED_BYTES = 40
-"""Damaged bytes in each file."""
-
 PROMPTS: tuple[dict[str, Any], ...] = (
     {"prompt": "The lamp is in the attic.", "temperature": 0},
     {"prompt": "The meter in the cellar reads 42. " * 4, "temperature": 0},
@@ -164,33 +155,12 @@ def read(event: dict[str, Any], tokens: tuple[int, ...]) -> tuple[str, tuple[int
     return text, tuple(event.get("shoal", {}).get("tokens", tokens))
 
 
-class Shoal:
-    """A coordinator and four agents on emulated hosts, and the faults to apply to them."""
+class Shoal(FaultyShoal):
+    """A shoal, and random faults to apply to it."""
 
     def __init__(self, bed: Testbed, directory: Path, chance: random.Random) -> None:
-        self.bed = bed
+        super().__init__(bed, directory, {"context_tokens": CONTEXT_TOKENS, "slots": STREAMS})
         self._chance = chance
-        self._state = directory / "hosts"
-        self._model = directory / "model"
-        self._cluster = Cluster(bed, self._state)
-        self._cluster.start_coordinator()
-        self.url = self._cluster.open_door(0)
-        for name in HOSTS:
-            self._cluster.start_agent(name, AGENT)
-            self._cluster.wait_for_agents([name])
-
-    def load(self) -> None:
-        """Place the model, with as many slots as there are streams."""
-        request = {
-            "model": str(self._model),
-            "bits": [32],
-            "hop_bits": [32],
-            "max_weight_error": None,
-            "context_tokens": CONTEXT_TOKENS,
-            "slots": STREAMS,
-        }
-        with Client(self.url) as client:
-            client.operate("/shoal/v1/load", request, lambda step: None)
 
     def ask(self, which: int) -> Answer:
         """Ask for an undisturbed answer."""
@@ -200,29 +170,6 @@ class Shoal:
                 more, tokens = read(event, tokens)
                 text += more
         return Answer(text, tokens)
-
-    def tracebacks(self) -> list[str]:
-        """Return the logs that hold a traceback or an internal error."""
-        found = []
-        for name in (HUB, *HOSTS):
-            text = self._cluster.log(name).read_text(errors="replace")
-            for sign in ("Traceback", "internal error"):
-                if sign in text:
-                    found.append(f"{name}: {sign}: {text[text.index(sign) :][:2000]}")
-        return found
-
-    def settle(self, patience_s: float) -> bool:
-        """Wait until every agent is back, and return whether they are."""
-        deadline_s = time.monotonic() + patience_s
-        while time.monotonic() < deadline_s:
-            try:
-                devices = self._cluster.get("/shoal/v1/devices")["devices"]
-            except TestbedError:
-                devices = []
-            if {device["name"] for device in devices} == set(HOSTS):
-                return True
-            time.sleep(0.5)
-        return False
 
     # ---- faults ---------------------------------------------------------------------------------
 
@@ -236,7 +183,9 @@ class Shoal:
             "one-way loss": self._one_way,
             "slow link": lambda: self._for_a_while("link:rate=2,delay=40", "heal"),
             "lossy link": lambda: self._for_a_while("link:loss=5", "heal"),
+            "connection ended": self._end_connections,
             "coordinator killed": self._kill_coordinator,
+            "move": self._move,
             "damaged cache": self._damage,
         }
 
@@ -266,41 +215,45 @@ class Shoal:
 
     def _kill(self) -> str:
         host = self._victim()
-        self._end(host)
+        self.end(host)
         pause_s = self._pause()
-        self._cluster.start_agent(host, AGENT)
+        self.start_agent(host)
         return f"{host}, down for {pause_s:.0f} s"
 
-    def _end(self, host: str) -> None:
-        for process in self.bed.processes(host):
-            os.kill(process, signal.SIGKILL)
-        while self.bed.processes(host):
-            time.sleep(0.05)
-
     def _kill_coordinator(self) -> str:
-        port = int(self.url.rpartition(":")[2])
-        self._end(HUB)
+        self.end(HUB)
         pause_s = self._pause()
-        self._cluster.start_coordinator()
-        self._cluster.open_door(port)
+        self.start_coordinator()
         return f"down for {pause_s:.0f} s"
 
+    def _end_connections(self) -> str:
+        host = self._victim()
+        self.end_connections(host)
+        return host
+
     def _damage(self) -> str:
-        caches = {
-            host: [path for path in (self._state / host / "blocks").rglob("*") if path.is_file()]
-            for host in HOSTS
-        }
-        host = self._chance.choice([host for host in HOSTS if caches[host]])
-        self._end(host)
-        files = sorted(caches[host])
-        chosen = self._chance.sample(files, min(len(files), 6))
-        for path in chosen:
-            data = bytearray(path.read_bytes())
-            for _ in range(DAMAGED_BYTES if data else 0):
-                data[self._chance.randrange(len(data))] ^= 1 << self._chance.randrange(8)
-            path.write_bytes(data)
-        self._cluster.start_agent(host, AGENT)
-        return f"{host}, {len(chosen)} files"
+        host = self._chance.choice([host for host in HOSTS if self.cached(host)])
+        self.end(host)
+        count = self.damage(host, self._chance)
+        self.start_agent(host)
+        return f"{host}, {count} files"
+
+    def _move(self) -> str:
+        """Let the model move to the best plan, after some hosts have become slower or faster."""
+        percents = {host: self._chance.choice((15, 40, 60)) for host in HOSTS}
+        try:
+            for host, percent in percents.items():
+                self.bed.fault(host, f"slow={percent}")
+            self._pause()
+            with Client(self.url) as client:
+                answer = client.operate("/shoal/v1/rebalance", {"dry_run": False}, lambda _: None)
+            return "moved" if answer["moves"] else "did not move"
+        except CommandFailed as error:  # Another fault may not have ended.
+            return f"no move: {error}"
+        finally:
+            self._pause()
+            for host in HOSTS:
+                self.bed.fault(host, "slow=off")
 
 
 def network() -> Network:

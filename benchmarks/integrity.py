@@ -59,7 +59,8 @@ class Shoal:
         self._agent: subprocess.Popen[str] | None = None
         self._coordinator = self._start(
             *("coordinator", "--json", "--bind=127.0.0.1", "--port=0", "--http=127.0.0.1:0"),
-            *("--no-mdns", f"--state-dir={directory / 'coordinator'}"),
+            *("--no-mdns", f"--state-dir={directory / 'coordinator'}", "--create-token"),
+            f"--token-file={directory / 'token'}",
             stdout=subprocess.PIPE,
         )
         said = self._coordinator.stdout
@@ -76,6 +77,7 @@ class Shoal:
         self._agent = self._start(
             *("agent", "--name=pi", "--bind=127.0.0.1", f"--state-dir={state}"),
             f"--coordinator=127.0.0.1:{self._port}",
+            f"--token-file={self._directory / 'token'}",
         )
         deadline_s = time.monotonic() + START_TIMEOUT_S
         with Client(self._url) as client:

@@ -62,6 +62,7 @@ def serving(model: Path, bits: int, threads: int, slots: int) -> Iterator[str]:
         coordinator = _start(
             "coordinator", "--json", "--no-mdns", "--bind=127.0.0.1", "--port=0",
             "--http=127.0.0.1:0", f"--state-dir={directory}/coordinator",
+            "--create-token", f"--token-file={directory}/token",
         )  # fmt: skip
         processes = [coordinator]
         try:
@@ -70,7 +71,7 @@ def serving(model: Path, bits: int, threads: int, slots: int) -> Iterator[str]:
                 _start(
                     "agent", "--bind=127.0.0.1", f"--threads={threads}",
                     f"--coordinator=127.0.0.1:{ready['control_port']}",
-                    f"--state-dir={directory}/agent",
+                    f"--state-dir={directory}/agent", f"--token-file={directory}/token",
                 )
             )  # fmt: skip
             body = {

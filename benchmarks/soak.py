@@ -87,7 +87,7 @@ class Shoal:
         coordinator = self._spawn(
             "coordinator", "coordinator", "--json", "--no-mdns", "--bind=127.0.0.1", "--port=0",
             "--http=127.0.0.1:0", f"--state-dir={self.directory}/coordinator", "--queue=2",
-            "--log-level=warning",
+            "--log-level=warning", "--create-token", f"--token-file={self.directory}/token",
         )  # fmt: skip
         ready = json.loads(coordinator.stdout.readline() if coordinator.stdout else "")
         self.url, self.control_port = ready["http"], ready["control_port"]
@@ -99,6 +99,7 @@ class Shoal:
             name, "agent", f"--name={name}", "--bind=127.0.0.1", "--threads=1", "--exact",
             f"--memory={MEMORY}", f"--coordinator=127.0.0.1:{self.control_port}",
             f"--state-dir={self.directory}/{name}", f"--measurements-dir={self.directory}",
+            f"--token-file={self.directory}/token",
         )  # fmt: skip
 
     def _spawn(self, name: str, *arguments: str) -> subprocess.Popen[str]:
@@ -375,12 +376,6 @@ def run(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     finally:
         shoal.stop()
     processes = watch.report()
-    grown = [
-        f"{figure} of {name}: {values['third_quarter']:.0f}, then {values['last_quarter']:.0f}"
-        for name, figures in processes.items()
-        for figure, values in figures.items()
-        if values["last_quarter"] > (1 + GROWTH) * values["third_quarter"] + (figure != "rss_bytes")
-    ]
     logs = [f"a traceback in {name}" for name in shoal.tracebacks()]
     return {
         "minutes": options.minutes,
@@ -389,8 +384,18 @@ def run(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "kills": kills,
         "processes": processes,
         "samples": watch.samples,
-        "faults": [*clients.faults, *left, *again, *grown, *logs],
+        "faults": [*clients.faults, *left, *again, *grown(processes), *logs],
     }
+
+
+def grown(processes: dict[str, Any]) -> list[str]:
+    """The figures that grew from the third quarter of the time to the last."""
+    return [
+        f"{figure} of {name}: {values['third_quarter']:.0f}, then {values['last_quarter']:.0f}"
+        for name, figures in processes.items()
+        for figure, values in figures.items()
+        if values["last_quarter"] > (1 + GROWTH) * values["third_quarter"] + (figure != "rss_bytes")
+    ]
 
 
 FOLLOWED = ("coordinator", AGENTS[0])

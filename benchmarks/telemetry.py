@@ -65,6 +65,7 @@ class Shoal:
             [
                 *SHOAL, "coordinator", "--json", "--no-mdns", "--bind=127.0.0.1", "--port=0",
                 "--http=127.0.0.1:0", f"--state-dir={directory}/coordinator",
+                "--create-token", f"--token-file={directory}/token",
             ],
             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT,
         )  # fmt: skip
@@ -83,6 +84,7 @@ class Shoal:
                         f"--coordinator=127.0.0.1:{ready['control_port']}",
                         f"--state-dir={directory}/{name}",
                         f"--measurements-dir={directory}",
+                        f"--token-file={directory}/token",
                     ],
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,

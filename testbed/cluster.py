@@ -34,8 +34,16 @@ class Cluster:
         self.bed = bed
         self._state_dir = state_dir
 
+    @property
+    def _token(self) -> Path:
+        """The file of the token by which agents join. The coordinator makes it."""
+        return self._state_dir / "token"
+
     def start_coordinator(self, *options: str) -> None:
-        """Start it and wait until it listens. ``options`` are those of `shoal coordinator`."""
+        """Start it and wait until it listens. ``options`` are those of `shoal coordinator`.
+
+        Models stay where they are, unless an option says --rebalance=auto.
+        """
         said, saying = os.pipe()
         with os.fdopen(said, "rb") as event:
             try:
@@ -43,7 +51,8 @@ class Cluster:
                     HUB,
                     [
                         *("coordinator", "--json", f"--http=127.0.0.1:{HTTP_PORT}"),
-                        *(f"--state-dir={self._state_dir / HUB}", *options),
+                        *(f"--state-dir={self._state_dir / HUB}", "--create-token"),
+                        *(f"--token-file={self._token}", "--rebalance=off", *options),
                     ],
                     saying,
                 )
@@ -64,7 +73,8 @@ class Cluster:
             host,
             [
                 *("agent", f"--name={host}", "--threads=1", *given),
-                *(f"--state-dir={self._state_dir / host}", *options),
+                *(f"--state-dir={self._state_dir / host}", f"--token-file={self._token}"),
+                *options,
             ],
             subprocess.DEVNULL,
         )

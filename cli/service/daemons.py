@@ -13,7 +13,7 @@ import socket
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from cli import argument_types
 from cli.argument_types import CONTROL_PORT, HTTP_PORT
@@ -22,6 +22,7 @@ from cli.render import Screen
 from cli.service.install import add_service_actions
 from cli.service.running import Running, told
 from cli.shared_arguments import add_memory_argument, add_threads_argument, add_watts_argument
+from coordinator.claim import claim_alone, stand_by
 from coordinator.config import (
     DEFAULT_MOST_WAITING,
     DEFAULT_RECOVERY_WAIT_S,
@@ -56,10 +57,9 @@ AGENT_ABOUT = (
     "It finds the coordinator by itself if multicast works in the network."
 )
 AGENT_EXAMPLES = (
-    "  shoal agent --token-file ~/shoal.token    # of `shoal token create`, for the first start\n"
+    "  shoal agent --token-file -                # for the first start; it asks for the token\n"
     "  shoal agent --name pi-1 --memory 3G --storage 8G\n"
     "  shoal agent --coordinator 192.168.1.10    # where multicast is blocked\n"
-    "  shoal agent --token-file -                # asks for a token\n"
     "  shoal agent --list-backends\n"
     "\nin a container that publishes port 7430 of the host 192.168.1.20:\n"
     "  shoal agent --port 7430 --advertise 192.168.1.20\n"
@@ -170,9 +170,15 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         "hold the model. Default: %(default)g.",
     )
     parser.add_argument(
+        "--standby",
+        action="store_true",
+        help="Wait while another coordinator runs with the same state directory, and take over "
+        "when it ends. With the directory on a shared disk, it may run on another machine.",
+    )
+    parser.add_argument(
         "--rebalance",
-        choices=("off", "auto"),
-        default="off",
+        choices=("auto", "off"),
+        default="auto",
         help="With auto, a model moves by itself when another plan has been better for a minute. "
         "It moves back if its tokens then take longer. With off, only `shoal rebalance` moves it. "
         "Default: %(default)s.",
@@ -181,6 +187,15 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-prefix-cache",
         action="store_true",
         help="Compute every prompt from its first token, and not on from what a slot has kept.",
+    )
+    parser.add_argument(
+        "--answer-cache",
+        type=argument_types.size,
+        default=0,
+        metavar="SIZE",
+        help="The memory for answers that are kept. A request at temperature 0 that was answered "
+        'before gets the same answer at once, unless it says `"cache_prompt": false`. '
+        "Default: none are kept.",
     )
     parser.add_argument(
         "--speculate",
@@ -312,6 +327,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
         raise UsageError("--http-key needs the certificate: name it with --http-cert FILE")
 
     state = contextlib.ExitStack()
+    service = ServiceManager.from_environment()
 
     def on_ready(ready: Ready) -> None:
         running = _running(config, ready)
@@ -337,6 +353,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
     _raise_descriptor_limit()
     try:
         _require_one_way(options)
+        state.enter_context(_claimed(options, screen, service))
         if not options.insecure:
             _prepare_token(options)
         config = CoordinatorConfig(
@@ -358,17 +375,36 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
             insecure_http=options.insecure_http,
             cors_origins=tuple(options.cors_origin),
             most_waiting=options.queue,
+            answer_cache_bytes=options.answer_cache,
             prefix_cache=not options.no_prefix_cache,
             drafts=options.speculate,
         )
-        coordinator = Coordinator(
-            config, screen.note, ServiceManager.from_environment(), LocalMakers()
-        )
+        coordinator = Coordinator(config, screen.note, service, LocalMakers())
         _follow_parent(options, lambda: os.kill(os.getpid(), signal.SIGINT))
-        with state:
-            asyncio.run(coordinator.run(on_ready))
+        asyncio.run(coordinator.run(on_ready))
     except (ConfigError, TokenError, WireError) as error:
         raise CommandFailed(str(error)) from error
+    finally:
+        state.close()
+
+
+def _claimed(options: argparse.Namespace, screen: Screen, service: ServiceManager) -> TextIO:
+    """Lock the state directory, if need be after another coordinator. Raises ConfigError."""
+    state_dir = options.state_dir or default_state_dir("coordinator")
+    if not options.standby:
+        return claim_alone(state_dir)
+    tells = True
+
+    def on_wait() -> None:
+        nonlocal tells
+        if tells:
+            screen.note(f"standing by: another coordinator runs with {state_dir}")
+            service.ready()
+            service.status("standing by")
+            tells = False
+        service.alive()
+
+    return stand_by(state_dir, on_wait)
 
 
 def _require_one_way(options: argparse.Namespace) -> None:

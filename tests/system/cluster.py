@@ -139,6 +139,7 @@ class Cluster:
             "--port=0",
             "--http=127.0.0.1:0",
             f"--state-dir={self.directory / 'coordinator'}",
+            "--rebalance=off",  # Most tests want a model to stay where they have put it.
             *(options or ("--no-mdns",)),
         )
         assert process.stdout is not None

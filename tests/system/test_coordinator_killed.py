@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from openai import APIConnectionError, OpenAI
 
 from tests.system.cluster import TINY_OPT, Cluster, wait_for
 
@@ -20,6 +22,8 @@ QUESTION = {
     "ignore_eos": True,
 }
 ID = {"x-request-id": "mine-8"}
+BEGUN = 400
+"""The characters after which a client's answer is cut off."""
 
 
 def restart(cluster: Cluster) -> None:
@@ -99,3 +103,59 @@ def cut_off(cluster: Cluster, begun: threading.Event) -> list[str]:
     except httpx.TransportError:
         pass
     return errors
+
+
+def chat(client: OpenAI, begun: threading.Event, headers: dict[str, str]) -> tuple[str, str]:
+    """Return the id that a chat was given, and its text until its end or the coordinator's.
+
+    ``begun`` is set once some text is there.
+    """
+    raw = client.chat.completions.with_raw_response.create(
+        model="tiny-opt",
+        messages=[{"role": "user", "content": "Where is the lamp?"}],
+        max_tokens=400,
+        temperature=1.0,
+        stream=True,
+        extra_headers=headers,
+        extra_body={"ignore_eos": True},
+    )
+    text = ""
+    with contextlib.suppress(APIConnectionError):
+        for chunk in raw.parse():
+            text += chunk.choices[0].delta.content or "" if chunk.choices else ""
+            if len(text) > BEGUN:
+                begun.set()
+    return raw.headers["x-request-id"], text
+
+
+def test_a_client_gets_the_rest_by_the_id_that_it_was_given(cluster: Cluster) -> None:
+    cluster.start_coordinator()
+    for name in ("a1", "a2"):
+        cluster.start_agent(name)
+    cluster.wait_for_agents("a1", "a2")
+    cluster.load(TINY_OPT, "--bits=8", "--pin=embedding:a1", "--pin=head:a2")
+    answers = cluster.directory / "coordinator" / "answers"
+
+    def client() -> OpenAI:
+        return OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=WAIT_S)
+
+    with client() as before, ThreadPoolExecutor(1) as pool:
+        chat(before, threading.Event(), {})  # The next one begins with rows that slots keep.
+        begun = threading.Event()
+        cut = pool.submit(chat, before, begun, {})
+        assert begun.wait(WAIT_S)
+        cluster.kill("coordinator")
+        given, part = cut.result(WAIT_S)
+    restart(cluster)
+    with client() as after:  # It asks before the agents are back, and waits for them.
+        assert len(list(answers.iterdir())) == 1
+        again, text = chat(after, threading.Event(), {"x-request-id": given})
+        other, different = chat(after, threading.Event(), {})
+    assert again == given
+    # A model that samples at 8 bits would hardly say so much twice, if its rows ran again.
+    assert text.startswith(part)
+    assert len(text) > len(part) > BEGUN
+    assert different != text
+    assert other != given
+    assert "served" not in kinds(cluster)
+    assert list(answers.iterdir()) == []

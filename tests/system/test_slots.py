@@ -16,6 +16,7 @@ import pytest
 
 from agent.peers import connect_peer
 from tests.system.cluster import FIXTURES, Cluster, last_json, wait_for
+from tests.system.members import Member
 from wire.errors import ConnectionLost
 from wire.messages import Activation, Endpoint
 
@@ -135,7 +136,9 @@ def test_who_leaves_or_is_lost_among_several(shared: Cluster, stack: ExitStack) 
         for connection in psutil.Process(shared.processes["pi-2"].pid).net_connections("tcp4")
         if connection.status == psutil.CONN_LISTEN
     )
-    with connect_peer("stranger", middle, [Endpoint("127.0.0.1", port)]) as peer:
+    stranger = Member(shared)
+    endpoint = Endpoint("127.0.0.1", port)
+    with connect_peer("stranger", middle, [endpoint], caller=stranger.to(middle)) as peer:
         peer.send(Activation(1, 2, 0, ENDLESS_CONTEXT, 1, 32, True), bytes(4))
         with pytest.raises(ConnectionLost):
             peer.receive()

@@ -48,6 +48,7 @@ def test_a_certificate_has_no_dates_to_rely_on(tmp_path: Path) -> None:
     assert certificate.not_valid_after_utc.year == 9999
 
 
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")
 def test_only_the_key_of_the_certificate_signs_for_it(tmp_path: Path) -> None:
     one, other = own_identity(tmp_path / "one.pem"), own_identity(tmp_path / "other.pem")
     signature = one.sign(DATA)
@@ -59,6 +60,13 @@ def test_only_the_key_of_the_certificate_signs_for_it(tmp_path: Path) -> None:
     for cut in range(0, len(one.certificate), 7):
         assert not has_signed(one.certificate[:cut], signature, DATA)
     assert not has_signed(one.certificate + bytes(1000), signature, DATA)
+    # Some of these name another algorithm or version.
+    for place in range(len(one.certificate)):
+        for flip in (1, 8, 0x80):
+            changed = bytearray(one.certificate)
+            changed[place] ^= flip
+            if has_signed(bytes(changed), signature, DATA):
+                assert fingerprint_of(bytes(changed)) != one.fingerprint
 
 
 @pytest.mark.parametrize(

@@ -184,14 +184,16 @@ def old_peer() -> Iterator[Endpoint]:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         thread = threading.Thread(target=run)
         thread.start()
-        yield Endpoint("127.0.0.1", listening.getsockname()[1])
-        listening.shutdown(socket.SHUT_RDWR)
-        thread.join(20)
+        try:
+            yield Endpoint("127.0.0.1", listening.getsockname()[1])
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join(20)
 
 
 def test_an_older_peer_is_asked_in_its_own_words() -> None:
     with old_peer() as endpoint:
-        with pytest.raises(NoTls, match="or an older version of shoal"):
+        with pytest.raises(NoTls, match="or an older version"):
             Connection.connect(endpoint, caller=calling())
         assert protocol_of_silent(endpoint) == 2
 

@@ -1,0 +1,60 @@
+"""Lets one coordinator at a time use a state directory, and others stand by."""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TextIO
+
+from coordinator.config import ConfigError
+
+LOOK_S = 1.0
+"""The pause between two looks whether the other coordinator still runs."""
+
+
+def claim(state_dir: Path) -> TextIO | None:
+    """Lock a state directory for this process until the result is closed.
+
+    Returns None if another coordinator has it. The lock ends with its process, and it holds for all
+    machines that share the directory. Raises ConfigError.
+    """
+    try:
+        state_dir.mkdir(parents=True, exist_ok=True)
+        lock = (state_dir / "coordinator.lock").open("w", encoding="ascii")
+    except OSError as error:
+        raise ConfigError(f"state directory {state_dir} is not usable: {error.strerror}") from error
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Child processes do not inherit it.
+    except BlockingIOError:
+        lock.close()
+        return None
+    except OSError as error:
+        lock.close()
+        raise ConfigError(
+            f"state directory {state_dir} cannot be locked: {error.strerror}"
+        ) from error
+    return lock
+
+
+def claim_alone(state_dir: Path) -> TextIO:
+    """Lock a state directory. Raises ConfigError, also if another coordinator has it."""
+    lock = claim(state_dir)
+    if lock is None:
+        raise ConfigError(
+            f"another coordinator runs with the state directory {state_dir}: stop it, give this "
+            "one its own with --state-dir, or let it wait for the other one's end with --standby"
+        )
+    return lock
+
+
+def stand_by(state_dir: Path, on_wait: Callable[[], None]) -> TextIO:
+    """Wait until no other coordinator has a state directory, and lock it. Raises ConfigError.
+
+    on_wait: is called before each pause.
+    """
+    while (lock := claim(state_dir)) is None:
+        on_wait()
+        time.sleep(LOOK_S)
+    return lock

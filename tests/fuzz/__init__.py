@@ -1,0 +1,1 @@
+"""Hostile bytes against everything that strangers and members can reach: ``make fuzz``."""
