@@ -180,8 +180,9 @@ def test_a_transport_that_cannot_be_made_is_a_failed_connection() -> None:
 
 def test_a_closed_socket_waits_for_no_acknowledgement() -> None:
     """Its counts are read by another thread, which does not know that it was just closed."""
-    here, there = socket.socketpair()
-    with here, there:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = socket.create_connection(server.getsockname())
+    with here:
         transport = TcpTransport(here)
         assert transport.unacknowledged_bytes() == 0
         here.close()
