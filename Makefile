@@ -139,6 +139,9 @@ bench-quantizers: $(VENV)/run.stamp ## measure quantizers on a model, and with -
 bench-pages: $(VENV)/run.stamp ## measure decoding speed of fresh processes, by the memory of their weights
 	$(BIN)/python -m benchmarks.pages $(ARGS)
 
+bench-encoders: $(VENV)/run.stamp ## measure texts per second of encoders, also by transformers
+	$(BIN)/python -m benchmarks.encoders $(ARGS)
+
 bench-telemetry: $(VENV)/run.stamp ## measure what counting and remembering passes costs a token
 	$(BIN)/python -m benchmarks.telemetry $(ARGS)
 

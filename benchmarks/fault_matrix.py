@@ -443,6 +443,16 @@ def _words(cell: Cell | None) -> str:
     return f"{cell.wait_s:.1f} s{''.join(notes)}"
 
 
+def told(cell: Cell) -> str:
+    """Return a line about a cell."""
+    return (
+        f"{cell.phase}, {cell.fault}: {cell.outcome}, {cell.wait_s:.1f} s"
+        + (f" ({cell.detail})" if cell.detail else "")
+        + (f", asked again {cell.again} times" if cell.again else "")
+        + f"; {', '.join(cell.story)}"
+    )
+
+
 def write(page: Path, text: str) -> None:
     """Put the table between the two markers of a page."""
     marked = re.compile(f"{re.escape(BEGIN)}.*{re.escape(END)}", re.DOTALL)
@@ -466,16 +476,11 @@ def main() -> None:
     cells: list[Cell] = []
     try:
         with standing(directory, "faults", options.patience) as matrix:
-            for phase in options.phases.split(","):
-                for fault in options.faults.split(","):
+            chosen = itertools.product(options.phases.split(","), options.faults.split(","))
+            with contextlib.suppress(KeyboardInterrupt):  # The table has the cells until then.
+                for phase, fault in chosen:
                     cells.append(matrix.run(fault, phase))
-                    cell = cells[-1]
-                    say(
-                        f"{phase}, {fault}: {cell.outcome}, {cell.wait_s:.1f} s"
-                        + (f" ({cell.detail})" if cell.detail else "")
-                        + (f", asked again {cell.again} times" if cell.again else "")
-                        + f"; {', '.join(cell.story)}"
-                    )
+                    say(told(cells[-1]))
             tracebacks = matrix.shoal.tracebacks()
     finally:
         if options.keep is None:

@@ -68,14 +68,19 @@ class Models:
         self._story = story
         self._states: dict[str, State] = {}
         """In the order in which the models were loaded, the last one at the end."""
-        self._handlers: dict[type[Any], list[Callable[[Any], None]]] = {}
+        self._handlers: dict[type[Any], Callable[[Any], None]] = {}
+        self._followers: dict[type[Any], list[Callable[[Any], None]]] = {}
         self.changed = Signal()
         self.progress: Callable[[], str] = lambda: ""
         """Says how far the running operation is, such as "fetch 40 %"."""
 
     def carry_out(self, kind: type[ActionType], handler: Callable[[ActionType], None]) -> None:
-        """Let ``handler`` carry out actions of this kind, too. It must not wait."""
-        self._handlers.setdefault(kind, []).append(handler)
+        """Let ``handler`` carry out actions of this kind. It must not wait."""
+        self._handlers[kind] = handler
+
+    def follow(self, kind: type[ActionType], handler: Callable[[ActionType], None]) -> None:
+        """Call ``handler`` after actions of this kind were carried out. It must not wait."""
+        self._followers.setdefault(kind, []).append(handler)
 
     def apply(self, name: str, event: Event) -> State:
         """Apply an event to the model ``name``, carry out the actions, return the next state."""
@@ -89,8 +94,10 @@ class Models:
             kind = "replaced" if is_replacement else _KINDS[type(event)]
             self._story.tell(kind, name, _text(event))
         for action in actions:
-            for handler in self._handlers.get(type(action), ()):
-                handler(action)
+            if type(action) in self._handlers:
+                self._handlers[type(action)](action)
+            for follower in self._followers.get(type(action), ()):
+                follower(action)
         if after is not before:
             self.changed.fire()
         return after
@@ -133,16 +140,19 @@ class Models:
             for other in self.all_serving
         )
 
-    def named(self, name: object) -> str:
+    def named(self, name: object, *kinds: str | None) -> str:
         """The name of the model that a request means, or empty if none is here.
 
         name: as the request gives it. A request that gives none, or one that is not here, is about
-        the first model of ``present``.
+        the first model of ``present`` of one of these kinds, or else about the first model.
+        kinds: as of ``OutputSpec.kind``, or None for a model that generates. Without any, all are
+        meant.
         """
-        present = [known for known, _ in self.present()]
-        if name in present:
+        present = self.present()
+        if any(known == name for known, _ in present):
             return str(name)
-        return present[0] if present else ""
+        meant = [known for known, state in present if not kinds or _kind(state) in kinds]
+        return next(iter((*meant, *(known for known, _ in present))), "")
 
     def of_epoch(self, epoch: int) -> Deployment | None:
         """The present deployment with this epoch, whether it serves or was broken."""
@@ -224,6 +234,13 @@ class Models:
     def is_suspect(self, deployment: Deployment) -> bool:
         """Whether tokens from ``deployment`` may be wrong, because files were damaged."""
         return deployment.epoch in past_of(self[deployment.name]).suspect
+
+
+def _kind(state: State) -> str | None:
+    """The kind of what a model returns. A model that is still being loaded has none."""
+    deployment = deployment_of(state)
+    output = None if deployment is None else deployment.spec.output
+    return "" if deployment is None else None if output is None else output.kind
 
 
 def _continues(state: State, deployment: Deployment) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from dataclasses import replace
 
 from coordinator.loading.deployment import Deployment, Team
@@ -23,26 +24,29 @@ RETURN_S = 1.5
 """An agent that is well is back within this time. A silence that both ends see is seen within
 about a second of each other."""
 
+TORN = 64
+"""More reports than devices with stages of several models send at once."""
+
 
 class Returns:
     """Takes over the stages of a deployment whose devices are back."""
 
     def __init__(self, roster: Roster) -> None:
         self._roster = roster
-        self._torn = 0
-        """The epoch of which a stage was reported as lost or damaged last."""
+        self._torn: deque[int] = deque(maxlen=TORN)
+        """The last epochs of which a stage was reported as lost or damaged."""
         roster.subscribe(self._on_event, lambda *_: None)
 
     def _on_event(self, member: Member, message: Message) -> None:
         if isinstance(message, (PeerLost, StageDamaged)):
-            self._torn = message.epoch
+            self._torn.append(message.epoch)
             self._roster.changed.fire()
 
     async def whole(self, broken: Deployment) -> Deployment | None:
         """Return the deployment with its returned devices, or None if one of them stays away."""
         deadline_s = time.monotonic() + RETURN_S
         with self._roster.changed.watch() as changed:
-            while self._torn != broken.epoch and not self._is_empty_handed(broken):
+            while broken.epoch not in self._torn and not self._is_empty_handed(broken):
                 changed.clear()
                 teams = self._teams(broken)
                 if teams is not None:

@@ -87,7 +87,7 @@ class OpenAIRoutes:
     async def _answer(self, request: Request, make: type[Api]) -> Response:
         api = make(await read_json(request))
         requests.current().urgency = urgency_of(request.headers, api.body)
-        name = self._models.named(api.body.get("model"))
+        name = self._models.named(api.body.get("model"), None)
         self._require_room(name)
         state = self._models[name]
         if api.wants_stream and isinstance(state, (Resuming, Loading, Replacing, Asleep)):
