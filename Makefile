@@ -91,6 +91,12 @@ bench-rest: $(VENV)/run.stamp ## measure what an idle agent and coordinator take
 bench-planner: $(VENV)/run.stamp ## measure the planner's solve times and proved gaps
 	$(BIN)/python benchmarks/planner.py $(ARGS)
 
+bench-joint: $(VENV)/run.stamp ## plan models together and one after the other, on described labs
+	$(BIN)/python -m benchmarks.joint $(ARGS)
+
+bench-fidelity-joint: $(VENV)/run.stamp ## compare predicted and measured times of two models at once on emulated hosts (root)
+	$(BIN)/python -m benchmarks.fidelity_joint $(ARGS)
+
 bench-team-simulation: $(VENV)/run.stamp ## compute what teams of 2 to 8 Pis would give, from the parts in a lab
 	$(BIN)/python -m benchmarks.team_simulation $(ARGS)
 
@@ -106,8 +112,14 @@ bench-throughput: $(VENV)/run.stamp ## measure several generations at once over 
 bench-serve: $(VENV)/run.stamp ## measure chats, repeated text and a long prompt beside streams, on emulated hosts (root)
 	$(BIN)/python -m benchmarks.serve $(ARGS)
 
+bench-peer-loading: $(VENV)/run.stamp ## measure loading blocks from other devices instead of the coordinator (root)
+	$(BIN)/python -m benchmarks.peer_loading $(ARGS)
+
 bench-recovery: $(VENV)/run.stamp ## measure how much later an answer ends when a device is lost (root)
 	$(BIN)/python -m benchmarks.recovery $(ARGS)
+
+bench-moving: $(VENV)/run.stamp ## draw the time of a token while devices and links change, with moves and without (root)
+	$(BIN)/python -m benchmarks.moving $(ARGS)
 
 fault-matrix: $(VENV)/run.stamp ## try each fault in each phase of an answer, on emulated hosts (root)
 	$(BIN)/python -m benchmarks.fault_matrix $(ARGS)
@@ -127,8 +139,14 @@ bench-quantizers: $(VENV)/run.stamp ## measure quantizers on a model, and with -
 bench-pages: $(VENV)/run.stamp ## measure decoding speed of fresh processes, by the memory of their weights
 	$(BIN)/python -m benchmarks.pages $(ARGS)
 
+bench-encoders: $(VENV)/run.stamp ## measure texts per second of encoders, also by transformers
+	$(BIN)/python -m benchmarks.encoders $(ARGS)
+
 bench-telemetry: $(VENV)/run.stamp ## measure what counting and remembering passes costs a token
 	$(BIN)/python -m benchmarks.telemetry $(ARGS)
+
+soak-models: $(VENV)/run.stamp ## load and unload three models at random for half an hour, while clients ask them
+	$(BIN)/python -m benchmarks.soak_models $(ARGS)
 
 soak: $(VENV)/run.stamp ## let random clients and failing devices loose for an hour, and watch for what is left
 	$(BIN)/python -m benchmarks.soak $(ARGS)

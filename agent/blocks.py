@@ -12,9 +12,11 @@ import hashlib
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from model.artifact import SHA256, file_sha256
 from model.durable import remove
@@ -27,21 +29,37 @@ from wire.introduction import Caller
 from wire.messages import (
     BlockChunk,
     BlockDamaged,
+    BlocksHeld,
     BlocksHello,
     Done,
     Endpoint,
     FetchBlock,
     FileRef,
+    FindHolders,
     Heartbeat,
+    Holder,
     RequestFailed,
 )
 from wire.sizes import format_size
 
+if TYPE_CHECKING:
+    from agent.holders import Holders
+
 log = logging.getLogger(__name__)
+
+LEAST_BYTES = 1 << 20
+"""For less, nobody is asked which devices have it."""
+
+IDLE_S = 60.0
+"""A connection to the coordinator that was idle for longer is made anew."""
 
 
 class CacheError(Exception):
     """Blocks cannot be kept: too large for the limit, the disk is full, or the data is wrong."""
+
+
+class ArrivedDamaged(CacheError):
+    """The bytes that arrived are not the artifact. None of them are kept."""
 
 
 class Gone(CacheError):
@@ -59,6 +77,10 @@ class BlockCache:
     def path(self, sha256: str) -> Path:
         return self._directory / sha256
 
+    def held(self, sha256: str) -> Path | None:
+        """The artifact with this hash, or None. The hash may come from anyone."""
+        return self.path(sha256) if self.find([sha256]) else None
+
     def find(self, sha256s: Iterable[str]) -> tuple[str, ...]:
         """Return those of the hashes whose artifacts are here. The hashes may come from anyone."""
         return tuple(
@@ -75,12 +97,14 @@ class BlockCache:
         caller: Caller | None = None,
         keep: Collection[str] = (),
         hashed: set[Path] | None = None,
+        holders: Holders | None = None,
     ) -> int:
         """Make all ``blocks`` present and whole, and return the bytes that came over the network.
 
         ``on_progress`` gets (bytes present, bytes in all). Artifacts whose hashes are in ``keep``
         are not evicted. With ``hashed``, the caller checks files that were present already. The
-        paths of fetched files are added to it. Raises CacheError, WireError.
+        paths of fetched files are added to it. With ``holders``, files that other devices have come
+        from them. Raises CacheError, WireError.
         """
         wanted = {ref.sha256: ref for ref in blocks}
         for ref in wanted.values():
@@ -103,14 +127,11 @@ class BlockCache:
             if not missing:
                 return 0
             with _Source(coordinator, device, caller) as source:
+                if holders is not None and total - present >= LEAST_BYTES:
+                    holders.take(source.holders(missing))
                 for ref in missing:
                     progress = partial(_advance, on_progress, present, total)
-                    try:
-                        self._download(source.connection, ref, progress)
-                    except _ArrivedDamaged as error:
-                        log.warning("%s: the coordinator checks its own file", error)
-                        source.report(ref, partial(progress, 0))
-                        self._download(source.connection, ref, progress, is_last=True)
+                    self._obtain(source, holders, ref, progress)
                     present += ref.size_bytes
                     if hashed is not None:
                         hashed.add(self.path(ref.sha256))
@@ -172,6 +193,24 @@ class BlockCache:
         os.utime(path)
         return True
 
+    def _obtain(
+        self,
+        source: _Source,
+        holders: Holders | None,
+        ref: FileRef,
+        on_progress: Callable[[int], None],
+    ) -> None:
+        """Fetch one artifact from a device that has it, else from the coordinator."""
+        download = partial(self._download, ref=ref, on_progress=on_progress)
+        if holders is not None and holders.obtain(ref, download):
+            return
+        try:
+            download(source.connection)
+        except ArrivedDamaged as error:
+            log.warning("%s: the coordinator checks its own file", error)
+            source.report(ref, partial(on_progress, 0))
+            download(source.connection, is_last=True)
+
     def _download(
         self,
         connection: Connection,
@@ -182,7 +221,7 @@ class BlockCache:
     ) -> None:
         """Fetch one artifact; ``on_progress`` gets the bytes that are here.
 
-        Raises _ArrivedDamaged, WireError, OSError.
+        Raises ArrivedDamaged, WireError, OSError.
         """
         part = self._directory / f"{ref.sha256}.part"
         if part.is_dir():
@@ -193,7 +232,7 @@ class BlockCache:
                 chunk, payload = connection.receive()
                 if not is_last and isinstance(chunk, BlockChunk) and chunk.total != ref.size_bytes:
                     arriving.drop()
-                    raise _ArrivedDamaged(f"{ref} arrived damaged (its size differs)")
+                    raise ArrivedDamaged(f"{ref} arrived damaged (its size differs)")
                 if not isinstance(chunk, BlockChunk) or not arriving.fits(
                     chunk.offset, chunk.total, len(payload)
                 ):
@@ -201,7 +240,7 @@ class BlockCache:
                 arriving.write(payload)
                 on_progress(arriving.offset)
             if not arriving.finish():
-                raise _ArrivedDamaged(f"{ref} arrived damaged (its hash differs)")
+                raise ArrivedDamaged(f"{ref} arrived damaged (its hash differs)")
 
     def _evict(self, keep: set[str], needed_bytes: int) -> None:
         """Remove the files used longest ago, except ``keep``, until ``needed_bytes`` are free."""
@@ -224,34 +263,49 @@ class BlockCache:
             remove(path)
 
 
-class _ArrivedDamaged(CacheError):
-    """The bytes that arrived are not the artifact. None of them are kept."""
-
-
 class _Source:
     """The coordinator as a source of files, over a connection that can be replaced. A context."""
 
     def __init__(self, coordinator: Endpoint, device: str, caller: Caller | None) -> None:
         """Raises WireError."""
         self._coordinator, self._device, self._caller = coordinator, device, caller
-        self.connection = self._connect()
+        self._connection = self._connect()
+        self._used_s = time.monotonic()
 
     def __enter__(self) -> _Source:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.connection.close()
+        self._connection.close()
+
+    @property
+    def connection(self) -> Connection:
+        """A connection for the next request. The coordinator closes idle ones. Raises WireError."""
+        now_s = time.monotonic()
+        if now_s - self._used_s > IDLE_S:
+            self._connection.close()
+            self._connection = self._connect()
+        self._used_s = now_s
+        return self._connection
+
+    def holders(self, refs: Sequence[FileRef]) -> tuple[Holder, ...]:
+        """Ask which devices have these files. Raises WireError."""
+        self._connection.send(FindHolders(tuple(ref.sha256 for ref in refs)))
+        answer = clean(self._connection.receive()[0])
+        if not isinstance(answer, BlocksHeld):
+            raise ProtocolError("unexpected answer to a question for files")
+        return answer.holders
 
     def report(self, ref: FileRef, waiting: Callable[[], None]) -> None:
         """Have the coordinator check a file that arrived damaged, on a new connection.
 
         ``waiting`` is called now and then, and may raise to end the wait. Raises Gone, WireError.
         """
-        self.connection.close()
-        self.connection = self._connect()
-        self.connection.send(BlockDamaged(ref.sha256))
+        self._connection.close()
+        self._connection = self._connect()
+        self._connection.send(BlockDamaged(ref.sha256))
         while True:
-            answer = clean(self.connection.receive()[0])
+            answer = clean(self._connection.receive()[0])
             waiting()
             if isinstance(answer, Done):
                 return

@@ -109,7 +109,6 @@ Request = (
     | MeasureDevice
     | MeasureQuality
     | MeasureLink
-    | FindBlocks
     | LoadStage
     | ConnectStage
     | ConnectTeam
@@ -182,6 +181,7 @@ class Agent:
             config.bind_host, config.data_port, answerer=self._credentials.of_others()
         )
         self._peers = PeerServer(self._device, self._listener)
+        self._peers.files = self._cache.held
         self._stages = Stages(self._peers)
         self._loader = StageLoader(
             config,
@@ -417,7 +417,11 @@ class Agent:
             while True:
                 message = clean(connection.receive()[0])  # Heartbeats come every second.
                 self._service.alive()
-                if isinstance(message, Request):
+                if isinstance(message, FindBlocks):
+                    # At once, because another device waits for it while this one may be loading.
+                    found = self._cache.find(message.sha256s)
+                    connection.send(BlocksFound(message.request, found))
+                elif isinstance(message, Request):
                     requests.put(message)
                 elif isinstance(message, CancelRequest):
                     self._cancelled.add(message.request)
@@ -505,8 +509,6 @@ class Agent:
                     return self._measure_quality(request, connection, coordinator)
             case MeasureLink():
                 return self._measure_link(request)
-            case FindBlocks():
-                return BlocksFound(request.request, self._cache.find(request.sha256s))
             case LoadStage():
                 return self._load(request, connection, coordinator)
             case ConnectStage():

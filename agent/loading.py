@@ -14,10 +14,11 @@ from agent.blocks import BlockCache, CacheError
 from agent.config import AgentConfig
 from agent.credentials import Credentials
 from agent.grammars import open_grammars, with_vocabulary
+from agent.holders import Holders
 from agent.integrity import Contents, Watch, load_whole
 from agent.loaded import relay_of
 from agent.pace import PacedStage
-from agent.peers import Entrance
+from agent.peers import Entrance, connect_peer
 from agent.quiet import Figures
 from agent.stages import LoadedStage, Stages
 from agent.team import Team
@@ -26,6 +27,7 @@ from calibration.trial import Trials
 from model.artifact import read_format
 from model.grammar_process import library_version
 from model.spec import ModelSpec
+from wire.connection import Connection
 from wire.errors import WireError
 from wire.messages import (
     BlockRef,
@@ -33,6 +35,7 @@ from wire.messages import (
     Endpoint,
     FetchBlocks,
     FileRef,
+    Holder,
     LoadStage,
     Message,
     StageDamaged,
@@ -85,7 +88,8 @@ class StageLoader:
     def fetch(self, request: FetchBlocks, source: Source) -> BlocksFetched:
         """Make files present that a later load wants. Raises CacheError, WireError."""
         files = with_vocabulary(request.blocks, request.vocabulary)
-        return BlocksFetched(request.request, self._fetch(files, source, set()))
+        fetched_bytes, from_peers_bytes = self._fetch(files, source, set())
+        return BlocksFetched(request.request, fetched_bytes, from_peers_bytes)
 
     def load(self, request: LoadStage, backend: Backend, source: Source) -> StageLoaded:
         """Load a stage beside those that ``request`` keeps, and unload the others first.
@@ -98,14 +102,16 @@ class StageLoader:
             raise BackendError(f"the coordinator sent a stage of weight {request.weight}")
         self._stages.keep([epoch for epoch in request.keeps if epoch != request.epoch])
         contents = Contents(check_all_first=self._had_damage)
-        fetched_bytes, started_s = 0, 0.0
+        fetched_bytes, from_peers_bytes, started_s = 0, 0, 0.0
         files = with_vocabulary(request.blocks, request.vocabulary)
 
         def fetch() -> None:
-            nonlocal fetched_bytes, started_s
+            nonlocal fetched_bytes, from_peers_bytes, started_s
             came: set[Path] = set()
             contents.expect({self._cache.path(ref.sha256): ref.sha256 for ref in files})
-            fetched_bytes += self._fetch(files, source, came)
+            every_bytes, peers_bytes = self._fetch(files, source, came)
+            fetched_bytes += every_bytes
+            from_peers_bytes += peers_bytes
             contents.trust(came)
             started_s = time.perf_counter()
 
@@ -127,6 +133,7 @@ class StageLoader:
             time.perf_counter() - started_s,
             contents.damaged_files,
             library_version() if request.vocabulary is not None else "",
+            from_peers_bytes,
         )
 
     def stop_damaged(self, stage: LoadedStage, path: Path) -> None:
@@ -142,17 +149,28 @@ class StageLoader:
         with contextlib.suppress(WireError):  # The coordinator sees the agent's loss.
             self._report(StageDamaged(stage.epoch, reason))
 
-    def _fetch(self, files: Sequence[FileRef], source: Source, came: set[Path]) -> int:
-        """Make files present beside those of loaded stages. Return the bytes that came."""
-        return self._cache.fetch(
-            files,
-            source.coordinator,
-            self._device,
-            source.fetched,
-            caller=self._credentials.to_coordinator("blocks"),
-            keep=self._stages.files,
-            hashed=came,
-        )
+    def _fetch(self, files: Sequence[FileRef], source: Source, came: set[Path]) -> tuple[int, int]:
+        """Make files present beside those of loaded stages.
+
+        Returns the bytes that came, and how many of them came from other devices.
+        """
+        with Holders(self._connect) as holders:
+            fetched_bytes = self._cache.fetch(
+                files,
+                source.coordinator,
+                self._device,
+                source.fetched,
+                caller=self._credentials.to_coordinator("blocks"),
+                keep=self._stages.files,
+                hashed=came,
+                holders=holders,
+            )
+            return fetched_bytes, holders.came_bytes
+
+    def _connect(self, holder: Holder) -> Connection:
+        """Connect to a device that has files. Raises WireError."""
+        caller = self._credentials.to_device(holder.device)
+        return connect_peer(self._device, holder.device, holder.endpoints, caller=caller)
 
     def _run(
         self, request: LoadStage, spec: ModelSpec, blocks: range, stage: Stage, team: Team | None

@@ -12,12 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from agent.links import LinkFigures, summary_s
 from agent.team import Team
 from calibration.disturbance import Patience, spread_of, steady
 from wire import limits
 from wire.addresses import own_last
+from wire.chunks import file_chunks
 from wire.claim import Claim
 from wire.codec import Prefix
 from wire.conditions import Conditions
@@ -28,12 +30,14 @@ from wire.introduction import Caller
 from wire.lobby import Lobby
 from wire.messages import (
     Endpoint,
+    FetchBlock,
     JoinRefused,
     Message,
     PeerHello,
     PeerWelcome,
     ProbePing,
     ProbePong,
+    RequestFailed,
 )
 from wire.rare_log import RareLog
 
@@ -45,7 +49,12 @@ Deliver = Callable[[Message, memoryview], None]
 HELLO_TIMEOUT_S = 5.0
 
 PROBE_IDLE_S = 30.0
-"""A peer that measures the link sends its next probe much sooner than this."""
+"""A peer that measures the link, or fetches files, sends its next request much sooner than this."""
+
+MOST_FETCHING = 8
+"""The number of peers that may fetch files at once."""
+
+NOT_HERE = "the file is not here"
 
 MOST_PROBING = 16
 """The number of peers that may measure their link at once. The coordinator asks for few."""
@@ -131,12 +140,15 @@ class PeerServer:
         """Admit peers to the loaded stages. Any thread may set it."""
         self.teams: tuple[Team, ...] = ()
         """Admit members of the teams of loaded stages. Any thread may set it."""
+        self.files: Callable[[str], Path | None] = lambda sha256: None
+        """Finds a file that other devices may fetch, by its hash. Set before ``start``."""
         self._device = device
         self._listener = listener
         self._connections: set[Connection] = set()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._probing = Lobby(f"port {listener.port}, link probes", MOST_PROBING, MOST_PROBING // 2)
+        self._fetching = Lobby(f"port {listener.port}, files", MOST_FETCHING, MOST_FETCHING)
         self._rare_log = RareLog(log)
 
     def start(self) -> None:
@@ -208,6 +220,7 @@ class PeerServer:
             if not is_given_away:
                 connection.close()
             self._probing.leave(connection)
+            self._fetching.leave(connection)
             with self._lock:
                 self._connections.discard(connection)
 
@@ -215,7 +228,7 @@ class PeerServer:
         """Serve a peer whose hello names this device. Raises WireError once the connection ends."""
         if not hello.hop_key:
             self._probing.enter(connection, connection.peer_host, connection.close)
-            connection.admit = _admit_probe
+            connection.admit = _admit_any
             connection.set_receive_timeout(PROBE_IDLE_S)
             connection.send(PeerWelcome(self._device))
             while True:
@@ -244,8 +257,24 @@ class PeerServer:
         message, payload = connection.receive()
         if isinstance(message, ProbePing):
             connection.send(ProbePong(message.number))
+        elif isinstance(message, FetchBlock):
+            if self._probing.leave(connection):
+                self._fetching.enter(connection, connection.peer_host, connection.close)
+            self._send_file(message, connection)
         elif deliver is not None:
             deliver(message, payload)
+
+    def _send_file(self, request: FetchBlock, connection: Connection) -> None:
+        """Send a file from the cache. Raises WireError, ConnectFailed if it goes meanwhile."""
+        path = self.files(request.sha256)
+        if path is None:
+            connection.send(RequestFailed(0, NOT_HERE))
+            return
+        try:
+            for chunk, payload in file_chunks(path, request.offset):
+                connection.send(chunk, payload)
+        except OSError as error:  # It made room for another one just now, or cannot be read.
+            raise ConnectFailed(f"{path.name} cannot be sent: {error}") from error
 
 
 def _require_introduced(hello: PeerHello, connection: Connection) -> None:
@@ -254,8 +283,10 @@ def _require_introduced(hello: PeerHello, connection: Connection) -> None:
         raise ProtocolError("it has introduced itself as another device")
 
 
-def _admit_probe(prefix: Prefix) -> None:
+def _admit_any(prefix: Prefix) -> None:
     """Admit the messages that any device of the shoal may send. Raises ProtocolError."""
+    if prefix.kind is FetchBlock and prefix.payload_bytes == 0:
+        return
     if prefix.kind is not ProbePing or prefix.payload_bytes > limits.MAX_PROBE_BYTES:
         raise ProtocolError(f"it sent {prefix.kind.__name__} but is not the previous device")
 

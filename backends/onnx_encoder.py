@@ -105,7 +105,7 @@ class OnnxEncoderLayers(EncoderLayers):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What a layer's rows see. Layers of one kind share an input."""
+    """The rows that a layer's rows see. Layers of one kind share an input."""
 
     bidirectional: bool
     window: int | None

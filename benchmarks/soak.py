@@ -376,12 +376,6 @@ def run(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
     finally:
         shoal.stop()
     processes = watch.report()
-    grown = [
-        f"{figure} of {name}: {values['third_quarter']:.0f}, then {values['last_quarter']:.0f}"
-        for name, figures in processes.items()
-        for figure, values in figures.items()
-        if values["last_quarter"] > (1 + GROWTH) * values["third_quarter"] + (figure != "rss_bytes")
-    ]
     logs = [f"a traceback in {name}" for name in shoal.tracebacks()]
     return {
         "minutes": options.minutes,
@@ -390,8 +384,18 @@ def run(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
         "kills": kills,
         "processes": processes,
         "samples": watch.samples,
-        "faults": [*clients.faults, *left, *again, *grown, *logs],
+        "faults": [*clients.faults, *left, *again, *grown(processes), *logs],
     }
+
+
+def grown(processes: dict[str, Any]) -> list[str]:
+    """The figures that grew from the third quarter of the time to the last."""
+    return [
+        f"{figure} of {name}: {values['third_quarter']:.0f}, then {values['last_quarter']:.0f}"
+        for name, figures in processes.items()
+        for figure, values in figures.items()
+        if values["last_quarter"] > (1 + GROWTH) * values["third_quarter"] + (figure != "rss_bytes")
+    ]
 
 
 FOLLOWED = ("coordinator", AGENTS[0])

@@ -71,6 +71,14 @@ def between(low: float, high: float, unit: str = "") -> Callable[[str], float]:
     return convert
 
 
+def _seconds(text: str) -> float:
+    """The seconds of a time such as 90s, 10m or 2h. Raises ValueError, KeyError."""
+    seconds = float(text[:-1]) * {"s": 1, "m": 60, "h": 3600}[text[-1:]]
+    if not 1 <= seconds <= 365 * 86400:
+        raise ValueError(text)
+    return seconds
+
+
 def at_least_0(text: str) -> float:
     """A finite number from 0 up. Raises ValueError."""
     value = float(text)
@@ -152,6 +160,7 @@ guesses = argument(_guesses, f"a whole number from 0 to {limits.DRAFT_TOKENS}")
 bits = argument(_known_bits, "widths out of " + ",".join(map(str, BITS)))
 size = argument(parse_size, "a size such as 512M, 1.5G or 200MiB")
 watts = argument(between(0.01, 1e5, "W"), "watts, such as 6.5")
+duration = argument(_seconds, "a time such as 90s, 10m or 2h")
 seconds = argument(between(0, 86400, "s"), "seconds, such as 30")
 port = argument(_port_number, "a port between 0 and 65535")
 http_endpoint = argument(_endpoint(HTTP_PORT), "HOST:PORT")

@@ -106,16 +106,27 @@ def run_plan(options: argparse.Namespace, screen: Screen) -> None:
 def _plan_several(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import joint
 
-    if options.devices is None:
-        raise UsageError("several models are planned together with --devices LAB.yaml")
-    joint.run_offline_joint(options, screen)
+    if options.devices is not None:
+        joint.run_offline_joint(options, screen)
+        return
+    if options.shape is not None:
+        raise UsageError("--shape has no files for a coordinator to read: add --devices LAB.yaml")
+    with _client(options) as client:
+        joint.run_live_joint(options, screen, client)
 
 
 def run_load(options: argparse.Namespace, screen: Screen) -> None:
-    from cli.commands import plan_arguments
+    from cli.commands import joint, plan_arguments
     from cli.commands.model_names import locate
     from cli.commands.plan_views import show_divergence, show_weights
 
+    if len(options.models) > 1:
+        with _client(options) as client:
+            joint.run_live_load(options, screen, client)
+        return
+    if options.weights is not None:
+        raise UsageError("--weights is for several models: name them, or drop it")
+    (options.model,) = options.models
     plan_arguments.request_of(options)  # Wrong arguments are told before a model is fetched.
     with _client(options) as client:
         locate(options, client, screen)
@@ -125,6 +136,7 @@ def run_load(options: argparse.Namespace, screen: Screen) -> None:
             generation_defaults=options.generation_defaults,
             replaces=options.replace,
             weight=options.weight,
+            keep_s=options.keep,
         )
         with screen.progress() as on_step:
             answer = client.operate("/shoal/v1/load", request.to_dict(), on_step)
@@ -174,7 +186,8 @@ def run_unload(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_rebalance(options: argparse.Namespace, screen: Screen) -> None:
     with _client(options) as client, screen.progress() as on_step:
-        answer = client.operate("/shoal/v1/rebalance", {"dry_run": options.dry_run}, on_step)
+        body = {"dry_run": options.dry_run, **({"model": options.name} if options.name else {})}
+        answer = client.operate("/shoal/v1/rebalance", body, on_step)
     if options.json:
         screen.json(answer)
         return
@@ -427,15 +440,13 @@ def _add_bits(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_model(sub: argparse.ArgumentParser, *, several: bool = False) -> None:
-    """The arguments that ``plan`` and ``load`` share."""
+def _add_models(sub: argparse.ArgumentParser, *, count: str) -> None:
+    """The arguments that ``plan`` and ``load`` share. ``count``: how many models, for argparse."""
     from cli.commands import plan_arguments
 
-    if several:
-        sub.add_argument("models", metavar="MODEL", nargs="*", help=MODEL_HELP)
-        plan_arguments.add_weights_argument(sub)
-    else:
-        sub.add_argument("model", metavar="MODEL", help=MODEL_HELP)
+    several = " Several are planned together."
+    sub.add_argument("models", metavar="MODEL", nargs=count, help=MODEL_HELP + several)
+    plan_arguments.add_weights_argument(sub)
     _add_bits(sub)
     plan_arguments.add_quality_arguments(sub, with_plan=True)
     plan_arguments.add_hop_argument(sub, with_budget=True)
@@ -445,7 +456,7 @@ def _add_model(sub: argparse.ArgumentParser, *, several: bool = False) -> None:
 def _plan(plan: argparse.ArgumentParser) -> Page:
     from cli.commands import plan_arguments
 
-    _add_model(plan, several=True)
+    _add_models(plan, count="*")
     plan_arguments.add_planning_arguments(plan)
     add_url_argument(plan)
     return Page(
@@ -465,7 +476,7 @@ def _plan(plan: argparse.ArgumentParser) -> Page:
 def _load(load: argparse.ArgumentParser) -> Page:
     from cli import argument_types
 
-    _add_model(load)
+    _add_models(load, count="+")
     load.add_argument(
         "--no-generation-defaults",
         dest="generation_defaults",
@@ -477,6 +488,13 @@ def _load(load: argparse.ArgumentParser) -> Page:
         "--replace",
         action="store_true",
         help="End all other models first. Default: they stay, and the model gets what they leave.",
+    )
+    load.add_argument(
+        "--keep",
+        type=argument_types.duration,
+        metavar="10m",
+        help="Unload the model after so long without a request: 90s, 10m, 2h. A request that names "
+        "it loads it again, and waits. Default: it stays loaded.",
     )
     load.add_argument(
         "--weight",
@@ -492,7 +510,9 @@ def _load(load: argparse.ArgumentParser) -> Page:
         "  shoal load ~/models/llama-3.2-1b\n"
         "  shoal load ./opt-350m --bits 8,16 --context 1024\n"
         "  shoal load ./opt-350m --plan plan.json  # exactly this plan\n"
+        "  shoal load ./llama-1b ./qwen3-0.6b --weights 1,3  # both, planned together\n"
         "  shoal load ./opt-350m --objective throughput --slots 8  # for many users\n"
+        "  shoal load ./opt-125m --keep 10m  # beside the others, while somebody uses it\n"
         "  shoal load ./opt-350m --bits 32 --hop-bits 32  # as one machine computes it\n",
         "Other models stay loaded, because somebody may be using them: a load that does not fit "
         "beside them fails, and says so. With --replace they end, as they always did up to 0.1. "
@@ -724,6 +744,9 @@ def _unload(parser: argparse.ArgumentParser) -> Page:
 
 def _rebalance(parser: argparse.ArgumentParser) -> Page:
     parser.add_argument(
+        "name", nargs="?", metavar="NAME", help="A loaded model. Default: the one loaded last."
+    )
+    parser.add_argument(
         "--dry-run",
         action="store_true",
         help="Only compare, and move nothing.",
@@ -734,7 +757,8 @@ def _rebalance(parser: argparse.ArgumentParser) -> Page:
         "  shoal rebalance --dry-run  # say whether it would pay\n  shoal rebalance\n",
         "Plans the loaded model again by the present figures: devices that joined, links that "
         "changed, and devices that run slower than planned. If the new plan is better by enough, "
-        "the model moves there. Answers pause meanwhile and go on.",
+        "the model moves there, and its answers go on. A coordinator does so by itself, unless it "
+        "was started with --rebalance off.",
     )
 
 

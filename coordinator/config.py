@@ -40,7 +40,7 @@ class CoordinatorConfig:
     """The most disk space for quantized blocks. None means most of the free space."""
     recovery_wait_s: float = DEFAULT_RECOVERY_WAIT_S
     """The time that answers wait for a lost device if the others cannot take its place."""
-    rebalances: bool = False
+    rebalances: bool = True
     """Whether a model moves by itself to a plan that is better for a while."""
     prefix_cache: bool = True
     """Whether prompts may begin with rows that an earlier sequence left in a slot."""
@@ -58,6 +58,8 @@ class CoordinatorConfig:
     """Ask no HTTP client for an API key, wherever HTTP listens."""
     cors_origins: tuple[str, ...] = ()
     """Origins whose web pages may use the API, as "https://chat.lan". "*" means all."""
+    answer_cache_bytes: int = 0
+    """The memory for greedy answers that identical requests get again. 0 keeps none."""
     most_waiting: int = DEFAULT_MOST_WAITING
     """The most requests that wait for a slot. More get an error."""
 

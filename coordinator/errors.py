@@ -214,6 +214,19 @@ class QueueFull(CoordinatorError):
         self.retry_after_s = retry_after_s
 
 
+class TextsWait(CoordinatorError):
+    """As many texts wait for a pass as may."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+    def __init__(self, waiting: int, retry_after_s: int) -> None:
+        super().__init__(
+            f"{waiting} texts wait already: ask again in {retry_after_s} s, or send fewer at once"
+        )
+        self.retry_after_s = retry_after_s
+
+
 class StorageFull(CoordinatorError):
     """The blocks of one operation exceed the coordinator's storage limit."""
 

@@ -47,12 +47,14 @@ from coordinator.loading.state import Serving, describe
 from coordinator.loading.turns import Turns
 from coordinator.quality.store import QualityStore
 from coordinator.roster.book import DeviceBook
+from coordinator.roster.holders import holders
 from coordinator.roster.members import Roster
 from coordinator.roster.names import NameBook
 from coordinator.serving.admission import Admission
 from coordinator.serving.encoding import Encoders
 from coordinator.serving.gateway import Gateway, Shortcuts
 from coordinator.serving.journal import AnswerJournal
+from coordinator.serving.kept_answers import KeptAnswers
 from coordinator.serving.requests import Requests
 from coordinator.serving.standstills import Standstills
 from coordinator.story import Story
@@ -70,11 +72,13 @@ from wire.lobby import Lobby
 from wire.messages import (
     AgentHello,
     BlockDamaged,
+    BlocksHeld,
     BlocksHello,
     Done,
     Endpoint,
     FetchBlock,
     FilesMade,
+    FindHolders,
     Heartbeat,
     MakeFiles,
     Message,
@@ -160,6 +164,7 @@ class Coordinator:
             self.roster,
             self._models,
             Shortcuts(config.prefix_cache, config.drafts),
+            KeptAnswers(config.answer_cache_bytes),
             AnswerJournal(config.state_dir / "answers"),
         )
         self._operations.mover.warm = self._gateway.warm
@@ -222,6 +227,7 @@ class Coordinator:
                 tasks = [
                     asyncio.create_task(self._attend()),
                     asyncio.create_task(self._keeper.watch_links()),
+                    asyncio.create_task(self._keeper.watch_use()),
                 ]
                 if config.rebalances:
                     tasks.append(asyncio.create_task(self._rebalancer.follow()))
@@ -386,6 +392,9 @@ class Coordinator:
                     await self._workshop.take(device, request, connection)
                 case BlockDamaged():
                     await self._repair(request, connection)
+                case FindHolders():
+                    found = await holders(self.roster, device, request.sha256s)
+                    await connection.send(BlocksHeld(found))
                 case FetchBlock():
                     if not await self._send(request, connection):
                         self._rare_log.warning(

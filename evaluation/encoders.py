@@ -1,4 +1,4 @@
-"""What encoders are scored by: answers to SQuAD's questions, and classes of texts as in GLUE.
+"""Scores of encoders: answers to SQuAD's questions, and classes of texts as in GLUE.
 
 Accuracy, F1 and Matthews' correlation are GLUE's own figures. F1 is that of the second class (1),
 where there are two, and the mean over classes (macro) where there are more.

@@ -1,4 +1,4 @@
-"""What an encoder's folder says besides numbers: the names of classes, and prompts for texts."""
+"""The texts in an encoder's folder: the names of classes, and prompts for texts."""
 
 from __future__ import annotations
 

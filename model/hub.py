@@ -27,6 +27,9 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 ADAPTER = "adapter_model.safetensors"
 
+MODULES = "modules.json"
+"""The steps of a sentence encoder. Each may have a folder with a config.json."""
+
 DESCRIPTIONS = (
     CONFIG,
     "generation_config.json",
@@ -43,6 +46,8 @@ DESCRIPTIONS = (
     "adapter_config.json",
     "quantize_config.json",
     "quant_config.json",
+    MODULES,
+    "config_sentence_transformers.json",
 )
 """The files beside weights that a model may need. Most have a few KB."""
 
@@ -264,7 +269,8 @@ def is_whole(folder: Path) -> bool:
 def lacks_weights(path: Path) -> bool:
     """Whether a model's folder has its config.json, and at most other descriptions beside it."""
     try:
-        names = {item.name for item in path.iterdir()}
+        # A folder with a description is that of a sentence encoder's step.
+        names = {item.name for item in path.iterdir() if not (item / CONFIG).is_file()}
     except OSError:
         return False
     return CONFIG in names and names <= set(DESCRIPTIONS)

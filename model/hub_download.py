@@ -30,6 +30,7 @@ from model.hub import (
     DESCRIPTIONS,
     INDEX,
     MAIN,
+    MODULES,
     SINGLE,
     HubName,
     cache_directory,
@@ -129,7 +130,8 @@ def fetch_config(name: HubName) -> tuple[Path, int | None]:
         raise HubError(
             f"{name.repo} has no {CONFIG} to plan from: run `shoal pull {name}`, then plan it"
         )
-    wanted = [by_path[path] for path in (CONFIG, "generation_config.json") if path in by_path]
+    names = (CONFIG, "generation_config.json", MODULES, *_steps(by_path))
+    wanted = [by_path[path] for path in names if path in by_path]
     _fetch(repository, wanted, lambda done, total: None)
     return repository.snapshot, sum(file.size_bytes for file in needed_files(repository))
 
@@ -190,7 +192,15 @@ def needed_files(repository: Repository) -> tuple[HubFile, ...]:
     described = [path for path in (*DESCRIPTIONS, INDEX) if path in by_path]
     if SINGLE in tensors and INDEX in described:
         described.remove(INDEX)
-    return tuple(by_path[path] for path in (*described, *weights))
+    return tuple(by_path[path] for path in (*described, *_steps(by_path), *weights))
+
+
+def _steps(paths: Iterable[str]) -> list[str]:
+    """Return the descriptions of a sentence encoder's steps, such as 1_Pooling/config.json."""
+    known = set(paths)
+    if MODULES not in known:
+        return []
+    return sorted(path for path in known if path.count("/") == 1 and path.endswith(f"/{CONFIG}"))
 
 
 def _without_weights(name: HubName, top: Iterable[str]) -> str:

@@ -30,12 +30,12 @@ ExpertScoring = Literal["softmax", "topk_softmax"]
 Activation = Literal["relu", "silu", "gelu", "gelu_tanh"]
 RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
 OutputKind = Literal["vector", "class", "tokens", "span"]
-"""What an encoder tells of a text: a vector, scores of its classes, scores of each token's classes,
+"""The result of a text: a vector, scores of its classes, scores of each token's classes,
 or how well an answer begins and ends at each token."""
 Pooling = Literal["none", "first", "mean", "last"]
 """Which of a text's rows its result comes from: each, the first, all of them, or the last."""
 DenseActivation = Literal["none", "tanh", "relu"]
-"""What follows the dense layer of a head. none: the head has no such layer."""
+"""The function behind the dense layer of a head. none: the head has no such layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class ExpertSpec:
 
 @dataclass(frozen=True, slots=True)
 class OutputSpec:
-    """What an encoder returns of a text.
+    """The result that an encoder returns of a text.
 
     pooling: the row or rows that the head takes.
     dense: width of a linear layer after pooling, or 0 without one. Its activation is
@@ -252,7 +252,7 @@ class ModelSpec:
     embed_norm: bool = False
     """Embeddings are normed as layers are."""
     output: OutputSpec | None = None
-    """What an encoder returns. None: the model generates text, and its head is an LM head."""
+    """The result of an encoder. None: the model generates text, and its head is an LM head."""
 
     @property
     def encodes(self) -> bool:

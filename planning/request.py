@@ -77,6 +77,7 @@ _EXPECTED = {
     "generation_defaults": "true or false",
     "with_problem": "true or false",
     "replaces": "true or false",
+    "keep_s": "seconds from 1 up, or null",
     "weight": f"a number from {1 / MAX_WEIGHT} to {MAX_WEIGHT:g}",
 }
 """The allowed values of each field, in words for the user."""
@@ -141,6 +142,8 @@ class LoadRequest:
     """Take the place of all loaded models. Otherwise the model gets what they leave."""
     weight: float = 1.0
     """The model's part of devices that it shares, against the weights of other models there."""
+    keep_s: float | None = None
+    """Unload the model after so long without a request. A request loads it again. None: never."""
 
     def __post_init__(self) -> None:
         require_model(self.model)
@@ -175,6 +178,7 @@ class LoadRequest:
             or (bool(self.hop_bits) and set(self.hop_bits) <= set(HOP_BITS)),
             "quality_budget": _within(self.quality_budget, 0),
             "quality_margin": _within(self.quality_margin, 1),
+            "keep_s": _within(self.keep_s, 1),
             "weight": 1 / MAX_WEIGHT <= self.weight <= MAX_WEIGHT,
         }
 

@@ -40,7 +40,10 @@ class Cluster:
         return self._state_dir / "token"
 
     def start_coordinator(self, *options: str) -> None:
-        """Start it and wait until it listens. ``options`` are those of `shoal coordinator`."""
+        """Start it and wait until it listens. ``options`` are those of `shoal coordinator`.
+
+        Models stay where they are, unless an option says --rebalance=auto.
+        """
         said, saying = os.pipe()
         with os.fdopen(said, "rb") as event:
             try:
@@ -49,7 +52,7 @@ class Cluster:
                     [
                         *("coordinator", "--json", f"--http=127.0.0.1:{HTTP_PORT}"),
                         *(f"--state-dir={self._state_dir / HUB}", "--create-token"),
-                        *(f"--token-file={self._token}", *options),
+                        *(f"--token-file={self._token}", "--rebalance=off", *options),
                     ],
                     saying,
                 )

@@ -367,6 +367,8 @@ class StageLoaded:
     """The number of files that were damaged on the device, and were fetched or made again."""
     grammars: str = ""
     """The version of llguidance, where the stage can keep answers to a grammar."""
+    from_peers_bytes: int = 0
+    """The share of ``fetched_bytes`` that other devices sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -508,6 +510,8 @@ class BlocksFetched:
 
     request: int
     fetched_bytes: int
+    from_peers_bytes: int = 0
+    """The share of them that other devices sent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -939,6 +943,29 @@ class FetchBlock:
 
 
 @dataclass(frozen=True, slots=True)
+class FindHolders:
+    """Say which other devices have these files. An agent asks this on its connection of files."""
+
+    sha256s: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A device that has some of the files, and where it may be reached."""
+
+    device: str
+    endpoints: tuple[Endpoint, ...]
+    sha256s: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksHeld:
+    """The devices that have some of the files, the nearest first."""
+
+    holders: tuple[Holder, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BlockDamaged:
     """The artifact with this hash arrived incomplete or with other contents.
 
@@ -1020,6 +1047,8 @@ Message: TypeAlias = (
     | ProbePong
     | BlocksHello
     | FetchBlock
+    | FindHolders
+    | BlocksHeld
     | BlockDamaged
     | BlockChunk
 )
@@ -1072,6 +1101,8 @@ CODES: dict[int, type[Message]] = {
     54: FilesMade,
     60: StageDamaged,
     61: BlockDamaged,
+    67: FindHolders,
+    68: BlocksHeld,
     81: EncodeTexts,
     82: TextRows,
     83: TextsEncoded,

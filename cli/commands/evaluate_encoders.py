@@ -26,7 +26,7 @@ _PERCENT = ("exact_match", "f1", "accuracy")
 
 
 class Encoder(Protocol):
-    """Who answers."""
+    """The one that answers."""
 
     def classes(self, items: Sequence[Labelled]) -> list[int]:
         """Return the class of each item."""
@@ -133,7 +133,7 @@ def _encoder(options: argparse.Namespace, model: Model, run: Run) -> Iterator[En
 
 
 class _OverHttp:
-    """What is loaded."""
+    """The loaded model."""
 
     def __init__(self, loaded: Loaded, model: Model) -> None:
         self._loaded = loaded

@@ -65,7 +65,7 @@ class Model:
     files: Files | None
     loaded: Loaded | None = None
     output: str | None = None
-    """What the model returns of a text. None: it generates."""
+    """The kind of result that the model returns of a text. None: it generates."""
 
 
 @contextmanager

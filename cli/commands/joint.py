@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from cli.commands.described import Described, read_described
 from cli.commands.joint_views import show_joint, show_joint_explanation
-from cli.commands.model_names import model_to_plan
+from cli.commands.model_names import locate, model_to_plan
+from cli.commands.plan_arguments import request_of
 from cli.commands.plan_losses import measured_loss
-from cli.commands.plan_views import loss_text
+from cli.commands.plan_views import loss_text, show_weights
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 
 if TYPE_CHECKING:
+    from cli.client import Client
     from planning.joint.plan import JointPlan
     from planning.joint.problem import JointProblem
     from planning.plan import Plan
@@ -104,6 +106,66 @@ def run_offline_joint(options: argparse.Namespace, screen: Screen) -> None:
         raise CommandFailed(str(error)) from error
 
 
+def run_live_joint(options: argparse.Namespace, screen: Screen, client: Client) -> None:
+    """Run ``shoal plan A B`` with the coordinator's measurements. Raises CommandFailed."""
+    for name, asked in (
+        ("--explain", options.explain),
+        ("--plot", options.plot),
+        ("--save", options.save),
+        ("--plan", options.plan),
+    ):
+        if asked:
+            raise UsageError(f"{name} for several models needs --devices LAB.yaml")
+    request = _live_request(options, screen, client, weights=False)
+    with screen.progress() as on_step:
+        answer = client.operate("/shoal/v1/plan", request, on_step)
+    _show_live(options, screen, answer, "predicted plans for")
+
+
+def run_live_load(options: argparse.Namespace, screen: Screen, client: Client) -> None:
+    """Run ``shoal load A B``: plan the models together and load all of them."""
+    if options.plan:
+        raise UsageError("--plan is for one model: load the models one by one with their plans")
+    request = _live_request(options, screen, client, weights=True)
+    request["replaces"] = options.replace
+    for one in request["models"]:
+        one["weight"] = options.weight
+        one["generation_defaults"] = options.generation_defaults
+    with screen.progress() as on_step:
+        answer = client.operate("/shoal/v1/load", request, on_step)
+    _show_live(options, screen, answer, "loaded:")
+
+
+def _live_request(
+    options: argparse.Namespace, screen: Screen, client: Client, *, weights: bool
+) -> dict[str, Any]:
+    """The request for all models. Raises UsageError, CommandFailed."""
+    _check(options)
+    several = []
+    for model in options.models:
+        own = argparse.Namespace(**{**vars(options), "model": model, "shape": None, "plan": None})
+        request_of(own)  # Wrong arguments are told before a model is fetched.
+        locate(own, client, screen, weights=weights)
+        several.append(request_of(own).to_dict())
+    return {"models": several, "weights": list(weights_of(options, len(several)))}
+
+
+def _show_live(
+    options: argparse.Namespace, screen: Screen, answer: Mapping[str, Any], words: str
+) -> None:
+    if options.json:
+        screen.json(answer)
+        return
+    names = [entry["model"] for entry in answer["models"]]
+    show_joint(screen, answer, f"{words} {' and '.join(names)}")
+    for entry in answer["models"]:
+        show_weights(screen, entry)
+        total, quality = entry["plan"]["total_sensitivity"], entry.get("quality")
+        if quality is not None and total is not None:
+            line = f"{entry['model']}: {loss_text(total, quality)}"
+            screen.out.print(line, soft_wrap=True, markup=False)
+
+
 @dataclass(frozen=True, slots=True)
 class Shown:
     """A joint plan with what is needed to show it. Rows are one per model."""
@@ -165,13 +227,13 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError(f"{count} models: at most {MOST_MODELS} are planned together")
     weights_of(options, count)
     for name, asked in (
-        ("--simulate", options.simulate),
-        ("--formulation dilemma", options.formulation == "dilemma"),
+        ("--simulate", getattr(options, "simulate", None)),
+        ("--formulation dilemma", getattr(options, "formulation", "") == "dilemma"),
         ("--pin", options.pin),
         ("--sensitivities", options.sensitivities),
         ("--check-quality", options.check_quality),
         ("--adapter", getattr(options, "adapter", None)),
-        ("--migration-weight", options.devices is not None and options.migration_weight),
+        ("--migration-weight", options.migration_weight),
     ):
         if asked:
             raise UsageError(f"{name} is for one model: drop it, or plan one model")
@@ -179,7 +241,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def _given(options: argparse.Namespace) -> list[tuple[str | None, str | None]]:
     """(model, shape) of each model, as the user gave them."""
-    return [(model, None) for model in options.models] + [(None, s) for s in options.shape or ()]
+    shapes = getattr(options, "shape", None) or ()
+    return [(model, None) for model in options.models] + [(None, shape) for shape in shapes]
 
 
 @contextmanager
@@ -267,7 +330,7 @@ def _best(
 def _measured(
     screen: Screen, described: Sequence[Described], plan: JointPlan
 ) -> list[float | None]:
-    """What each plan loses, measured; None where it cannot be, or where nothing bounds it."""
+    """Each plan's loss, measured; None where it cannot be, or where nothing bounds it."""
     return [
         measured_loss(screen, one.losses, own)
         for one, own in zip(described, plan.plans, strict=True)

@@ -165,7 +165,7 @@ def keep_described(
 
 
 def measured_loss(screen: Screen, losses: DescribedLosses, plan: Plan) -> float | None:
-    """What the blocks of a plan lose, measured; None where it cannot be, or nothing bounds it."""
+    """The loss of a plan's blocks, measured; None where it cannot be, or nothing bounds it."""
     from model.loss_estimate import LossUnknown
     from model.loss_store import LossStore
     from wire.service import default_state_dir

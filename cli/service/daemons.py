@@ -57,10 +57,9 @@ AGENT_ABOUT = (
     "It finds the coordinator by itself if multicast works in the network."
 )
 AGENT_EXAMPLES = (
-    "  shoal agent --token-file ~/shoal.token    # of `shoal token create`, for the first start\n"
+    "  shoal agent --token-file -                # for the first start; it asks for the token\n"
     "  shoal agent --name pi-1 --memory 3G --storage 8G\n"
     "  shoal agent --coordinator 192.168.1.10    # where multicast is blocked\n"
-    "  shoal agent --token-file -                # asks for a token\n"
     "  shoal agent --list-backends\n"
     "\nin a container that publishes port 7430 of the host 192.168.1.20:\n"
     "  shoal agent --port 7430 --advertise 192.168.1.20\n"
@@ -178,8 +177,8 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rebalance",
-        choices=("off", "auto"),
-        default="off",
+        choices=("auto", "off"),
+        default="auto",
         help="With auto, a model moves by itself when another plan has been better for a minute. "
         "It moves back if its tokens then take longer. With off, only `shoal rebalance` moves it. "
         "Default: %(default)s.",
@@ -188,6 +187,15 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-prefix-cache",
         action="store_true",
         help="Compute every prompt from its first token, and not on from what a slot has kept.",
+    )
+    parser.add_argument(
+        "--answer-cache",
+        type=argument_types.size,
+        default=0,
+        metavar="SIZE",
+        help="The memory for answers that are kept. A request at temperature 0 that was answered "
+        'before gets the same answer at once, unless it says `"cache_prompt": false`. '
+        "Default: none are kept.",
     )
     parser.add_argument(
         "--speculate",
@@ -367,6 +375,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
             insecure_http=options.insecure_http,
             cors_origins=tuple(options.cors_origin),
             most_waiting=options.queue,
+            answer_cache_bytes=options.answer_cache,
             prefix_cache=not options.no_prefix_cache,
             drafts=options.speculate,
         )

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ from coordinator.loading.models import Models
 from coordinator.loading.operations import Compared, Operations
 from coordinator.loading.paces import slow_devices, token_s
 from coordinator.loading.rebalance import Verdict
+from coordinator.loading.several import PlannedTogether, SeveralRequest
 from coordinator.loading.state import (
     Loading,
     Present,
@@ -215,7 +216,11 @@ class AdminRoutes:
         return JSONResponse({"path": str(folder), "size_bytes": size_bytes})
 
     async def plan(self, request: Request) -> Response:
-        wanted = await _located(LoadRequest.from_dict(await read_json(request)))
+        """Plan a model; or several with ``models``, together."""
+        body = await read_json(request)
+        if "models" in body:
+            return await self._plan_several(body)
+        wanted = await _located(LoadRequest.from_dict(body))
         await asyncio.to_thread(Checkpoint.open_to_plan, wanted.model, wanted.adapter)
 
         async def work(emit: Emit) -> dict[str, Any]:
@@ -227,8 +232,37 @@ class AdminRoutes:
 
         return json_lines(work)
 
+    async def _plan_several(self, body: Mapping[str, Any]) -> Response:
+        several = await _all_located(SeveralRequest.from_dict(body))
+        for one in several.requests:
+            await asyncio.to_thread(Checkpoint.open_to_plan, one.model, one.adapter)
+
+        async def work(emit: Emit) -> dict[str, Any]:
+            together = await self._operations.plan_several(several, _emitter(emit))
+            return _together(together)
+
+        return json_lines(work)
+
+    async def _load_several(self, body: Mapping[str, Any]) -> Response:
+        several = await _all_located(SeveralRequest.from_dict(body))
+        for one in several.requests:
+            await _require_checkpoint(one)
+
+        async def work(emit: Emit) -> dict[str, Any]:
+            together, found = await self._operations.load_several(several, _emitter(emit))
+            now_s = time.monotonic()
+            return _together(together) | {
+                "loaded": [model_view(Serving(deployment, now_s)) for deployment in found]
+            }
+
+        return json_lines(work)
+
     async def load(self, request: Request) -> Response:
-        wanted = await _located(LoadRequest.from_dict(await read_json(request)))
+        """Load a model; or several with ``models``, planned together."""
+        body = await read_json(request)
+        if "models" in body:
+            return await self._load_several(body)
+        wanted = await _located(LoadRequest.from_dict(body))
         await _require_checkpoint(wanted)
 
         async def work(emit: Emit) -> dict[str, Any]:
@@ -258,15 +292,18 @@ class AdminRoutes:
     async def rebalance(self, request: Request) -> Response:
         """Compare the plan of the model that answers with the best one now, and move to that.
 
-        With ``dry_run`` nothing is moved.
+        With ``dry_run`` nothing is moved. Without ``model`` it is the first one that answers.
         """
-        dry_run = (await read_json(request)).get("dry_run", False)
+        body = await read_json(request)
+        dry_run, name = body.get("dry_run", False), body.get("model")
         if not isinstance(dry_run, bool):
             raise RequestInvalid("dry_run: expected true or false", "dry_run")
+        if not (name is None or isinstance(name, str)):
+            raise RequestInvalid("model: expected the name of a loaded model", "model")
 
         async def work(emit: Emit) -> dict[str, Any]:
             deployment, compared, verdict = await self._operations.rebalance(
-                _emitter(emit), moves=not dry_run
+                _emitter(emit), moves=not dry_run, name=name
             )
             answer = _comparison(deployment, compared, verdict)
             if verdict.moves and not dry_run:
@@ -296,6 +333,11 @@ def _hub_name(text: object) -> HubName:
 async def _located(wanted: Wanted) -> Wanted:
     """The same request with the path of its model in place of a hub's name. Raises ModelError."""
     return replace(wanted, model=await asyncio.to_thread(on_this_machine, wanted.model))
+
+
+async def _all_located(several: SeveralRequest) -> SeveralRequest:
+    """The same requests with paths in place of hubs' names. Raises ModelError."""
+    return replace(several, requests=tuple([await _located(one) for one in several.requests]))
 
 
 async def _require_checkpoint(wanted: LoadRequest | QualityRequest) -> None:
@@ -329,6 +371,18 @@ def _device(member: Member) -> dict[str, Any]:
 
 def _shown_key(device: Device) -> str:
     return shown(bytes.fromhex(device.fingerprint))
+
+
+def _together(together: PlannedTogether) -> dict[str, Any]:
+    """A joint plan as JSON, with what is known of each model's loss."""
+    answer = together.describe()
+    for entry, part in zip(answer["models"], together.parts, strict=True):
+        entry["context_tokens"] = part.context_tokens
+        entry["weights"] = part.weights
+        if part.quality is not None:
+            entry["quality"] = part.quality
+    answer["ids"] = dict(together.parts[0].devices)
+    return answer
 
 
 def _planned(planned: Planned) -> dict[str, Any]:
@@ -468,6 +522,7 @@ def _stage(deployment: Deployment, team: Team, loaded: tuple[StageLoaded, ...]) 
             "device": member.name,
             "memory_bytes": one.memory_bytes,
             "fetched_bytes": one.fetched_bytes,
+            "from_peers_bytes": one.from_peers_bytes,
             "load_s": one.load_s,
             "token_s": token_s(deployment, member),
         }
@@ -477,6 +532,7 @@ def _stage(deployment: Deployment, team: Team, loaded: tuple[StageLoaded, ...]) 
         "device": team[0].name,
         "memory_bytes": sum(one.memory_bytes for one in loaded),
         "fetched_bytes": sum(one.fetched_bytes for one in loaded),
+        "from_peers_bytes": sum(one.from_peers_bytes for one in loaded),
         "load_s": max(one.load_s for one in loaded),
         "token_s": max((part["token_s"] or 0.0 for part in parts), default=0.0) or None,
         "members": parts if len(team) > 1 else [],

@@ -219,6 +219,23 @@ COMPLETION: dict[str, Schema] = {
 _USAGE = _open({"prompt_tokens": _WHOLE, "completion_tokens": _WHOLE, "total_tokens": _WHOLE})
 _FINISH = {"enum": ["stop", "length", "tool_calls"]}
 
+_OF_ENCODERS: dict[str, Schema] = {
+    "model": _TEXT,
+    "input": {
+        "anyOf": [
+            _TEXT,
+            _TOKENS,
+            _list({"anyOf": [_TEXT, _list(_TEXT), _TOKENS]}, minItems=1, maxItems=2048),
+        ]
+    },
+    "truncate": _FLAG,
+    "user": _TEXT,
+}
+_COUNTED: dict[str, Schema] = {
+    "model": _TEXT,
+    "usage": _open({"prompt_tokens": _WHOLE, "total_tokens": _WHOLE}),
+}
+
 _SCHEMAS: dict[str, Schema] = {
     "Error": _open(
         {
@@ -347,6 +364,59 @@ _SCHEMAS: dict[str, Schema] = {
     "TemplateRequest": _closed({"model": _TEXT, **CHAT}, "messages"),
     "Prompt": _open({"prompt": _TEXT}),
     "Count": _open({"input_tokens": _WHOLE}),
+    "EmbeddingRequest": _closed(
+        {
+            **_OF_ENCODERS,
+            "encoding_format": {"enum": ["float", "base64"]},
+            "dimensions": _integer(1),
+            "prompt_name": _or_null(_TEXT),
+        },
+        "input",
+    ),
+    "Embeddings": _open(
+        {
+            "object": {"const": "list"},
+            "data": _list(
+                _open(
+                    {
+                        "object": {"const": "embedding"},
+                        "index": _WHOLE,
+                        "embedding": {"anyOf": [_list({"type": "number"}), _TEXT]},
+                    }
+                )
+            ),
+            **_COUNTED,
+        }
+    ),
+    "ClassifyRequest": _closed(_OF_ENCODERS, "input"),
+    "Classes": _open({"data": _list(_open({"index": _WHOLE})), **_COUNTED}),
+    "AnswersRequest": _closed(
+        {
+            "model": _TEXT,
+            "question": _TEXT,
+            "context": _TEXT,
+            "top": _integer(1, 20),
+            "may_lack": _FLAG,
+            "user": _TEXT,
+        },
+        "question",
+        "context",
+    ),
+    "Answers": _open(
+        {
+            "data": _list(
+                _open(
+                    {
+                        "answer": _TEXT,
+                        "score": {"type": "number"},
+                        "start": _WHOLE,
+                        "end": _WHOLE,
+                    }
+                )
+            ),
+            **_COUNTED,
+        }
+    ),
     "Anything": {"type": "object"},
 }
 
@@ -386,7 +456,19 @@ _PATHS: dict[str, tuple[str, str, str, str]] = {
     "/tokenize": ("Turn a text or a chat into tokens.", "TokenizeRequest", "Tokens", ""),
     "/detokenize": ("Turn tokens into text.", "DetokenizeRequest", "DetokenizedText", ""),
     "/apply-template": ("Turn a chat into a prompt.", "TemplateRequest", "Prompt", ""),
-    "/v1/embeddings": ("Not given: it always answers 501.", "Anything", "", ""),
+    "/v1/embeddings": ("Turn texts into vectors.", "EmbeddingRequest", "Embeddings", ""),
+    "/v1/classify": (
+        "Give texts, pairs of texts or their tokens a class.",
+        "ClassifyRequest",
+        "Classes",
+        "",
+    ),
+    "/v1/answers": (
+        "Find the parts of a text that answer a question.",
+        "AnswersRequest",
+        "Answers",
+        "",
+    ),
 }
 """For each path: its summary, the schemas of request and answer, and what its stream has."""
 
@@ -398,7 +480,6 @@ _REFUSALS = {
     "408": "The request took too long to arrive.",
     "429": "Too many requests wait. Retry-After says when to come again.",
     "500": "An error of the server.",
-    "501": "The server does not give this.",
     "502": "A device failed.",
     "503": "No model answers now. Retry-After says when to come again, if it is known.",
     "507": "A disk is full.",

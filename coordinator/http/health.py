@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from coordinator.loading.models import RETRY_LOADING_S, Models
-from coordinator.loading.state import Broken, Loading, Nothing, Replacing, Resuming, Serving
+from coordinator.loading.state import Asleep, Broken, Loading, Nothing, Replacing, Resuming, Serving
 from coordinator.serving.requests import Requests
 
 _WORDS = {
@@ -40,7 +40,7 @@ class HealthRoutes:
 
     async def health(self, request: Request) -> Response:
         state = self._models.current
-        if isinstance(state, Serving):
+        if isinstance(state, (Serving, Asleep)):  # A request loads the model that sleeps.
             return JSONResponse({"status": "ok"})
         progress = self._models.progress()
         message = _WORDS[type(state)] + (f" ({progress})" if progress else "")

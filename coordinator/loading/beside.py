@@ -1,4 +1,4 @@
-"""What the loaded stages of other models leave of each device's memory and storage."""
+"""The memory and storage of each device that the stages of other models leave."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from coordinator.errors import AgentDamaged, AgentLost, CoordinatorError, NotLoa
 from coordinator.loading import state as states
 from coordinator.loading.deployment import Deployment, unload, unload_forgotten
 from coordinator.loading.doubts import Doubts
+from coordinator.loading.idling import Idling
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
 from coordinator.loading.recovery import LoadedFile, awaited, recover
@@ -29,13 +30,16 @@ from coordinator.loading.state import (
     Place,
     Placed,
     Replacing,
+    Rest,
     ResumeBegan,
     Resuming,
     Serving,
+    Slept,
     StageFoundDamaged,
     Stopped,
     StopPlacing,
     WaitEnded,
+    WakeFailed,
     error_of,
     name_of,
 )
@@ -85,6 +89,8 @@ class Keeper:
         models.carry_out(states.Keep, self._keep)
         models.carry_out(states.Record, self._note)
         models.carry_out(states.Forget, self._forget)
+        self._idling = Idling(models, turns)
+        models.carry_out(Rest, self._rest)
         self._records = operations.records
         self._records.update(kept.record.read())
         self._epochs: dict[str, int] = {}
@@ -98,13 +104,20 @@ class Keeper:
         for name in self._records.keys() - {model_name(request.model) for request, _ in kept}:
             self._forget_stages(name)
         for request, devices in kept:
-            names = tuple(map(self._roster.names.name, devices))
-            self._models.apply(model_name(request.model), ResumeBegan(request, names))
+            names, name = tuple(map(self._roster.names.name, devices)), model_name(request.model)
+            if request.keep_s is not None and name not in self._records:
+                self._models.apply(name, Slept(request))
+            else:
+                self._models.apply(name, ResumeBegan(request, names))
 
     def close(self) -> None:
         """End every model, because the coordinator stops."""
         for name, _ in self._models.present():
             self._models.apply(name, Stopped(NotLoaded("the coordinator was stopped")))
+
+    async def watch_use(self) -> None:
+        """Let models fall asleep for ever, once nobody has used them for their time."""
+        await self._idling.watch()
 
     async def watch_links(self) -> None:
         """Try failed links again for ever, one at a time, while no operation or answer runs."""
@@ -166,6 +179,13 @@ class Keeper:
         self._kept.forget(action.name)
         self._keep_stages(action.name, 0)
 
+    def _rest(self, action: Rest) -> None:
+        """Unload the stages of a model that nobody uses. The disk keeps its request."""
+        name = action.deployment.name
+        self._kept.record.forget(name)
+        self._keep_stages(name, 0)
+        self._idling.unload(action.deployment)
+
     def _keep_stages(self, name: str, epoch: int) -> None:
         """Let agents that join keep these stages of a model. 0: agents unload all of them."""
         self._epochs[name] = epoch
@@ -194,7 +214,10 @@ class Keeper:
         out.
         """
         name = name_of(state)
-        log.warning("%s was loaded: waiting for %s", name, ", ".join(state.devices))
+        if state.devices:
+            log.warning("%s was loaded: waiting for %s", name, ", ".join(state.devices))
+        else:
+            log.warning("%s slept, and a request needs it", name)
         async for missing in awaited(self._roster, state.devices, self._wait_s):
             self._models.apply(name, DevicesAwaited(missing))
             # A cancellation is lost if a device joins at that moment (wait_for before Python 3.12).
@@ -260,7 +283,11 @@ class Keeper:
         return error_of(failed) or NotLoaded(str(error))
 
     def _give_up(self, name: str, error: CoordinatorError) -> None:
-        self._models.apply(name, WaitEnded(error))
+        state = self._models[name]
+        if isinstance(state, Resuming) and state.request.keep_s is not None:
+            self._models.apply(name, WakeFailed(error))
+        else:
+            self._models.apply(name, WaitEnded(error))
 
     async def _attempt(self, name: str) -> Deployment:
         """Place the model once. Raises the reason if that fails."""

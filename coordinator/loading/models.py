@@ -11,6 +11,7 @@ from coordinator.loading import state as states
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.state import (
     Action,
+    Asleep,
     Broken,
     Event,
     Loading,
@@ -35,7 +36,7 @@ UNLOADED = "the model was unloaded"
 RETRY_LOADING_S = 5
 """Asking again for a model that is being loaded so often costs nothing."""
 
-_ORDER = (Serving, Replacing, Resuming, Broken, Loading)
+_ORDER = (Serving, Replacing, Resuming, Broken, Loading, Asleep)
 """A request without a model's name is about the first of these."""
 
 _KINDS = {
@@ -51,6 +52,8 @@ _KINDS = {
     states.StageFoundDamaged: "damaged",
     states.AttemptFailed: "not placed",
     states.WaitEnded: "broken",
+    states.Slept: "asleep",
+    states.WakeFailed: "not loaded",
     states.Unloaded: "unloaded",
 }
 """The story's words for events. Other events are not told."""
@@ -64,6 +67,7 @@ class Models:
     def __init__(self, story: Story) -> None:
         self._story = story
         self._states: dict[str, State] = {}
+        """In the order in which the models were loaded, the last one at the end."""
         self._handlers: dict[type[Any], list[Callable[[Any], None]]] = {}
         self.changed = Signal()
         self.progress: Callable[[], str] = lambda: ""
@@ -77,6 +81,8 @@ class Models:
         """Apply an event to the model ``name``, carry out the actions, return the next state."""
         before = self[name]
         after, actions = advance(before, event, time.monotonic())
+        if isinstance(before, Nothing):
+            self._states.pop(name, None)
         self._states[name] = after
         if _is_news(before, event, after):
             is_replacement = isinstance(event, states.Placed) and deployment_of(before) is not None
@@ -93,11 +99,14 @@ class Models:
         return self._states.get(name) or Nothing()
 
     def present(self) -> tuple[tuple[str, Present], ...]:
-        """The name and state of every model that is not Nothing. The one that answers is first."""
+        """The name and state of every model that is not Nothing.
+
+        Models that answer come first, and of these the one that was loaded last.
+        """
         found = [
             (name, state) for name, state in self._states.items() if not isinstance(state, Nothing)
         ]
-        return tuple(sorted(found, key=lambda item: (_ORDER.index(type(item[1])), item[0])))
+        return tuple(sorted(reversed(found), key=lambda item: _ORDER.index(type(item[1]))))
 
     @property
     def current(self) -> State:
@@ -116,16 +125,27 @@ class Models:
         """The deployments of all models that answer now."""
         return tuple(state.deployment for _, state in self.present() if isinstance(state, Serving))
 
-    def named(self, name: object) -> str:
+    def is_busy_beside(self, deployment: Deployment) -> bool:
+        """Whether another model answers now on a device of this deployment."""
+        devices = set(deployment.devices)
+        return any(
+            other is not deployment and other.slots.used and not devices.isdisjoint(other.devices)
+            for other in self.all_serving
+        )
+
+    def named(self, name: object, *kinds: str | None) -> str:
         """The name of the model that a request means, or empty if none is here.
 
         name: as the request gives it. A request that gives none, or one that is not here, is about
-        the first model.
+        the first model of ``present`` of one of these kinds, or else about the first model.
+        kinds: as of ``OutputSpec.kind``, or None for a model that generates. Without any, all are
+        meant.
         """
-        present = [known for known, _ in self.present()]
-        if name in present:
+        present = self.present()
+        if any(known == name for known, _ in present):
             return str(name)
-        return present[0] if present else ""
+        meant = [known for known, state in present if not kinds or _kind(state) in kinds]
+        return next(iter((*meant, *(known for known, _ in present))), "")
 
     def of_epoch(self, epoch: int) -> Deployment | None:
         """The present deployment with this epoch, whether it serves or was broken."""
@@ -143,7 +163,8 @@ class Models:
         name: as of ``named``.
         """
         state = self[self.named(name)]
-        if isinstance(state, (Loading, Resuming)):
+        # A request that wakes a model waits for it.
+        if isinstance(state, (Loading, Resuming)) and states.request_of(state).keep_s is None:
             what = f"{name_of(state)} is {describe(state)}"
             progress = self.progress()
             raise NotReady(f"{what}{progress and f' ({progress})'}", RETRY_LOADING_S)
@@ -151,9 +172,13 @@ class Models:
     async def deployment(self, name: object = None) -> Deployment:
         """Wait for the deployment that answers. Raises the reason if there will be none.
 
-        name: as of ``named``.
+        name: as of ``named``. A model that sleeps is loaded again.
         """
-        return await self._served(self.named(name), lambda state: True)
+        found = self.named(name)
+        state = self[found]
+        if isinstance(state, Asleep):
+            self.apply(found, states.ResumeBegan(state.request, ()))
+        return await self._served(found, lambda state: True)
 
     async def latest(self, deployment: Deployment) -> Deployment:
         """Wait for this deployment, or for the one that takes its place.
@@ -173,6 +198,8 @@ class Models:
                     raise NotLoaded(UNLOADED)
                 if isinstance(state, Serving):
                     return state.deployment
+                if isinstance(state, Asleep):
+                    raise (state.error or NotLoaded(UNLOADED)).with_traceback(None)
                 if isinstance(state, Broken):
                     # It is raised many times. A traceback would grow with each.
                     raise state.error.with_traceback(None)
@@ -200,6 +227,13 @@ class Models:
     def is_suspect(self, deployment: Deployment) -> bool:
         """Whether tokens from ``deployment`` may be wrong, because files were damaged."""
         return deployment.epoch in past_of(self[deployment.name]).suspect
+
+
+def _kind(state: State) -> str | None:
+    """The kind of what a model returns. A model that is still being loaded has none."""
+    deployment = deployment_of(state)
+    output = None if deployment is None else deployment.spec.output
+    return "" if deployment is None else None if output is None else output.kind
 
 
 def _continues(state: State, deployment: Deployment) -> bool:

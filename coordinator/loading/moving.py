@@ -45,7 +45,7 @@ class Mover:
     """Moves models between plans."""
 
     def __init__(self, roster: Roster, models: Models, carry_out: CarryOut) -> None:
-        """``carry_out`` loads a plan in place of a deployment, beside those that serve."""
+        """``carry_out`` loads a plan in place of a deployment, beside those that answer."""
         self._roster = roster
         self._models = models
         self._carry_out = carry_out

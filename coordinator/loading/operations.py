@@ -46,6 +46,7 @@ from coordinator.loading.rebalance import (
 )
 from coordinator.loading.record import DeploymentRecord
 from coordinator.loading.recovery import remaining
+from coordinator.loading.several import PlannedTogether, SeveralRequest, plan_together
 from coordinator.loading.slots import Slots
 from coordinator.loading.state import (
     FilesMended,
@@ -80,8 +81,8 @@ from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
 from planning.build import DeviceInput, RequestInput, build_problem
 from planning.errors import RequestInvalid
+from planning.joint.beside import solve_beside
 from planning.plan import InfeasiblePlan, Plan, PlanError
-from planning.planner import solve
 from planning.problem import PlanningProblem
 from planning.request import DEFAULT_CONTEXT_TOKENS, LoadRequest, model_name
 from planning.sensitivity import choose_hops
@@ -133,13 +134,13 @@ class Operations:
         self._report = turns.report
         self._store = store
         self._quality_meter = QualityMeter(store, quality)
+        self.mover = Mover(roster, models, self.carry_out)
         self._vocabularies: list[tuple[Tokenizer, Vocabulary | None]] = []
         """The vocabularies of the loaded models' tokenizers, and of the last one."""
         self.records: dict[str, DeploymentRecord] = {}
         """Deployments from before a restart whose stages may still be loaded, by model."""
         self._crowded_out: frozenset[str] = frozenset()
         """Broken models that the present attempt leaves no room for."""
-        self.mover = Mover(roster, models, self.carry_out)
         self._damaged_epochs: set[int] = set()
         """Epochs that were being loaded when one of their stages was found damaged."""
 
@@ -159,6 +160,92 @@ class Operations:
             for doubt in await asyncio.to_thread(_doubts, tokenizer, request.model):
                 log.warning("%s", doubt)
             return await self._load(request, tokenizer)
+
+    async def plan_several(
+        self, asked: SeveralRequest, on_step: Callable[[Step], None]
+    ) -> PlannedTogether:
+        """Plan models together. Raises CoordinatorError, ModelError, PlanError."""
+        async with self._turns.asked(on_step):
+            return await self._plan_several(asked, weights=False)
+
+    async def load_several(
+        self, asked: SeveralRequest, on_step: Callable[[Step], None]
+    ) -> tuple[PlannedTogether, tuple[Deployment, ...]]:
+        """Plan models together and load all of them, or none.
+
+        Raises CoordinatorError, ModelError, PlanError.
+        """
+        async with self._turns.asked(on_step):
+            tokenizers = [
+                await asyncio.to_thread(_tokenizer, request.model) for request in asked.requests
+            ]
+            for attempt in itertools.count(1):
+                together = await self._plan_several(asked, weights=True)
+                present = [known for known, _ in self._models.present()]
+                ended = self._end_models(present if asked.replaces else asked.names)
+                await asyncio.shield(self._unload(ended))
+                members = self._roster.members
+                try:
+                    return together, await self._load_parts(together.parts, tokenizers)
+                except LinkFailed as error:
+                    by_name = {member.name: member for member in members}
+                    ends = by_name[error.source], by_name[error.target]
+                    self._roster.fail_link(*ends, error.reason, used=True)
+                    if attempt == PLACEMENTS:
+                        raise
+            raise AssertionError("counting ended")
+
+    async def _plan_several(self, asked: SeveralRequest, *, weights: bool) -> PlannedTogether:
+        """Plan each model as if the others of ``asked`` were not there, then all of them."""
+        self._crowded_out = frozenset(asked.names)
+        try:
+            parts = [
+                await self._plan(self._identified(request), asked=True, weights=weights)
+                for request in asked.each()
+            ]
+        finally:
+            self._crowded_out = frozenset()
+        parts = [
+            replace(part, request=replace(part.request, time_limit_s=own.time_limit_s))
+            for part, own in zip(parts, asked.requests, strict=True)
+        ]
+
+        async def measured(part: Planned) -> float | None:
+            if part.losses.kind != "estimated" or part.problem.quality_budget is None:
+                return None
+            return await self._quality_meter.loss_of(
+                part.request, part.checkpoint, part.plan, self._report
+            )
+
+        return await plan_together(
+            asked, parts, measured, lambda what: self._step("plan", what, 0, 0, "")
+        )
+
+    async def _load_parts(
+        self, parts: Sequence[Planned], tokenizers: Sequence[Tokenizer]
+    ) -> tuple[Deployment, ...]:
+        """Load planned models one after the other. If one fails, none of them stays."""
+        found: list[Deployment] = []
+        names = [model_name(part.request.model) for part in parts]
+        for name, part in zip(names, parts, strict=True):
+            self._models.apply(name, LoadBegan(part.request))
+        try:
+            for name, part, tokenizer in zip(names, parts, tokenizers, strict=True):
+                self._phase(part.request, "quantize")
+                blocks = await self._quantize(part)
+                spec = part.checkpoint.spec
+                vocabulary = await asyncio.to_thread(self._vocabulary_of, tokenizer, spec)
+                self._phase(part.request, "load")
+                members = self._roster.members
+                found.append(await self._deploy(part, tokenizer, blocks, members, vocabulary))
+                self._models.apply(name, Placed(found[-1]))
+        except BaseException as error:  # Also when cancelled, the state must say so.
+            why = str(error) or "the load was stopped"
+            for name in names[len(found) :]:
+                self._models.apply(name, LoadFailed(NotLoaded(f"{name} was not loaded: {why}")))
+            await asyncio.shield(self._unload(self._end_models(names[: len(found)])))
+            raise
+        return tuple(found)
 
     async def _load(self, request: LoadRequest, tokenizer: Tokenizer) -> Deployment:
         name = model_name(request.model)
@@ -193,19 +280,22 @@ class Operations:
         )
 
     async def rebalance(
-        self, on_step: Callable[[Step], None], *, moves: bool
+        self, on_step: Callable[[Step], None], *, moves: bool, name: str | None = None
     ) -> tuple[Deployment, Compared, Verdict]:
         """Plan the model that answers again, by the present figures.
 
         Devices that run their stage slower than predicted are planned with what they take now.
 
-        moves: begin the move if the other plan is better. Answers pause, and go on there.
+        moves: move if the other plan is better. Answers go on there.
+        name: of the model. None: the first one that answers.
         Raises NotLoaded if no model answers, CoordinatorError, ModelError and PlanError.
         """
         async with self._turns.asked(on_step):
-            deployment = self._models.serving
+            answering = self._models.all_serving
+            deployment = next((one for one in answering if name in (None, one.name)), None)
             if deployment is None:
-                raise NotLoaded("no model answers now: see `shoal ps`")
+                who = "no model answers" if name is None else f"{name} does not answer"
+                raise NotLoaded(f"{who} now: see `shoal ps`")
             compared = await self.compare(deployment)
             verdict = judge_alone(compared.choice)
             if moves and verdict.moves:
@@ -250,7 +340,7 @@ class Operations:
             deployment.plan,
             planned.plan,
             deployment.load_s,
-            is_given=request.plan is not None,
+            is_wished=request.plan is not None or _breaks_pins(deployment, request),
         )
         present = revalued(deployment.plan, planned.problem)
         return Compared(planned, present, choice, slow_now)
@@ -470,7 +560,10 @@ class Operations:
         self._step("plan", "solving", 0, 0, "")
         if request.plan is not None:
             return request.plan.renamed(self._roster.names.name).to_plan(problem)
-        return await asyncio.to_thread(solve, problem, time_limit_s=request.time_limit_s)
+        others = [record.plan for record in self._beside(request)]
+        return await asyncio.to_thread(
+            solve_beside, problem, others, time_limit_s=request.time_limit_s
+        )
 
     async def _links_back(self, error: PlanError, failed_before_s: float) -> bool:
         """Try failed links that a plan may have lacked. Returns whether one of them works.
@@ -519,6 +612,7 @@ class Operations:
         """Measure what is not known yet, and build the planning problem.
 
         The devices have the memory and storage that other models leave.
+
         asked: as of ``_plan``. With None nothing is measured.
         """
         spec = checkpoint.spec
@@ -712,9 +806,8 @@ class Operations:
         return found
 
     async def carry_out(self, planned: Planned, before: Deployment) -> Deployment:
-        """Deploy a plan in place of a deployment that was unloaded. The caller holds the turn.
+        """Deploy a plan in place of a deployment. The caller holds the turn.
 
-        keeps: the epochs of deployments whose stages stay beside the new ones.
         Raises CoordinatorError, ModelError, PlanError.
         """
         blocks = await self._quantize(planned)
@@ -767,6 +860,15 @@ class Operations:
 
     def _phase(self, request: LoadRequest, phase: str) -> None:
         self._models.apply(model_name(request.model), StepBegan(phase))
+
+
+def _breaks_pins(deployment: Deployment, request: LoadRequest) -> bool:
+    """Whether a block is not on the device that the request wants for it."""
+    return any(
+        block in range(stage.first, stage.last) and device not in {one.device for one in team}
+        for stage, team in zip(deployment.plan.stages, deployment.teams, strict=True)
+        for block, device in request.pins.items()
+    )
 
 
 def _tokenizer(directory: Path) -> Tokenizer:

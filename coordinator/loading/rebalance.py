@@ -3,7 +3,7 @@
 A move costs answers a pause, and figures lie now and then. So a better plan is taken only if
 
 - it saves a share of the objective, or it loses much less quality in about the same time, or it is
-  the plan that the user gave;
+  what the user asked for, with devices that are back;
 - it has been better for a while without a break, so that a toggling link moves nothing;
 - the last move is long enough ago;
 - what it saves within a while is more than the pause;
@@ -62,8 +62,8 @@ class Choice:
     loss_now: float | None
     loss_then: float | None
     move_s: float
-    is_given: bool = False
-    """Whether the other plan is the one that the user gave, and the present one is not."""
+    is_wished: bool = False
+    """Whether the other plan does what the user asked for, and the present one does not."""
 
     @property
     def gain(self) -> float:
@@ -80,7 +80,7 @@ class Choice:
     @property
     def is_better(self) -> bool:
         """Whether it is worth a move, if it lasts."""
-        if self.is_given:
+        if self.is_wished:
             return True
         is_truer = self.loss_gain >= LOSS_GAIN and self.then <= AS_FAST * self.now
         return self.gain >= GAIN or is_truer
@@ -151,7 +151,7 @@ def judge(memory: Memory, choice: Choice, now_s: float) -> tuple[Memory, Verdict
     if refusal is not None and now_s < refusal.until_s:
         left_s = refusal.until_s - now_s
         return memory, Verdict(False, f"it measured worse before: left alone for {left_s:.0f} s")
-    if not choice.is_given and choice.move_s > HORIZON_S * max(choice.gain, choice.loss_gain):
+    if not choice.is_wished and choice.move_s > HORIZON_S * max(choice.gain, choice.loss_gain):
         why = (
             f"the pause of {choice.move_s:.0f} s is longer than what it saves in {HORIZON_S:.0f} s"
         )
@@ -179,8 +179,8 @@ def is_worse(before_s: float, after_s: float) -> bool:
 
 
 def _better(choice: Choice) -> str:
-    if choice.is_given:
-        return "it is the plan that was given"
+    if choice.is_wished:
+        return "it is what was asked for"
     if choice.gain >= GAIN:
         return f"it saves {choice.gain:.0%} of the predicted time"
     return f"it loses {choice.loss_gain:.0%} less quality in about the same time"
@@ -201,12 +201,12 @@ def choice_of(
     other: Plan,
     load_s: float = 0.0,
     *,
-    is_given: bool = False,
+    is_wished: bool = False,
 ) -> Choice:
     """Compare the present plan with another one of ``problem``, which has the present figures.
 
     load_s: how long stages take to load blocks that their devices have.
-    is_given: the user gave the other plan.
+    is_wished: the present plan is not as the user asked for.
     Raises PlanError if the present plan needs a device or link that is not there.
     """
     now = revalued(present, problem)
@@ -217,7 +217,7 @@ def choice_of(
         now.total_sensitivity,
         other.total_sensitivity,
         other.load_s + load_s,
-        is_given and frozenset(present.placements) != frozenset(other.placements),
+        is_wished and frozenset(present.placements) != frozenset(other.placements),
     )
 
 

@@ -165,6 +165,10 @@ class Rebalancer:
     def _answers(self, deployment: Deployment) -> bool:
         return self._models.ended_by(deployment) is None
 
+    def _may_go_on(self, deployment: Deployment) -> bool:
+        """Whether work for a move may go on. Losses and users do not wait for it."""
+        return self._answers(deployment) and not self._turns.is_awaited
+
     # ---- figures --------------------------------------------------------------------------------
 
     def _basis(self, deployment: Deployment) -> object:
@@ -203,7 +207,7 @@ class Rebalancer:
                 work = self._operations.compare(
                     deployment, self._remeasuring.slow, measures=False, without=without
                 )
-                compared = await run_while(lambda: self._answers(deployment), work)
+                compared = await run_while(lambda: self._may_go_on(deployment), work)
         except FAILURES as error:
             log.info("%s: no other plan: %s", deployment.name, error)
             compared = None
@@ -245,9 +249,8 @@ class Rebalancer:
         watched.begun = move
         try:
             async with self._turns.unasked("a move to a better plan is under way"):
-                await run_while(
-                    lambda: self._answers(deployment), self._carry_out(deployment, planned, reason)
-                )
+                work = self._carry_out(deployment, planned, reason)
+                await run_while(lambda: self._may_go_on(deployment), work)
         except FAILURES as error:
             log.warning("%s is not moved: %s", deployment.name, error)
             watched.memory = watched.memory.moved(self._clock())
@@ -269,10 +272,10 @@ def _timings(member: Member, deployment: Deployment) -> object:
 def _way_back(compared: Compared) -> Planned | None:
     """Return how to move back to the present plan, or None if no measured figure says whether to.
 
-    A plan of less energy may be slower, and so may one of more throughput. A plan that the user
-    gave is taken as it is.
+    A plan of less energy may be slower, and so may one of more throughput. What the user asked for
+    is taken as it is.
     """
     request = compared.planned.request
-    if request.plan is not None or request.objective.kind not in ("latency", "request"):
+    if compared.choice.is_wished or request.objective.kind not in ("latency", "request"):
         return None
     return replace(compared.planned, plan=compared.present)

@@ -117,7 +117,7 @@ class Remeasuring:
             return
 
         def answers() -> bool:
-            return self._models.ended_by(deployment) is None
+            return self._models.ended_by(deployment) is None and not self._turns.is_awaited
 
         def holds() -> bool:
             return answers() and (not is_quiet or self._is_quiet())

@@ -1,4 +1,4 @@
-"""The KV slots of a deployment, given out in order of arrival.
+"""The KV slots of a deployment, given out by the rank of requests, and then in order of arrival.
 
 A slot keeps the rows of its last sequence. A prompt that begins with the same tokens computes only
 the rest.
@@ -7,7 +7,7 @@ the rest.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -61,12 +61,15 @@ class Slots:
     def __init__(self, total: int) -> None:
         self.total = total
         self._free = set(range(total))
-        self._line: deque[asyncio.Future[int]] = deque()
+        self._line: list[tuple[int, asyncio.Future[int]]] = []
+        """The ranks and turns of those who wait, the next one first."""
         self._kept = [_NOTHING] * total
         """The tokens whose rows each slot keeps on every stage."""
         self._ended = [0] * total
         """When each slot was given back last, as a count of all such moments."""
         self._endings = 0
+        self.used_s = time.monotonic()
+        """When a slot was given back last, or when the first request could come."""
 
     @property
     def used(self) -> int:
@@ -83,11 +86,16 @@ class Slots:
         return sum(len(self._kept[slot]) for slot in self._free)
 
     @asynccontextmanager
-    async def one(self, prompt: Sequence[int] = (), *, reuse: bool = True) -> AsyncIterator[Held]:
-        """Wait in line for a slot, and hold it. With ``reuse``, its kept rows may serve."""
+    async def one(
+        self, prompt: Sequence[int] = (), *, reuse: bool = True, rank: int = 0
+    ) -> AsyncIterator[Held]:
+        """Wait in line for a slot, and hold it. With ``reuse``, its kept rows may serve.
+
+        rank: a request stands before all others with a larger one.
+        """
         # At least the last token runs, because its row gives the logits of the first answer token.
         begin = np.array(prompt[:-1] if reuse else (), np.int64)
-        slot = await self._take(begin)
+        slot = await self._take(begin, rank)
         cached = _common(self._kept[slot], begin)
         held = Held(slot, prompt, cached)
         self._kept[slot] = _NOTHING
@@ -97,20 +105,21 @@ class Slots:
             self._kept[slot] = held.kept
             self._give(slot)
 
-    async def _take(self, begin: Ids) -> int:
+    async def _take(self, begin: Ids, rank: int) -> int:
         if self._free:  # Then the line is empty.
             slot = self._choose(begin)
             self._free.remove(slot)
             return slot
         turn: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._line.append(turn)
+        before = sum(other <= rank for other, _ in self._line)
+        self._line.insert(before, (rank, turn))
         try:
             return await turn
         except asyncio.CancelledError:
             if not turn.cancelled():  # It got the slot at the same moment.
                 self._give(turn.result())
-            elif turn in self._line:
-                self._line.remove(turn)
+            else:
+                self._line = [waiting for waiting in self._line if waiting[1] is not turn]
             raise
 
     def _choose(self, begin: Ids) -> int:
@@ -133,9 +142,10 @@ class Slots:
     def _give(self, slot: int) -> None:
         """Hand the slot to the first in line, or put it back."""
         self._endings += 1
+        self.used_s = time.monotonic()
         self._ended[slot] = self._endings
         while self._line:
-            turn = self._line.popleft()
+            _, turn = self._line.pop(0)
             if not turn.done():
                 turn.set_result(slot)
                 return

@@ -46,9 +46,10 @@ class Stalls:
         stage = _stage_of(deployment, member)
         if stage is None:
             return
-        running_s, limit_s = counts.running_us / 1e6, stall_s(stage, counts)
+        encodes = deployment.spec.encodes
+        running_s, limit_s = counts.running_us / 1e6, stall_s(stage, counts, encodes=encodes)
         if running_s > limit_s:
-            predicted_s = pass_s(stage, counts.running_rows)
+            predicted_s = pass_s(stage, counts.running_rows, encodes=encodes)
             self._roster.drop(
                 member,
                 f"it is alive, but a pass of its stage has computed for {running_s:.1f} s and was "
@@ -64,12 +65,17 @@ def _stage_of(deployment: Deployment, member: Member) -> Stage | None:
     return None
 
 
-def pass_s(stage: Stage, rows: int) -> float:
-    """Return the predicted seconds of a pass of so many rows, rather too long than too short."""
-    return max(rows, 1) * max(stage.compute_s, stage.prefill_s_per_token)
+def pass_s(stage: Stage, rows: int, *, encodes: bool = False) -> float:
+    """Return the predicted seconds of a pass of so many rows, rather too long than too short.
+
+    encodes: the stage is an encoder's, whose ``compute_s`` is that of a whole pass.
+    """
+    each_s = stage.prefill_s_per_token
+    return max(rows, 1) * (each_s if encodes else max(stage.compute_s, each_s))
 
 
-def stall_s(stage: Stage, counts: StageCounts) -> float:
+def stall_s(stage: Stage, counts: StageCounts, *, encodes: bool = False) -> float:
     """Return the seconds after which the pass of this moment counts as stalled."""
     least_s = STALL_S if counts.passes else FIRST_STALL_S
-    return max(least_s, STALL_FACTOR * pass_s(stage, counts.running_rows))
+    predicted_s = pass_s(stage, counts.running_rows, encodes=encodes)
+    return max(least_s, STALL_FACTOR * predicted_s)

@@ -114,9 +114,28 @@ class Broken:
     since_s: float
 
 
-Present: TypeAlias = Resuming | Loading | Serving | Replacing | Broken
+@dataclass(frozen=True, slots=True)
+class Asleep:
+    """Nobody used the model for the time that its load names. A request loads it again."""
+
+    word = "asleep"
+    request: LoadRequest
+    since_s: float
+    error: CoordinatorError | None = None
+    """Why the last request could not load it."""
+
+
+Present: TypeAlias = Resuming | Loading | Serving | Replacing | Broken | Asleep
 State: TypeAlias = Nothing | Present
-STATES: tuple[type[State], ...] = (Nothing, Resuming, Loading, Serving, Replacing, Broken)
+STATES: tuple[type[State], ...] = (
+    Nothing,
+    Resuming,
+    Loading,
+    Serving,
+    Replacing,
+    Broken,
+    Asleep,
+)
 
 # ---- events ------------------------------------------------------------------------------------
 
@@ -127,6 +146,20 @@ class ResumeBegan:
 
     request: LoadRequest
     devices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Slept:
+    """Nobody has used the model for the time that its load names."""
+
+    request: LoadRequest
+
+
+@dataclass(frozen=True, slots=True)
+class WakeFailed:
+    """A request found the model asleep, and it could not be loaded again."""
+
+    error: CoordinatorError
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,6 +287,8 @@ Event: TypeAlias = (
     | FilesMended
     | AttemptFailed
     | WaitEnded
+    | Slept
+    | WakeFailed
     | Unloaded
     | Stopped
 )
@@ -272,6 +307,8 @@ EVENTS: tuple[type[Event], ...] = (
     FilesMended,
     AttemptFailed,
     WaitEnded,
+    Slept,
+    WakeFailed,
     Unloaded,
     Stopped,
 )
@@ -316,6 +353,13 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
+class Rest:
+    """Unload the stages of a deployment that nobody uses."""
+
+    deployment: Deployment
+
+
+@dataclass(frozen=True, slots=True)
 class Release:
     """Unload the stages of a deployment, because another one has taken over."""
 
@@ -329,7 +373,7 @@ class Forget:
     name: str
 
 
-Action: TypeAlias = EndAnswers | Place | StopPlacing | Keep | Record | Release | Forget
+Action: TypeAlias = EndAnswers | Place | StopPlacing | Keep | Record | Rest | Release | Forget
 Next: TypeAlias = tuple[State, tuple[Action, ...]]
 Rule: TypeAlias = Callable[[Any, Any, float], Next]
 """Maps (state, event, seconds of the monotonic clock) to the next state and actions."""
@@ -450,6 +494,23 @@ def _give_up(state: Replacing | Resuming, event: WaitEnded, now_s: float) -> Nex
     return Broken(state, event.error, now_s), ()
 
 
+def _sleep(state: Serving, event: Slept, now_s: float) -> Next:
+    return Asleep(event.request, now_s), (Rest(state.deployment),)
+
+
+def _sleep_on(state: Nothing, event: Slept, now_s: float) -> Next:
+    return Asleep(event.request, now_s), ()
+
+
+def _wake(state: Asleep, event: ResumeBegan, now_s: float) -> Next:
+    resuming = Resuming(event.request, event.devices, event.devices, now_s)
+    return resuming, (Place(resuming),)
+
+
+def _fail_wake(state: Resuming, event: WakeFailed, now_s: float) -> Next:
+    return Asleep(state.request, now_s, event.error), (StopPlacing(name_of(state)),)
+
+
 def _end(state: State, event: Unloaded | Stopped) -> Next:
     """End a model in any state. The disk keeps it if the coordinator only stops."""
     actions: list[Action] = []
@@ -476,6 +537,7 @@ TABLE: Mapping[type[State], Mapping[type[Event], tuple[type[State], Rule]]] = {
     Nothing: {
         ResumeBegan: (Resuming, _resume),
         LoadBegan: (Loading, _load),
+        Slept: (Asleep, _sleep_on),
         Stopped: (Nothing, _stop),
     },
     Resuming: {
@@ -484,6 +546,7 @@ TABLE: Mapping[type[State], Mapping[type[Event], tuple[type[State], Rule]]] = {
         Adopted: (Serving, _adopt),
         AttemptFailed: (Resuming, _explain),
         WaitEnded: (Broken, _give_up),
+        WakeFailed: (Asleep, _fail_wake),
         Unloaded: (Nothing, _unload),
         Stopped: (Nothing, _stop),
     },
@@ -498,6 +561,7 @@ TABLE: Mapping[type[State], Mapping[type[Event], tuple[type[State], Rule]]] = {
         MoveBegan: (Replacing, _move),
         MovedOver: (Serving, _move_over),
         StageFoundDamaged: (Replacing, _lose_damaged),
+        Slept: (Asleep, _sleep),
         Unloaded: (Nothing, _unload),
         Stopped: (Nothing, _stop),
     },
@@ -516,6 +580,11 @@ TABLE: Mapping[type[State], Mapping[type[Event], tuple[type[State], Rule]]] = {
         StageFoundDamaged: (Broken, _doubt_broken),
         FilesMended: (Broken, _doubt_broken),
         AttemptFailed: (Broken, _explain_broken),
+        Unloaded: (Nothing, _unload),
+        Stopped: (Nothing, _stop),
+    },
+    Asleep: {
+        ResumeBegan: (Resuming, _wake),
         Unloaded: (Nothing, _unload),
         Stopped: (Nothing, _stop),
     },

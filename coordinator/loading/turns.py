@@ -17,12 +17,18 @@ class Turns:
         self._lock = asyncio.Lock()
         self._unasked = ""
         """The coordinator's own operation in words, or empty."""
+        self._waiting = 0
         self._on_step: OnStep | None = None
         self._steps: dict[tuple[str, str], Step] = {}
 
     @property
     def is_taken(self) -> bool:
         return self._lock.locked()
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether another operation waits for the running one."""
+        return self._waiting > 0
 
     @property
     def unasked_for(self) -> str:
@@ -48,7 +54,7 @@ class Turns:
         self.require_free()
         if self._unasked:
             on_step(Step("wait", self._unasked, 0, 0, ""))
-        async with self._lock:
+        async with self._turn():
             self._on_step = on_step
             try:
                 yield
@@ -59,13 +65,25 @@ class Turns:
     @contextlib.asynccontextmanager
     async def unasked(self, what: str) -> AsyncIterator[None]:
         """Run an operation of the coordinator itself. Waiting users read ``what`` it is."""
-        async with self._lock:
+        async with self._turn():
             self._unasked = what
             try:
                 yield
             finally:
                 self._unasked = ""
                 self._steps.clear()
+
+    @contextlib.asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        self._waiting += 1
+        try:
+            await self._lock.acquire()
+        finally:
+            self._waiting -= 1
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def require_free(self) -> None:
         """Raise Busy during an operation of a user."""

@@ -268,6 +268,22 @@ class QualityMeter:
             log.warning("the plan's loss is not measured: %s", error)
             return plan, None
 
+    async def loss_of(
+        self, request: LoadRequest, checkpoint: Checkpoint, plan: Plan, on_step: OnStep
+    ) -> float | None:
+        """A plan's loss by its bits, measured as the estimate was. None: it cannot be."""
+        form = Form(checkpoint, request.scheme, request.group_size)
+        bits = tuple(placement.bits for placement in plan.placements)
+
+        def work(report: Callable[[int, int], None], cancelled: Callable[[], bool]) -> float:
+            return self._quality.losses.plan_loss(form, bits, report, cancelled)
+
+        try:
+            return await in_thread("check", work, on_step)
+        except LossUnknown as error:
+            log.warning("the plan's loss is not measured: %s", error)
+            return None
+
     async def keep_budget(
         self,
         request: LoadRequest,

@@ -720,9 +720,10 @@ def _is_possible(message: Message) -> bool:
         if message.unit not in ("bytes", "steps"):
             return False
     elif isinstance(message, StageLoaded):
-        sizes, figures = (message.memory_bytes, message.fetched_bytes), (message.load_s,)
+        figures = (message.load_s,)
+        sizes = message.memory_bytes, *_parted(message)
     elif isinstance(message, BlocksFetched):
-        sizes = (message.fetched_bytes,)
+        sizes = _parted(message)
     elif isinstance(message, TeamMeasured):
         sizes, figures = (message.chunk_rows,), (message.row_s, message.chunk_s)
     elif isinstance(message, TraceTaken):
@@ -732,6 +733,12 @@ def _is_possible(message: Message) -> bool:
     return all(0 <= size <= hygiene.MAX_BYTES for size in sizes) and all(
         0 <= figure <= hygiene.MAX_SECONDS for figure in figures
     )
+
+
+def _parted(message: StageLoaded | BlocksFetched) -> tuple[int, int, int]:
+    """The fetched bytes, those of them that devices sent, and the rest."""
+    from_peers_bytes = message.from_peers_bytes
+    return message.fetched_bytes, from_peers_bytes, message.fetched_bytes - from_peers_bytes
 
 
 async def _tell(member: Member, message: Message) -> None:

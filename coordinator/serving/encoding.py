@@ -18,7 +18,14 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from coordinator.errors import AgentFailed, AgentLied, AgentLost, CoordinatorError, Stalled
+from coordinator.errors import (
+    AgentFailed,
+    AgentLied,
+    AgentLost,
+    CoordinatorError,
+    Stalled,
+    TextsWait,
+)
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.models import Models
 from coordinator.loading.state import EndAnswers
@@ -34,6 +41,12 @@ log = logging.getLogger(__name__)
 
 LEAST_ROWS = 64
 """Texts are spread over the stages' passes only if each pass has so many rows."""
+
+MOST_WAITING = 16384
+"""Texts that wait before further requests are refused: eight of the largest requests."""
+
+RETRY_S = 2
+"""The time after which a refused client may ask again."""
 
 Result = npt.NDArray[np.float32]
 
@@ -140,7 +153,7 @@ class Encoders:
         self._newest = 0
         """The number of the newest pass."""
         self._lines: dict[int, _Line] = {}
-        """By epoch."""
+        """Maps an epoch to its line."""
         self._tasks: set[asyncio.Task[None]] = set()
         roster.subscribe(self.on_event, lambda *_: None)  # Losses end passes by EndAnswers.
         models.carry_out(EndAnswers, self._end)
@@ -155,6 +168,8 @@ class Encoders:
 
         Each text fits the deployment's context. Raises CoordinatorError.
         """
+        if self.waiting >= MOST_WAITING:
+            raise TextsWait(self.waiting, RETRY_S)
         request = requests.current()
         request.asks(deployment.name, sum(len(text.tokens) for text in texts))
         loop = asyncio.get_running_loop()

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,8 @@ from coordinator.roster.measurements import together
 from coordinator.roster.members import Member, Roster
 from coordinator.serving import requests
 from coordinator.serving.journal import AnswerJournal, Entry
+from coordinator.serving.kept_answers import KeptAnswers
+from coordinator.serving.urgency import Lanes, Urgency
 from model.spec import ModelSpec
 from model.tokenizer import StreamDecoder
 from planning.errors import RequestInvalid
@@ -74,7 +77,10 @@ To these come PASSED_PER_CHUNK tokens for each chunk of the prompts in flight.""
 PASSED_PER_CHUNK = 4
 
 SHARED_CHUNK_TOKENS = min(CHUNK_TOKENS)
-"""The rows of a prompt's chunk beside other sequences, whose tokens wait for it at each stage."""
+"""The rows of a prompt's chunk beside other sequences, whose tokens wait for it at each stage.
+
+They may be of other models on the same devices.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +142,8 @@ class Timing:
     """Tokens that the first stage guessed ahead."""
     accepted_tokens: int = 0
     """Guesses that were right."""
+    kept_tokens: int = 0
+    """Tokens of the answer that an identical request had got before."""
 
     @property
     def prefill_tokens_per_s(self) -> float | None:
@@ -151,6 +159,10 @@ class Timing:
 
 
 _Told = TokenSampled | PromptScored
+
+
+class _Paused(CoordinatorError):
+    """A bulk request makes way for a real-time one."""
 
 
 class _PrefixLost(CoordinatorError):
@@ -169,10 +181,11 @@ class _Flight:
     tokens: int = 0
     scored: int = 1
     """The next token of the prompt whose log-probability comes. The first one has none."""
+    is_bulk: bool = False
     ended: bool = False
     """Later messages of the sequence are dropped."""
     told_at: int = 0
-    """The tokens that the gateway had been told of at this one's last token."""
+    """The tokens of its deployment that the gateway had been told of at this one's last token."""
 
     @property
     def waits(self) -> bool:
@@ -241,24 +254,28 @@ class Gateway:
         roster: Roster,
         models: Models,
         shortcuts: Shortcuts = ALL_SHORTCUTS,
+        kept: KeptAnswers | None = None,
         journal: AnswerJournal | None = None,
     ) -> None:
         """Answer with the deployments of ``models``, by no other shortcuts than these.
 
+        kept: answers that identical requests get again. None keeps none.
         journal: keeps answers that are cut off. None keeps none.
         """
+        self._kept = kept or KeptAnswers(0)
         self._journal = journal or AnswerJournal()
         self._models = models
         self._shortcuts = shortcuts
+        self._lanes = Lanes()
         self._newest = 0
         """The number of the newest sequence."""
         self._flights: dict[int, _Flight] = {}
-        self._told = 0
-        """The number of all tokens of which agents have told."""
+        self._told: Counter[int] = Counter()
+        """The number of tokens of which agents have told, by the epochs in flight."""
         roster.subscribe(self.on_event, lambda *_: None)  # Losses end answers by EndAnswers.
         models.carry_out(EndAnswers, self._end)
 
-    async def generate(
+    def generate(
         self,
         deployment: Deployment,
         prompt: Sequence[int],
@@ -283,6 +300,40 @@ class Gateway:
         Closing the iterator cancels the sequence on every stage. Raises RequestInvalid,
         CoordinatorError.
         """
+        timing = timing or Timing()
+        pieces = self._journaled(
+            deployment,
+            prompt,
+            sampling,
+            stop,
+            timing,
+            withdrawable=withdrawable,
+            markers=markers,
+            shortcuts=shortcuts,
+        )
+        if not shortcuts.cache_prompt:
+            return pieces
+        key = self._kept.key(deployment.epoch, prompt, sampling, stop, markers)
+        if key is None:
+            return pieces
+        answer = self._kept.find(key)
+        if answer is None:
+            return self._kept.record(key, pieces)
+        return _again(answer, deployment.name, len(prompt), timing)
+
+    async def _journaled(
+        self,
+        deployment: Deployment,
+        prompt: Sequence[int],
+        sampling: Sampling,
+        stop: Sequence[str],
+        timing: Timing,
+        *,
+        withdrawable: bool,
+        markers: Collection[str],
+        shortcuts: Shortcuts,
+    ) -> AsyncGenerator[Piece, None]:
+        """Yield the pieces of an answer that is computed, as ``generate`` says."""
         parts: tuple[object, ...] = deployment.name, tuple(prompt), sampling, tuple(stop)
         # The scores of earlier tokens are not kept.
         is_kept = not sampling.prompt_logprobs and sampling.top_logprobs < 0
@@ -293,7 +344,7 @@ class Gateway:
                 prompt,
                 sampling,
                 _StopFilter(stop),
-                timing or Timing(),
+                timing,
                 entry,
                 withdrawable=withdrawable,
                 markers=markers,
@@ -371,6 +422,8 @@ class Gateway:
                         yield piece
                         if piece.finish:
                             return
+            except _Paused:
+                continue  # It goes on behind the tokens that it has.
             except (AnswerWithdrawn, AgentLied):
                 entry.withdraw()
                 raise  # Not even the earlier tokens can be trusted.
@@ -400,8 +453,14 @@ class Gateway:
         """Yield the tokens after a prompt, once a slot is free. Raises CoordinatorError."""
         # All rows of a prompt that is scored run.
         reuse = shortcuts.cache_prompt and not sampling.prompt_logprobs
-        async with deployment.slots.one(prompt, reuse=reuse) as held:
+        urgency = requests.current().urgency
+        async with (
+            self._lane(deployment, urgency),
+            deployment.slots.one(prompt, reuse=reuse, rank=urgency) as held,
+        ):
             self._models.require(deployment)
+            if urgency == Urgency.BULK and self._lanes.are_urgent(deployment):
+                raise _Paused("a real-time request has come")
             while True:
                 events = self._sequence(
                     deployment, held, prompt, sampling, timing, shortcuts.drafts
@@ -415,9 +474,25 @@ class Gateway:
                     log.info("the whole prompt runs: %s", lost)
                     requests.current().cached_tokens -= held.cached
                     held.forget()
+                except _Paused:
+                    raise  # All stages have the rows of the tokens that came.
                 except CoordinatorError:
                     held.forget()
                     raise
+
+    @contextlib.asynccontextmanager
+    async def _lane(self, deployment: Deployment, urgency: Urgency) -> AsyncGenerator[None, None]:
+        """Let a bulk request wait for real-time ones, and let these pause bulk ones."""
+        if urgency == Urgency.BULK:
+            await self._lanes.free(deployment)
+        if urgency != Urgency.REALTIME:
+            yield
+            return
+        with self._lanes.urgent(deployment):
+            for flight in self._flights.values():
+                if flight.is_bulk and self._lanes.are_urgent(flight.deployment):
+                    flight.events.put_nowait(_Paused("a real-time request has come"))
+            yield
 
     async def _sequence(
         self,
@@ -431,15 +506,21 @@ class Gateway:
         """Run a sequence in a slot, and yield its tokens. Raises CoordinatorError."""
         # Stages that were loaded before this coordinator was started know earlier sequences.
         number = self._newest = max(self._newest, deployment.newest_sequence) + 1
-        flight = self._flights[number] = _Flight(deployment, sampling, prompt, held)
-        flight.told_at = self._told
+        is_bulk = requests.current().urgency == Urgency.BULK
+        flight = _Flight(deployment, sampling, prompt, held, is_bulk=is_bulk)
+        flight.told_at = self._told[deployment.epoch]
+        self._flights[number] = flight
         try:
             timing.started_s = timing.started_s or time.monotonic()
             is_new = timing.first_s is None
             if is_new:
                 timing.cached_tokens = held.cached
             requests.current().starts(deployment.epoch, number, held.cached if is_new else 0)
-            shares = deployment.slots.used > 1 or self._models.ended_by(deployment) is not None
+            shares = (
+                deployment.slots.used > 1
+                or self._models.ended_by(deployment) is not None
+                or self._models.is_busy_beside(deployment)
+            )
             chunk_tokens = deployment.plan.chunk_tokens(len(prompt) - held.cached)
             if shares:
                 chunk_tokens = min(chunk_tokens, SHARED_CHUNK_TOKENS)
@@ -451,6 +532,8 @@ class Gateway:
                 yield event
         finally:
             del self._flights[number]
+            if not self._of(deployment):
+                del self._told[deployment.epoch]
             await asyncio.shield(_release(deployment, number))
 
     async def warm(self, before: Deployment, after: Deployment) -> None:
@@ -487,8 +570,8 @@ class Gateway:
                 flight.fail(member.name, message)
         elif member is flight.deployment.leads[-1]:
             lie = flight.take(message)
-            self._told += 1
-            flight.told_at = self._told
+            self._told[message.epoch] += 1
+            flight.told_at = self._told[message.epoch]
             if lie is not None:
                 flight.ended = True
                 flight.events.put_nowait(AgentLied(member.name, lie))
@@ -507,7 +590,7 @@ class Gateway:
         chunks = sum(len(one.prompt) - one.held.cached for one in flights) // SHARED_CHUNK_TOKENS
         most = (len(flights) - 1) * (PASSED_TOKENS + PASSED_PER_CHUNK * chunks)
         for flight in flights:
-            is_passed = len(flights) > 1 and self._told - flight.told_at > most
+            is_passed = len(flights) > 1 and self._told[deployment.epoch] - flight.told_at > most
             if flight.waits and (is_passed or not only_passed):
                 flight.events.put_nowait(RowsLost())
 
@@ -595,6 +678,20 @@ def _piece(event: TokenSampled, decoder: StreamDecoder, text: _StopFilter, timin
     return Piece(shown, (event.token,), "")
 
 
+async def _again(
+    answer: Sequence[Piece], model: str, prompt_tokens: int, timing: Timing
+) -> AsyncGenerator[Piece, None]:
+    """Yield an answer that was kept. Nothing of its prompt runs."""
+    timing.prompt_tokens = timing.cached_tokens = prompt_tokens
+    request = requests.current()
+    request.asks(model, prompt_tokens)
+    request.cached_tokens += prompt_tokens
+    for piece in answer:
+        timing.kept_tokens += len(piece.tokens)
+        request.answers(len(piece.tokens))
+        yield piece
+
+
 def _tokens_of(entry: Entry, limit: int, vocab: int) -> list[int]:
     """Return the tokens with which an answer of up to ``limit`` tokens goes on."""
     usable = all(0 <= token < vocab for token in entry.tokens)
@@ -647,6 +744,8 @@ async def _begin(
     prompt. It is told last, so that its rows find the others prepared. Only the last stage is told
     what may be long and what only it needs: the prompt's tokens if they are penalized or scored,
     the answer so far, biases and the grammar.
+
+    shared: other sequences run on some of its devices.
     """
 
     async def tell(member: Member, message: StartSequence) -> None:

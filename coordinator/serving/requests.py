@@ -17,6 +17,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from coordinator.serving.urgency import Urgency
 from coordinator.watching import Signal
 
 MOST_ENDED = 256
@@ -70,6 +71,7 @@ class InFlight:
     """The reason if it failed, also in the middle of a stream."""
     sequences: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=MOST_SEQUENCES))
     """The epoch and number of each sequence on the stages, for ``shoal trace``."""
+    urgency: Urgency = Urgency.NORMAL
     on_change: Callable[[], None] = lambda: None
 
     def asks(self, model: str, prompt_tokens: int) -> None:
@@ -136,6 +138,7 @@ class InFlight:
             "client": self.client,
             "key": self.key,
             "model": self.model,
+            "class": self.urgency.name.lower(),
             "state": self.state,
             "time_s": self.time_s,
             "age_s": since(self.ended_s or time.monotonic()),

@@ -497,9 +497,10 @@ def build_tokenizer() -> Any:
 
 
 CHAT_TEMPLATE = (
-    "{{ messages | selectattr('role', 'equalto', 'user') | map(attribute='content')"
-    " | list | last | trim }}"
+    "{{ messages | selectattr('role', 'in', ['user', 'assistant']) | map(attribute='content')"
+    " | map('trim') | join(' ') }}"
 )
+"""Questions and answers of earlier turns stay in the prompt, because they name the facts."""
 
 
 def export(model: TinyOPT, folder: Path) -> None:

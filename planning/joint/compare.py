@@ -54,7 +54,7 @@ class Shared:
 
 @dataclass(frozen=True, slots=True)
 class JointExplanation:
-    """What a joint plan does on each device, and what one after the other would give."""
+    """The work of a joint plan on each device, and what one after the other would give."""
 
     devices: tuple[Shared, ...]
     turns: tuple[Turn, ...]
@@ -104,7 +104,7 @@ def one_after_the_other(
 
 
 def shared_devices(problem: JointProblem, plan: JointPlan) -> tuple[Shared, ...]:
-    """What the models do on each device that any of them uses."""
+    """The work of the models on each device that any of them uses."""
     uses = [use_of(one, rows) for one, rows in zip(plan.plans, plan.chunk_tokens, strict=True)]
     paces = paces_of(plan)
     held = [

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from planning.candidates import with_teams
 from planning.exact.program import Choice
 from planning.exact.solver import Outcome, SolverError, SolverName, default_solver, run
-from planning.joint.contention import Use, use_of
+from planning.joint.contention import Use, at_pace, use_of
 from planning.joint.plan import (
     JointPlan,
     assess_joint,
@@ -33,7 +33,7 @@ from planning.joint.plan import (
 from planning.joint.problem import JointProblem, replanned
 from planning.joint.program import JointProgram
 from planning.joint.rounds import Rounds
-from planning.plan import InfeasiblePlan, Plan, PlanError, Proof, assess, keeps_budget
+from planning.plan import InfeasiblePlan, Plan, PlanError, Proof, assess, keeps_budget, of_plan
 from planning.planner import DEFAULT_GAP, SMALL_COUNTS, counts, solve, writable
 from planning.problem import PlanningProblem
 from planning.prompt import chunk_choices
@@ -247,6 +247,7 @@ def solve_at(
             dict(zip(fixed, uses, strict=True)),
             paces,
             (left_s, gap, value, solver),
+            best,
         )
         refused = refused and impossible
         bound = min(bound, proved)
@@ -271,15 +272,23 @@ def _solve_variant(
     uses: dict[int, Use],
     paces: Sequence[float],
     limits: tuple[float, float, float, SolverName | None],
+    known: Sequence[Plan] | None,
 ) -> tuple[dict[int, Plan] | None, float, bool]:
-    """Plans by model, a lower bound, and whether the variant was proved to have none."""
+    """Plans by model, a lower bound, and whether the variant was proved to have none.
+
+    Plans must be better than ``known``, which the solver starts with where the variant has them.
+    """
     left_s, gap, value, solver = limits
     cutoff = value * (1 - max(gap, _SAME)) if value < math.inf else math.inf
     started_s = now_s()
     bound = -math.inf
     for margin in (0.0, _LIMIT_MARGIN):
-        program = JointProgram(problem, variants, uses, paces, cutoff=cutoff, margin=margin)
-        outcome = _run(program, left_s - (now_s() - started_s), gap, solver)
+        # The start must be in the program, although only better plans are looked for.
+        start = None if known is None else _start(problem, variants, uses, paces, known)
+        within = cutoff if start is None else value
+        program = JointProgram(problem, variants, uses, paces, cutoff=within, margin=margin)
+        values = None if start is None else program.start(*start)
+        outcome = _run(program, left_s - (now_s() - started_s), gap, solver, values)
         impossible = outcome.status == "infeasible"
         if bound == -math.inf:
             bound = cutoff if impossible else min(program.bound(outcome.bound), cutoff)
@@ -309,8 +318,41 @@ def plans_of(
     return found if fits_together(whole) else None
 
 
-def _run(program: JointProgram, left_s: float, gap: float, solver: SolverName | None) -> Outcome:
+def _start(
+    problem: JointProblem,
+    variants: dict[int, PlanningProblem],
+    uses: dict[int, Use],
+    paces: Sequence[float],
+    plans: Sequence[Plan],
+) -> tuple[dict[int, Choice], tuple[float, ...]] | None:
+    """Plans as choices of the variants, with their times; None if a variant lacks one of them."""
+    choices, own = {}, []
+    for m, plan in enumerate(plans):
+        if m in uses:
+            own.append(uses[m])
+            continue
+        variant = variants[m]
+        made, indices = of_plan(variant, plan)
+        if len(made.devices) > len(variant.devices):
+            return None
+        stages = [(i, s.first, s.bits) for i, s in zip(indices, plan.stages, strict=True)]
+        hops = tuple(stage.hop_bits or 0 for stage in plan.stages[:-1])
+        choices[m] = Choice(stages, hops)
+        own.append(use_of(plan, variant.chunk_rows))
+    times = at_pace(own, paces)
+    return choices, tuple(s + use.load_s for s, use in zip(times, own, strict=True))
+
+
+def _run(
+    program: JointProgram,
+    left_s: float,
+    gap: float,
+    solver: SolverName | None,
+    start: Mapping[str, float] | None = None,
+) -> Outcome:
     try:
-        return run(program.program, time_limit_s=max(left_s, 0.1), solver=solver, gap=gap)
+        return run(
+            program.program, time_limit_s=max(left_s, 0.1), solver=solver, gap=gap, start=start
+        )
     except SolverError:
         return Outcome("unknown", solver or default_solver())

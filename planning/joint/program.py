@@ -36,7 +36,7 @@ _TIE_BREAK = 5e-7
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What the program knows of a model: its variables, or its figures if its plan is fixed."""
+    """The variables of a model, or its figures if its plan is fixed."""
 
     program: PlanProgram | None
     plan: Plan | None

@@ -110,7 +110,7 @@ class Shoal:
 
     def __init__(self, directory: Path, makers: Makers | None) -> None:
         config = CoordinatorConfig("test", directory, "127.0.0.1", 0, "127.0.0.1", 0, False)
-        config = replace(config, storage_bytes=LIMIT_BYTES)
+        config = replace(config, storage_bytes=LIMIT_BYTES, insecure=True)
         self.coordinator = Coordinator(config, lambda text: None, makers=makers)
         self.coordinator._store.prepare()
         self.artifacts = directory / "artifacts"

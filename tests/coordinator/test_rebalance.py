@@ -185,3 +185,23 @@ def test_a_plan_whose_device_is_gone_cannot_be_compared() -> None:
     left = replace(problem, devices=problem.devices[:1], links={})
     with pytest.raises(PlanError, match="unknown device pi-2"):
         choice_of(left, present, solve(left))
+
+
+def test_what_the_user_asked_for_is_taken_though_it_is_slower() -> None:
+    ready, now_s = Memory(better_since_s=0.0), STEADY_S
+    wished = replace(choice(-0.5, move_s=HORIZON_S), is_wished=True)
+    assert verdict(ready, wished, now_s) == ""
+    assert "better for 0 s" in verdict(Memory(), wished, now_s)
+    problem = problem_of(bits=(8,))
+    present = split(problem)
+    assert choice_of(problem, present, solve(problem), is_wished=True).is_wished
+    # It is there already.
+    assert not choice_of(problem, present, present, is_wished=True).is_wished
+
+
+def test_after_two_failures_the_pause_between_moves_doubles() -> None:
+    memory = Memory().rolled_back(FAST, 0.0)
+    assert memory.pause_s == PAUSE_S
+    memory = memory.rolled_back(SLOW, 0.0)
+    assert memory.pause_s == 2 * PAUSE_S
+    assert memory.kept().pause_s == PAUSE_S

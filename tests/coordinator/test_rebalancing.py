@@ -12,7 +12,7 @@ from types import MappingProxyType
 import pytest
 
 from coordinator.errors import AgentLost
-from coordinator.loading.deployment import Deployment
+from coordinator.loading.deployment import Deployment, Planned
 from coordinator.loading.operations import Compared
 from coordinator.loading.rebalance import PAUSE_S, REFUSED_S, STEADY_S, Choice
 from coordinator.loading.rebalancing import LOOK_S, Rebalancer
@@ -52,6 +52,14 @@ class Compares(PlansGiven):
     other: Plan
     looked = 0
     without: Collection[Member] = ()
+    stuck: asyncio.Event | None = None
+    """Is set when a preparation begins, which then does not end."""
+
+    async def prepare(self, planned: Planned, before: Deployment) -> None:
+        if self.stuck is not None:
+            self.stuck.set()
+            await asyncio.Event().wait()
+        await super().prepare(planned, before)
 
     async def compare(
         self,
@@ -280,6 +288,23 @@ def test_a_request_ends_a_measurement(run: Callable[[Test], None]) -> None:
         async with world.served.slots.one((1, 2)):
             await looking
         assert not shoal.member("a").is_asked
+
+    run(test)
+
+
+def test_a_user_does_not_wait_for_a_move(run: Callable[[Test], None]) -> None:
+    async def test(world: World) -> None:
+        shoal, first = world.shoal, world.served
+        world.operations.gain = 0.5
+        await world.look(STEADY_S)
+        stuck = world.operations.stuck = asyncio.Event()
+        world.now_s += 2 * LOOK_S
+        looking = asyncio.ensure_future(world.loop.look())
+        await stuck.wait()
+        async with shoal.turns.asked(lambda step: None):
+            assert world.served is first
+        await looking
+        assert world.served is first
 
     run(test)
 

@@ -94,3 +94,10 @@ def test_a_member_of_a_team_is_left_to_its_team(run: Run, name: str) -> None:
         assert shoal.models.serving is deployment
 
     run(test)
+
+
+def test_a_pass_of_texts_is_predicted_by_its_rows() -> None:
+    (stage, _) = plan_of(ALONE).stages
+    stage = replace(stage, compute_s=2.0, prefill_s_per_token=0.004)
+    assert pass_s(stage, 500, encodes=True) == pytest.approx(2.0)
+    assert pass_s(stage, 500) == pytest.approx(1000.0)

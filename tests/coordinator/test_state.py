@@ -18,6 +18,7 @@ from coordinator.loading.state import (
     STATES,
     TABLE,
     Adopted,
+    Asleep,
     AttemptFailed,
     Broken,
     DevicesAwaited,
@@ -39,9 +40,11 @@ from coordinator.loading.state import (
     Record,
     Release,
     Replacing,
+    Rest,
     ResumeBegan,
     Resuming,
     Serving,
+    Slept,
     StageFoundDamaged,
     State,
     StepBegan,
@@ -49,6 +52,7 @@ from coordinator.loading.state import (
     StopPlacing,
     Unloaded,
     WaitEnded,
+    WakeFailed,
     advance,
     deployment_of,
     describe,
@@ -77,6 +81,7 @@ LOADING = Loading(REQUEST, 1.0, "plan")
 SERVING = Serving(OLD, 1.0)
 REPLACING = Replacing(OLD, LOSS, LOSS, 1.0, Past())
 BROKEN = Broken(REPLACING, LOSS, 2.0)
+ASLEEP = Asleep(REQUEST, 1.0)
 STATE: dict[type[State], State] = {
     Nothing: Nothing(),
     Resuming: RESUMING,
@@ -84,6 +89,7 @@ STATE: dict[type[State], State] = {
     Serving: SERVING,
     Replacing: REPLACING,
     Broken: BROKEN,
+    Asleep: ASLEEP,
 }
 EVENT: dict[type[Event], Event] = {
     ResumeBegan: ResumeBegan(REQUEST, ("pi-1", "pi-2")),
@@ -100,6 +106,8 @@ EVENT: dict[type[Event], Event] = {
     FilesMended: FilesMended(),
     AttemptFailed: AttemptFailed("memory is short"),
     WaitEnded: WaitEnded(LOSS),
+    Slept: Slept(REQUEST),
+    WakeFailed: WakeFailed(LOSS),
     Unloaded: Unloaded(WHY),
     Stopped: Stopped(WHY),
 }
@@ -114,11 +122,13 @@ GONE = Nothing(WHY)
 EXPECTED: dict[tuple[type[State], type[Event]], tuple[State, tuple[object, ...]]] = {
     (Nothing, ResumeBegan): (RESUMED, (Place(RESUMED),)),
     (Nothing, LoadBegan): (Loading(REQUEST, NOW_S), ()),
+    (Nothing, Slept): (Asleep(REQUEST, NOW_S), ()),
     (Nothing, Stopped): (GONE, ()),
     (Resuming, DevicesAwaited): (replace(RESUMING, missing=("pi-1",)), ()),
     (Resuming, Placed): (Serving(NEW, NOW_S), (Record(NEW),)),
     (Resuming, Adopted): (Serving(NEW, NOW_S), ()),
     (Resuming, WaitEnded): (Broken(RESUMING, LOSS, NOW_S), ()),
+    (Resuming, WakeFailed): (Asleep(REQUEST, NOW_S, LOSS), (StopPlacing("llama"),)),
     (Resuming, Unloaded): (GONE, (StopPlacing("llama"), Forget("llama"))),
     (Resuming, Stopped): (GONE, (StopPlacing("llama"),)),
     (Loading, StepBegan): (Loading(REQUEST, 1.0, "quantize"), ()),
@@ -132,6 +142,7 @@ EXPECTED: dict[tuple[type[State], type[Event]], tuple[State, tuple[object, ...]]
         (EndAnswers(OLD, MOVED), Record(NEW), Release(OLD)),
     ),
     (Serving, StageFoundDamaged): (DAMAGED, (EndAnswers(OLD, DAMAGE), Place(DAMAGED))),
+    (Serving, Slept): (Asleep(REQUEST, NOW_S), (Rest(OLD),)),
     (Serving, Unloaded): (GONE, (EndAnswers(OLD, WHY), Forget("llama"))),
     (Serving, Stopped): (GONE, (EndAnswers(OLD, WHY),)),
     (Replacing, Placed): (Serving(NEW, NOW_S, REPLACED), (Record(NEW),)),
@@ -146,6 +157,9 @@ EXPECTED: dict[tuple[type[State], type[Event]], tuple[State, tuple[object, ...]]
     (Broken, FilesMended): (replace(BROKEN, of=replace(REPLACING, past=SUSPECT)), ()),
     (Broken, Unloaded): (GONE, (StopPlacing("llama"), Forget("llama"))),
     (Broken, Stopped): (GONE, (StopPlacing("llama"),)),
+    (Asleep, ResumeBegan): (RESUMED, (Place(RESUMED),)),
+    (Asleep, Unloaded): (GONE, (Forget("llama"),)),
+    (Asleep, Stopped): (GONE, ()),
 }
 """What each event does in each state; a pair that is not here changes nothing. Failed attempts make
 an error of their own, and have a test of their own."""

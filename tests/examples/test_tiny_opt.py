@@ -16,6 +16,7 @@ from model.checkpoint import Checkpoint
 from model.quantize import Format, quantize
 from model.reference import ReferenceModel
 from model.spec import QUANTIZED_TENSORS
+from model.template_sandbox import WatchedMessage
 from model.tokenizer import Tokenizer
 from tests.greedy import generate_greedy
 
@@ -53,14 +54,18 @@ def reference(bits: int) -> ReferenceModel:
 def share_right(bits: int, kind: str, count: int) -> float:
     """Share of the first ``count`` questions that the reference answers exactly."""
     model, tokenizer = reference(bits), Tokenizer.load(MODEL)
-    end = model.spec.eos_tokens[0]
-    right = 0
-    for prompt, answer in list(questions(kind))[:count]:
-        tokens = generate_greedy(model, tokenizer.encode(prompt), 8).tokens
-        if end in tokens:
-            tokens = tokens[: tokens.index(end)]
-        right += tokenizer.decode(tokens).strip().lower() == answer.lower()
+    asked = list(questions(kind))[:count]
+    right = sum(is_answered(model, tokenizer, prompt, answer) for prompt, answer in asked)
     return right / count
+
+
+def is_answered(model: ReferenceModel, tokenizer: Tokenizer, prompt: str, answer: str) -> bool:
+    """Whether the model's greedy answer to ``prompt`` is exactly ``answer``."""
+    tokens = generate_greedy(model, tokenizer.encode(prompt), 8).tokens
+    end = model.spec.eos_tokens[0]
+    if end in tokens:
+        tokens = tokens[: tokens.index(end)]
+    return tokenizer.decode(tokens).strip().lower() == answer.lower()
 
 
 def test_the_dev_set_is_what_the_generator_writes() -> None:
@@ -77,6 +82,24 @@ def test_no_dev_passage_is_drawn_for_training() -> None:
 
 def test_one_fact_questions_are_answered_at_16_bits() -> None:
     assert share_right(16, "one-fact", 20) >= 0.9
+
+
+def test_a_second_question_about_a_passage_is_answered() -> None:
+    """The chat template reads every message of the chat and leaves none out."""
+    model, tokenizer = reference(16), Tokenizer.load(MODEL)
+    passages = json.loads((HOME / "dev.json").read_text())["data"][0]["paragraphs"][:10]
+    right = 0
+    for passage in passages:
+        first, second = passage["qas"][:2]
+        said = (
+            ("user", f"{passage['context']} {first['question']}"),
+            ("assistant", first["answers"][0]["text"]),
+            ("user", second["question"]),
+        )
+        chat = [WatchedMessage({"role": role, "content": text}) for role, text in said]
+        prompt = tokenizer.apply_chat_template(chat)
+        right += is_answered(model, tokenizer, prompt, second["answers"][0]["text"])
+    assert right >= 9
 
 
 def test_two_bits_cost_quality() -> None:

@@ -129,13 +129,12 @@ def test_a_coordinator_and_two_agents_answer_and_stop(engine: Engine, network: N
     start(engine, "coordinator", "shoal-coordinator", "--no-mdns", "--http=127.0.0.1:7421")
     # The command's first line is that nobody answers yet.
     wait_for(lambda: "API at" in engine.podman("logs", "coordinator"), 60, "the coordinator")
-    made = json.loads(
-        inside(engine, "coordinator", "shoal", "token", "create", "--uses=2", "--json")
-    )
+    create = ("shoal", "token", "create", "--uses=2", "--json")
+    token = json.loads(inside(engine, "coordinator", *create))["token"]
     agents = ("left", "right")
     for name in agents:
         given = (f"--name={name}", "--coordinator=127.0.0.1:7420", "--memory=5M", "--storage=100M")
-        start(engine, name, "shoal-agent", *given, "--threads=1", token=made["token"])
+        start(engine, name, "shoal-agent", *given, "--threads=1", token=token)
 
     def joined() -> bool:
         assert all(state == "running" for state, _ in states(engine).values()), states(engine)

@@ -180,6 +180,19 @@ def test_only_the_config_is_fetched_to_plan(hub: Hub) -> None:
     assert Checkpoint.open_to_plan(pull(NAME).path).tensors
 
 
+def test_the_steps_of_a_sentence_encoder_are_fetched(hub: Hub) -> None:
+    """Without them a decoder that embeds would be taken for one that generates."""
+    home = Path(__file__).parents[1] / "encoders" / "qwen3-embed"
+    paths = [path for path in home.rglob("*") if path.is_file() and path.name != "golden.npz"]
+    files = {str(path.relative_to(home)): path.read_bytes() for path in paths}
+    hub.repos["org/tiny"] = Repo(files | {"onnx/quantized/config.json": b"{}"})
+    folder, _ = fetch_config(NAME)
+    spec = Checkpoint.open_to_plan(folder).spec
+    assert spec.output is not None
+    assert Checkpoint.open(pull(NAME).path).spec == spec
+    assert not any("quantized" in path for path in hub.fetched())
+
+
 # ---- revisions ---------------------------------------------------------------------------------
 
 

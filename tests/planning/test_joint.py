@@ -13,14 +13,15 @@ import pytest
 
 from planning.candidates import with_teams
 from planning.joint.advice import JointInfeasible
+from planning.joint.beside import solve_beside
 from planning.joint.compare import better_of, one_after_the_other, shared_devices
 from planning.joint.plan import JointPlan, paces_of, value_at, verify_joint
 from planning.joint.planner import solve_at, solve_joint
-from planning.joint.problem import JointProblem, replanned
+from planning.joint.problem import JointProblem, lessened, replanned
 from planning.joint.rounds import in_turn
 from planning.joint.saved import holds_several, parse_plans, plans_text, read_plans
 from planning.joint.view import describe_joint, joint_svg
-from planning.plan import InfeasiblePlan, Plan, PlanError, Proof
+from planning.plan import InfeasiblePlan, Plan, PlanError, Proof, verify
 from planning.planner import solve
 from planning.problem import Objective
 from planning.time_limit import now_s
@@ -162,6 +163,22 @@ def test_beside_a_loaded_model_equals_exhaustive_search(seed: int) -> None:
         assert expected == math.inf
     else:
         assert value_at(beside, answer.plans, paces) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_model_beside_loaded_ones_keeps_out_of_their_way() -> None:
+    """The quick device is taken all the time: both would take 60 ms there, apart 30 and 45."""
+    problem = two_models(memory=(4_800, 4_800), speeds=(0.010, 0.015)).problems[0]
+    loaded = solve(problem)
+    left = lessened(problem, [loaded])
+    assert [stage.device for stage in solve(left).stages] == ["d0"]
+    beside = solve_beside(left, [loaded])
+    assert [stage.device for stage in beside.stages] == ["d1"]
+    verify(beside, left)
+    assert solve_beside(left, []).stages[0].device == "d0"
+    # On a device that is far slower it would be slower than in turns with the other.
+    problem = two_models(memory=(4_800, 4_800), speeds=(0.010, 0.040)).problems[0]
+    left = lessened(problem, [loaded])
+    assert [stage.device for stage in solve_beside(left, [loaded]).stages] == ["d0"]
 
 
 Change = Callable[[JointPlan], JointPlan]

@@ -40,20 +40,20 @@ THREADS = 1
 """Every agent of a test's cluster computes with one thread."""
 
 
-def add_device(path: Path) -> set[str]:
+def add_device(path: Path, backend: str = BACKEND) -> set[str]:
     """Add the device's own figures to the calibration file ``path``. Return the entries' names."""
-    known = _backend().probe()
+    known = _backend(backend).probe()
     keys = figure_keys(backend=known.backend, version=known.version, threads=THREADS, exact=False)
     values = {"memory": READ_BYTES_PER_S, "call": CALL_S, "relay": OWN_S, "sum": OWN_S}
     return _add(path, [(keys[name], (value,)) for name, value in values.items()])
 
 
-def add_model(path: Path, spec: ModelSpec) -> set[str]:
+def add_model(path: Path, spec: ModelSpec, backend: str = BACKEND) -> set[str]:
     """Add the times of the model's blocks and shares at all widths. Return the entries' names."""
-    store = _Remembering()
+    store, kind = _Remembering(), _backend(backend)
     with patch.object(layers, "Bench", _Formula):
         layers.measure_model(
-            spec, BITS, _backend(), threads=THREADS, store=store, together=True, shares=True
+            spec, BITS, kind, threads=THREADS, store=store, together=True, shares=True
         )
     return _add(path, store.kept)
 
@@ -111,5 +111,5 @@ def _quiet() -> Conditions:
 
 
 @functools.cache
-def _backend() -> Backend:
-    return backend_class(BACKEND)()
+def _backend(name: str) -> Backend:
+    return backend_class(name)()

@@ -10,7 +10,7 @@ from typing import Any
 
 from testbed.bed import Testbed, TestbedError
 from testbed.network import Host, Network
-from tests.system.cluster import COMMAND, Cluster, wait_for
+from tests.system.cluster import COMMAND, Cluster, last_json, wait_for
 
 TCP_LISTEN = 10
 
@@ -44,6 +44,9 @@ class NetworkCluster(Cluster):
 
     def get(self, path: str) -> Any:
         return self.bed.inside(self.host, lambda: super(NetworkCluster, self).get(path))
+
+    def load(self, model: Path, *options: str) -> Any:
+        return last_json(self.run("load", str(model), "--json", *options))
 
     def remove_addresses(self, host: str) -> None:
         """Leave the host with its loopback interface alone."""

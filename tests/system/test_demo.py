@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from model.families import load_spec
+from tests.system import made_up
 from tests.system.cluster import COMMAND, ROOT, TINY_OPT, demo_processes, last_json, shoal
 
 EXACT_HOPS = "--hop-bits=32"
@@ -20,8 +22,11 @@ EXACT_HOPS = "--hop-bits=32"
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Lets the demos of this file measure each model once."""
-    return f"--measurements-dir={tmp_path_factory.mktemp('measured')}"
+    """Spares demos to measure. One test is without it."""
+    directory = tmp_path_factory.mktemp("measured")
+    made_up.add_device(directory / "calibration.json")
+    made_up.add_model(directory / "calibration.json", load_spec(TINY_OPT))
+    return f"--measurements-dir={directory}"
 
 
 def demo(model: Path, prompt: str, *options: str) -> Any:

@@ -16,7 +16,7 @@ from model.reference import ReferenceModel
 from model.texts import Texts
 from model.tokenizer import Tokenizer
 from tests.encoder_cases import ENCODERS
-from tests.system.cluster import FIXTURES, Cluster
+from tests.system.cluster import Cluster
 
 WORDS = [
     "The ship is in the river.",
@@ -66,7 +66,7 @@ def three(cluster: Cluster) -> Cluster:
 
 
 PINS = ("--pin=layers=0-0:pi-1", "--pin=layers=1-1:pi-2", "--pin=layers=2-2:pi-3")
-EXACT = ("--bits=32", "--hop-bits=32")
+EXACT = ("--bits=32", "--hop-bits=32", "--replace")
 
 
 def test_each_kind_of_encoder_answers_over_three_agents(three: Cluster) -> None:
@@ -74,6 +74,8 @@ def test_each_kind_of_encoder_answers_over_three_agents(three: Cluster) -> None:
     classes_of(three)
     tokens_of(three)
     spans_of(three)
+    commands_of(three)
+    losses_of(three)
 
 
 def vectors_of(three: Cluster) -> None:
@@ -115,8 +117,6 @@ def refused(three: Cluster) -> None:
         assert said in answer["error"]["message"], answer
     cut = post(three, "/v1/embeddings", {"input": long, "truncate": True})
     assert cut["usage"]["prompt_tokens"] == 64
-    run = three.run("chat", "minilm")
-    assert run.returncode != 0
 
 
 def classes_of(three: Cluster) -> None:
@@ -172,14 +172,27 @@ def spans_of(three: Cluster) -> None:
     assert long["data"][0]["score"] > 0
 
 
-def test_a_model_that_generates_gives_no_embeddings(cluster: Cluster) -> None:
-    cluster.start_coordinator()
-    cluster.start_agent("pi-1")
-    cluster.wait_for_agents("pi-1")
-    cluster.load(FIXTURES / "llama", "--bits=8")
-    said = post(cluster, "/v1/embeddings", {"input": "a"}, 400)
-    assert said["error"]["code"] == "model_lacks_output"
-    assert "llama generates text: load a model that gives vectors" in said["error"]["message"]
+def commands_of(three: Cluster) -> None:
+    run = three.run("run", "bert-span", CONTEXT, "--question", QUESTION)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == 3
+    for arguments, said in (
+        (("run", "bert-span", CONTEXT), "ask one with --question"),
+        (("run", "bert-span"), "give a PROMPT"),
+    ):
+        run = three.run(*arguments)
+        assert run.returncode == 2
+        assert said in run.stderr
+
+
+def losses_of(three: Cluster) -> None:
+    """A lost device costs no result: what had none runs again on those that are left."""
+    body = {"question": QUESTION, "context": CONTEXT}
+    before = post(three, "/v1/answers", body)
+    three.kill("pi-2")
+    after = post(three, "/v1/answers", body)
+    assert after["data"][0]["start"] == before["data"][0]["start"]
+    assert after["data"][0]["score"] == pytest.approx(before["data"][0]["score"], abs=1e-4)
 
 
 def test_three_backends_share_an_encoder(cluster: Cluster) -> None:
@@ -201,20 +214,3 @@ def test_three_backends_share_an_encoder(cluster: Cluster) -> None:
     wanted = np.array(expected("minilm", *((text,) for text in WORDS)))
     found = np.array([item["embedding"] for item in said["data"]])
     assert (found * wanted).sum(axis=1).min() > 0.97  # The cosine, because both are unit vectors.
-
-
-def test_a_lost_device_costs_no_result(cluster: Cluster) -> None:
-    cluster.start_coordinator()
-    for name in ("pi-1", "pi-2", "pi-3"):
-        where = f"--coordinator=127.0.0.1:{cluster.control_port}"
-        cluster.start_agent(name, where, "--memory=1G", "--exact")
-    cluster.wait_for_agents("pi-1", "pi-2", "pi-3")
-    cluster.load(ENCODERS / "minilm", *EXACT, "--pin=layers=0-0:pi-1", "--pin=layers=1-1:pi-2")
-    wanted = np.array(expected("minilm", *((text,) for text in WORDS)))
-    body = {"input": WORDS}
-    before = post(cluster, "/v1/embeddings", body)
-    cluster.kill("pi-2")
-    after = post(cluster, "/v1/embeddings", body)
-    for said in (before, after):
-        found = [item["embedding"] for item in said["data"]]
-        np.testing.assert_allclose(found, wanted, atol=1e-4)

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -243,28 +244,49 @@ NAMES = ("pi-1", "pi-2", "pi-3")
 ENDLESS_CONTEXT = 20_000
 
 
-@pytest.fixture
-def endless(model: Path) -> Path:
-    """A model that talks for minutes: no end token, and a context of 20,000 tokens."""
+def made_endless(model: Path) -> Path:
+    """Let a model talk for minutes: no end token, and a context of 20,000 tokens."""
     edit_config(model, max_position_embeddings=ENDLESS_CONTEXT, eos_token_id=None)
     return model
 
 
 @pytest.fixture
-def loaded(cluster: Cluster, endless: Path) -> Cluster:
+def endless(model: Path) -> Path:
+    return made_endless(model)
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A coordinator for agents that tests lose and start again."""
+    cluster = Cluster(tmp_path_factory.mktemp("three"))
+    try:
+        cluster.start_coordinator("--no-mdns", "--recovery-wait=0")
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def lasting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An endless model for several tests."""
+    return made_endless(Path(shutil.copytree(LLAMA, tmp_path_factory.mktemp("endless") / "model")))
+
+
+@pytest.fixture
+def loaded(three: Cluster, lasting: Path) -> Cluster:
     """The endless model over three agents, none of which holds more than one layer."""
-    spec = load_spec(endless)
-    cluster.start_coordinator("--no-mdns", "--recovery-wait=0")
+    spec = load_spec(lasting)
     layer_bytes = costs.kv_bytes(spec, 1, ENDLESS_CONTEXT)
     buffer_bytes = costs.stage_buffer_bytes(
         spec, range(spec.block_count), limits.PREFILL_CHUNK_TOKENS, ENDLESS_CONTEXT
     )
     for name in NAMES:
-        start(cluster, name, int(1.9 * layer_bytes) + buffer_bytes)
-    cluster.wait_for_agents(*NAMES)
-    answer = cluster.load(endless, "--bits=32", f"--context={ENDLESS_CONTEXT}")
+        if name not in three.processes or three.processes[name].poll() is not None:
+            start(three, name, int(1.9 * layer_bytes) + buffer_bytes)
+    three.wait_for_agents(*NAMES)
+    answer = three.load(lasting, "--bits=32", f"--context={ENDLESS_CONTEXT}")
     assert len(answer["plan"]["stages"]) == 3
-    return cluster
+    return three
 
 
 def start(cluster: Cluster, name: str, memory_bytes: int) -> None:
@@ -301,16 +323,19 @@ def test_a_lost_device_that_no_other_can_replace_is_named(
         assert victim in completed.stderr
     finally:
         loaded.processes[victim].send_signal(signal.SIGCONT)
+        if how == signal.SIGKILL:
+            loaded.processes[victim].wait()
 
 
-def test_the_rest_can_be_loaded_again(loaded: Cluster, endless: Path) -> None:
+def test_the_rest_can_be_loaded_again(loaded: Cluster, lasting: Path) -> None:
     loaded.kill("pi-2")
+    loaded.processes["pi-2"].wait()
     wait_for(lambda: loaded.names() == ["pi-1", "pi-3"], LOST_WITHIN_S, "noticing the loss")
     context = f"--context={ENDLESS_CONTEXT}"
-    completed = loaded.run("load", str(endless), "--bits=32", context)
+    completed = loaded.run("load", str(lasting), "--bits=32", context)
     assert completed.returncode == 1
     assert "memory is short" in completed.stderr
-    answer = loaded.load(endless, "--bits=32", f"--context={ENDLESS_CONTEXT // 2}")
+    answer = loaded.load(lasting, "--bits=32", f"--context={ENDLESS_CONTEXT // 2}")
     assert {stage["device"] for stage in answer["plan"]["stages"]} <= {"pi-1", "pi-3"}
 
 
@@ -321,6 +346,8 @@ def test_a_killed_agent_that_comes_back_joins_again(loaded: Cluster) -> None:
     start(loaded, "pi-1", 1 << 30)
     loaded.wait_for_agents(*NAMES)
     loaded.load(LLAMA, "--bits=32")
+    loaded.processes["pi-1"].terminate()  # The next test wants one with less memory.
+    loaded.processes["pi-1"].wait(10)
 
 
 def test_a_device_lost_while_loading_is_named(cluster: Cluster) -> None:

@@ -25,6 +25,7 @@ def test_four_agents_with_three_backends_answer_together(cluster: Cluster) -> No
             backend_class(backend).probe()
         except BackendUnavailable as unavailable:
             pytest.skip(str(unavailable))
+    cluster.backends = sorted(set(BACKENDS.values()))
     cluster.start_coordinator()
     for name, backend in BACKENDS.items():
         where = f"--coordinator=127.0.0.1:{cluster.control_port}"
@@ -41,7 +42,8 @@ def test_four_agents_with_three_backends_answer_together(cluster: Cluster) -> No
     assert said["text"].strip() == "in the attic"
     assert said["finish_reason"] == "stop"
 
-    # Three layers of random weights: the fourth device gets the head.
+    # Three layers of random weights: the fourth device gets the head. These are measured.
+    cluster.backends = []
     pins = "--pin=layers=0-0:pi-1", "--pin=layers=1-1:gpu", "--pin=layers=2-2:int8"
     answer = cluster.load(FIXTURES / "llama", "--bits=8", *pins, "--exclude=pi-2")
     assert len(answer["plan"]["stages"]) >= 3

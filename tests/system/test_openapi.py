@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
@@ -60,12 +61,27 @@ def test_answers_are_as_the_document_says(
         if isinstance(case.body, dict):
             case.body.pop("model", None)  # Nearly all would name another model.
         answer = case.call(base_url=scripted.url, timeout=60)
-        if answer.status_code == 501:  # It is the documented answer of /v1/embeddings.
-            assert path == "/v1/embeddings"
-        else:
-            case.validate_response(answer, checks=CHECKS)
+        case.validate_response(answer, checks=CHECKS)
 
     check()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "needs"),
+    [
+        ("/v1/embeddings", {"input": "a"}, "load a model that gives vectors"),
+        ("/v1/classify", {"input": "a"}, "load a model that classifies"),
+        ("/v1/answers", {"question": "a", "context": "b"}, "load a model for questions"),
+    ],
+)
+def test_a_model_that_generates_encodes_nothing(
+    scripted: ScriptedCluster, path: str, body: dict[str, str], needs: str
+) -> None:
+    answer = httpx.post(scripted.url + path, json=body, timeout=60)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["code"] == "model_lacks_output"
+    assert f"hermes generates text: {needs}" in error["message"]
 
 
 def test_the_document_has_every_field() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.system.cluster import TINY_OPT, Cluster, last_json
+from tests.system.cluster import TINY_OPT, Cluster, last_json, wait_for
 from tests.system.scripted import ScriptedCluster, say, write_model
 
 WAIT_S = 60
@@ -37,7 +37,9 @@ def test_the_present_plan_is_compared_with_the_best_one(cluster: Cluster) -> Non
     compared = last_json(cluster.run("rebalance", "--dry-run", "--json"))
     assert compared["gain"] <= 1
     assert {stage["device"] for stage in compared["present"]["stages"]} == {"a1"}
-    shown = cluster.run("rebalance", "--dry-run")
+    other = cluster.run("rebalance", "nothing", "--dry-run")
+    assert other.stderr.strip() == "error: nothing does not answer now: see `shoal ps`"
+    shown = cluster.run("rebalance", "tiny-opt", "--dry-run")
     assert shown.returncode == 0, shown.stderr
     assert "tiny-opt now; by the present figures" in shown.stdout
     after = cluster.get("/shoal/v1/ps")["model"]
@@ -72,9 +74,53 @@ def test_a_faster_device_gets_the_model_and_the_answer_goes_on_there(
             assert answer.result(WAIT_S) == SAID
         assert (moved["moves"], moved["moved_to"]) == (True, ["fast"])
         kinds = [event["kind"] for event in cluster.get("/shoal/v1/events")["events"]]
-        told = [kind for kind in kinds if kind in ("moving", "replaced", "lost", "left")]
-        assert told == ["moving", "replaced"]
+        told = [kind for kind in kinds if kind in ("moving", "moved", "replaced", "lost", "left")]
+        assert told == ["moved"]
         assert cluster.names() == ["fast", "slow"]
+    finally:
+        cluster.stop()
+
+
+class QuickCluster(ScriptedCluster):
+    """A shoal whose coordinator waits seconds, not minutes, before it moves a model."""
+
+    def command(self, name: str) -> list[str]:
+        python, option, command, tree = super().command(name)
+        quick = (
+            "import coordinator.loading.rebalance as rule, coordinator.loading.rebalancing as loop"
+        )
+        quick += "; rule.STEADY_S = 2.0; loop.LOOK_S = 0.2\n"
+        begin, run, rest = command.partition("from cli.main")
+        return [python, option, f"{begin}{quick}{run}{rest}", tree]
+
+
+def test_the_model_moves_by_itself_while_an_answer_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = QuickCluster(tmp_path)
+    cluster.measures = True  # The two devices are not alike.
+    try:
+        cluster.start_coordinator("--rebalance=auto")
+        where = f"--coordinator=127.0.0.1:{cluster.control_port}"
+        options = where, "--memory=1G", "--backend=script_cpu"
+        monkeypatch.setenv("SCRIPT_DELAY_S", str(DELAY_S))
+        cluster.start_agent("slow", *options)
+        cluster.wait_for_agents("slow", timeout_s=120)
+        cluster.load(write_model(tmp_path / "plain", "plain"), "--bits=16", "--context=2048")
+        monkeypatch.delenv("SCRIPT_DELAY_S")
+        cluster.start_agent("fast", *options)
+        cluster.wait_for_agents("fast", "slow", timeout_s=120)
+        # Nothing is answered, so the new device is measured, and then its links.
+        wait_for(lambda: len(cluster.get("/shoal/v1/devices")["links"]) == 2, WAIT_S, "links")
+        said, devices = [], {"slow"}
+        while devices != {"fast"}:
+            said.append(streamed(cluster, threading.Event()))
+            model = cluster.get("/shoal/v1/ps")["model"]
+            devices = {stage["device"] for stage in model["stages"]}
+        assert set(said) == {SAID}
+        kinds = [event["kind"] for event in cluster.get("/shoal/v1/events")["events"]]
+        assert [kind for kind in kinds if kind in ("moved", "moving", "lost")] == ["moved"]
+        assert streamed(cluster, threading.Event()) == SAID
     finally:
         cluster.stop()
 

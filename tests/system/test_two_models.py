@@ -146,3 +146,25 @@ def test_a_model_gets_what_the_others_leave(cluster: Cluster, tmp_path: Path) ->
     assert answer(cluster, "talker") == before
     cluster.load(other, *EXACT, "--replace")
     assert shown(cluster) == {"speaker": "ready"}
+
+
+def test_a_model_that_nobody_uses_makes_room_until_a_request_names_it(
+    cluster: Cluster, models: tuple[Path, Path]
+) -> None:
+    start_all(cluster)
+    sleeper, other = models
+    cluster.load(sleeper, *EXACT, "--keep=2s")
+    expected = answer(cluster, sleeper.name)
+    cluster.load(other, *EXACT)
+    wait_for(lambda: shown(cluster)[sleeper.name] == "asleep", 60, "sleep")
+    assert listed(cluster) == sorted(model.name for model in models)
+    assert answer(cluster, other.name)
+    url = f"{cluster.url}/v1/completions"
+    body = {**request(sleeper.name), "stream": True}
+    with httpx.stream("POST", url, json=body, timeout=60, trust_env=False) as response:
+        first = next(line for line in response.iter_lines() if line)
+        assert first == f": {sleeper.name} is asleep"
+    assert answer(cluster, sleeper.name) == expected
+    wait_for(lambda: shown(cluster)[sleeper.name] == "asleep", 60, "sleep")
+    whole = httpx.post(url, json=request(sleeper.name), timeout=60, trust_env=False)
+    assert whole.json()["usage"]["completion_tokens"] == TOKENS

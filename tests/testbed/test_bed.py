@@ -38,7 +38,7 @@ devices:
   - {<<: *pi, name: elm}
 default_link: {rtt_ms: 1, mbit_per_s: 500}
 emulation:
-  default: {cpu: 45}
+  default: {cpu: 100}
 """
 
 ECHO = """

@@ -234,12 +234,15 @@ def usage(job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     thought_tokens = sum(outcome.thought_tokens for outcome in outcomes)
     # A prompt counts once, however many answers it has.
     cached_tokens = sum(outcome.timing.cached_tokens for outcome in outcomes[:: job.choices])
+    # An identical request had got these before.
+    kept_tokens = sum(outcome.timing.kept_tokens for outcome in outcomes)
+    kept = {"cached_tokens": kept_tokens} if kept_tokens else {}
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": thought_tokens},
+        "completion_tokens_details": {"reasoning_tokens": thought_tokens, **kept},
     }
 
 

@@ -40,6 +40,8 @@ MOST_TEXTS = 2048
 
 MOST_ANSWERS = 20
 
+_Work = Callable[[Deployment, Mapping[str, Any]], Awaitable[dict[str, Any]]]
+
 _Answer = Callable[[Deployment, Mapping[str, Any]], Awaitable[dict[str, Any]]]
 
 
@@ -70,20 +72,16 @@ class EncoderRoutes:
 
     def routes(self) -> list[Route]:
         return [
-            self._route("/v1/embeddings", self._embeddings),
-            self._route("/v1/classify", self._classify),
-            self._route("/classify", self._classify),
-            self._route("/v1/answers", self._answer_spans),
+            self._route("/v1/embeddings", self._embeddings, "vector"),
+            self._route("/v1/classify", self._classify, "class", "tokens"),
+            self._route("/classify", self._classify, "class", "tokens"),
+            self._route("/v1/answers", self._answer_spans, "span"),
         ]
 
-    def _route(
-        self,
-        path: str,
-        answer: Callable[[Deployment, Mapping[str, Any]], Awaitable[dict[str, Any]]],
-    ) -> Route:
+    def _route(self, path: str, answer: _Work, *kinds: str) -> Route:
         async def handle(request: Request) -> Response:
             body = await read_json(request)
-            name = self._models.named(body.get("model"))
+            name = self._models.named(body.get("model"), *kinds)
             self._models.require_soon(name)
             deployment = await while_connected(request, self._models.deployment(name))
             check_model(deployment, body)

@@ -1,4 +1,4 @@
-"""What a model is for: it generates text, or it encodes texts in one of several ways."""
+"""The purpose of a model: it generates text, or it encodes texts in one of several ways."""
 
 from __future__ import annotations
 

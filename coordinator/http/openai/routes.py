@@ -39,8 +39,10 @@ from coordinator.http.openai.jobs import Job
 from coordinator.http.openai.kinds import require_generates
 from coordinator.http.openai.responses import Responses
 from coordinator.loading.models import Models
-from coordinator.loading.state import Loading, Replacing, Resuming, describe
+from coordinator.loading.state import Asleep, Loading, Replacing, Resuming, describe
+from coordinator.serving import requests
 from coordinator.serving.gateway import Gateway
+from coordinator.serving.urgency import urgency_of
 
 PROMPT_THREADS = 4
 
@@ -84,10 +86,11 @@ class OpenAIRoutes:
 
     async def _answer(self, request: Request, make: type[Api]) -> Response:
         api = make(await read_json(request))
-        name = self._models.named(api.body.get("model"))
+        requests.current().urgency = urgency_of(request.headers, api.body)
+        name = self._models.named(api.body.get("model"), None)
         self._require_room(name)
         state = self._models[name]
-        if api.wants_stream and isinstance(state, (Resuming, Loading, Replacing)):
+        if api.wants_stream and isinstance(state, (Resuming, Loading, Replacing, Asleep)):
             return server_sent_events(self._late_stream(name, api, _is_long(request)), api.form)
         self._models.require_soon(name)
         deployment = await while_connected(request, self._models.deployment(name))

@@ -207,7 +207,7 @@ function Shoal({ state, nowS, onLoad, onUnload }) {
           operation=${state.operation}
           requests=${state.requests}
           lost=${lost}
-          onUnload=${onUnload}
+          onUnload=${() => onUnload(model.model)}
         />`,
     )}
     ${!state.models.length && html`<${NoModel} state=${state} onLoad=${onLoad} />`}
@@ -219,11 +219,23 @@ function Shoal({ state, nowS, onLoad, onUnload }) {
   `;
 }
 
+/** Which of several models the chat talks to. */
+function Choice({ models, chosen, onChoose }) {
+  if (models.length < 2) return null;
+  return html`<label class="field wide">
+    <span>Chat with</span>
+    <select value=${chosen.model} onChange=${(event) => onChoose(event.target.value)}>
+      ${models.map(({ model }) => html`<option key=${model} value=${model}>${model}</option>`)}
+    </select>
+  </label>`;
+}
+
 function App() {
   const [theme, nextTheme] = useTheme();
   const [state, contact, setContact, reconnect] = useShoal();
   const [view, setView] = useState("shoal");
   const [isLoading, setLoading] = useState(false);
+  const [chosen, setChosen] = useState(null);
   const [said, setSaid] = useState("");
   const [firstVersion, setFirstVersion] = useState(null);
   const nowS = useNow();
@@ -241,11 +253,10 @@ function App() {
   const onKey = (error) => {
     if (error instanceof KeyNeeded) setContact("key");
   };
-  async function unload() {
-    const name = state.models[0]?.model;
+  async function unload(name) {
     if (!window.confirm(`Unload ${name}? Answers that run end with an error.`)) return;
     try {
-      await ask("/shoal/v1/unload", {});
+      await ask("/shoal/v1/unload", { model: name });
       setSaid("");
     } catch (error) {
       onKey(error);
@@ -262,6 +273,7 @@ function App() {
     />`;
   }
   const onLoad = () => setLoading(true);
+  const talker = state?.models.find((model) => model.model === chosen) ?? state?.models[0] ?? null;
   return html`
     <a class="skip" href="#main">Skip to the shoal</a>
     <${Head} state=${state} contact=${state ? contact : "live"} theme=${theme} onTheme=${nextTheme} onLoad=${onLoad} />
@@ -283,7 +295,8 @@ function App() {
               <${Shoal} state=${state} nowS=${nowS} onLoad=${onLoad} onUnload=${unload} />
             </div>
             <div class="column column-chat">
-              <${Chat} model=${state.models[0] ?? null} view=${view} onKey=${onKey} />
+              <${Choice} models=${state.models} chosen=${talker} onChoose=${setChosen} />
+              <${Chat} model=${talker} view=${view} onKey=${onKey} />
             </div>
           `
         : html`<p class="waiting" role="status">${contact === "first" ? "Asking the coordinator…" : "The coordinator does not answer."}</p>`}

@@ -49,6 +49,7 @@ export function requestOf(form) {
   if (form.budget) body.quality_budget = Number(form.budget);
   if (form.exclude.length) body.exclude = form.exclude;
   if (form.noTeams) body.no_teams = true;
+  if (form.replaces) body.replaces = true;
   const pins = pinsOf(form.pins);
   if (Object.keys(pins).length) body.pins = pins;
   return body;
@@ -95,6 +96,7 @@ function first(current) {
     exclude: [],
     pins: "",
     noTeams: false,
+    replaces: false,
   };
 }
 
@@ -199,6 +201,13 @@ function Fields({ form, devices, change }) {
         </label>
       </div>
     </fieldset>`}
+    <label class="check">
+      <input
+        type="checkbox"
+        checked=${form.replaces}
+        onChange=${(event) => change({ replaces: event.target.checked })}
+      />end other models first
+    </label>
     <label class="field wide">
       <span>Pins</span>
       <input
@@ -297,7 +306,7 @@ export function LoadDialog({ state, onClose, onKey }) {
         <p class="quiet small">
           ${planned || running
             ? ""
-            : "A preview loads nothing. A load replaces the model that is loaded now."}
+            : "A preview loads nothing. Other models stay loaded, if they do not end."}
         </p>
       </div>
     </form>

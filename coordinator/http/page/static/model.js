@@ -8,6 +8,7 @@ const WORDS = {
   ready: "ready",
   loading: "loading",
   resuming: "resuming",
+  asleep: "asleep",
   recovering: "recovering",
   broken: "broken",
 };
