@@ -31,6 +31,7 @@ import socket
 import statistics
 import struct
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ from wire.activations import DEFAULT_HOP_BITS, payload_bytes
 from wire.codec import encode
 from wire.connection import Connection, Listener
 from wire.errors import WireError
+from wire.identity import own_identity
 from wire.messages import (
     Activation,
     Heartbeat,
@@ -63,6 +65,7 @@ from wire.messages import (
     StartSequence,
     TokenSampled,
 )
+from wire.tls import TlsTransport, client_context, server_context
 from wire.transport import TcpTransport
 
 HIDDEN = 2048
@@ -81,6 +84,7 @@ SHARE_STEPS = 500
 ROW = Activation(1, 7, 0, 300, 1, 16, True)
 CHUNK = Activation(1, 7, 0, 256, CHUNK_ROWS, 16, False)
 CHUNK_BYTES = payload_bytes(CHUNK_ROWS, HIDDEN, 16)
+IDENTITY = Path(tempfile.gettempdir()) / f"shoal-hop-{os.getpid()}.pem"
 FIELDS = struct.Struct("<4s5I2BI")
 
 
@@ -172,11 +176,20 @@ class Shoal:
         self._connection.close()
 
 
+def encrypted(sock: socket.socket, *, answers: bool) -> Shoal:
+    """Encrypt, as every connection does unless --insecure is said."""
+    identity = own_identity(IDENTITY)
+    if answers:
+        return Shoal(Connection(TlsTransport(sock, server_context(identity))))
+    return Shoal(Connection(TlsTransport(sock, client_context(), identity.fingerprint)))
+
+
 Way = Raw | Shoal
-WAYS: dict[str, Callable[[socket.socket], Way]] = {
-    "raw": Raw,
-    "framed": Framed,
-    "shoal": lambda sock: Shoal(Connection(TcpTransport(sock))),
+WAYS: dict[str, Callable[[socket.socket, bool], Way]] = {
+    "raw": lambda sock, answers: Raw(sock),
+    "framed": lambda sock, answers: Framed(sock),
+    "shoal": lambda sock, answers: Shoal(Connection(TcpTransport(sock))),
+    "tls": lambda sock, answers: encrypted(sock, answers=answers),
 }
 
 
@@ -199,11 +212,11 @@ def pair(place: Place, kind: str, serve: Callable[[Way], None]) -> Iterator[Way]
     if child == 0:
         with contextlib.suppress(OSError, EOFError, WireError):
             sock, _ = listener.accept()
-            serve(WAYS[kind](sock))
+            serve(WAYS[kind](sock, True))
         os._exit(0)
     listener.close()
     sock = place.near(lambda: socket.create_connection((place.address, port)))
-    way = WAYS[kind](sock)
+    way = WAYS[kind](sock, False)
     try:
         yield way
     finally:
@@ -473,7 +486,7 @@ def show_comparison(options: argparse.Namespace) -> None:
         return
     table = Table(title=f"{options.rounds} interleaved rounds, {ROW_BYTES} bytes one way")
     table.add_column("")
-    for name in ("raw TCP", "least", "hop", "ratio"):
+    for name in ("raw TCP", "least", "hop", "ratio", "hop in TLS"):
         table.add_column(name, justify="right")
     labels: Sequence[tuple[str, str]] = (
         ("busy_median_us", "back to back, median µs"),
@@ -491,6 +504,7 @@ def show_comparison(options: argparse.Namespace) -> None:
                 f"{figures['framed']:.1f}",
                 f"{figures['shoal']:.1f}",
                 f"{figures['ratio']:.2f}",
+                f"{figures['tls']:.1f}",
             )
     Console().print(table)
 
@@ -509,8 +523,12 @@ def main() -> None:
     options = parser.parse_args()
     if options.share:
         show_shares(options)
-    else:
+        return
+    try:
+        own_identity(IDENTITY)  # Before the processes fork, so that all have the same.
         show_comparison(options)
+    finally:
+        IDENTITY.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

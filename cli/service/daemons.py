@@ -57,7 +57,7 @@ AGENT_ABOUT = (
     "It finds the coordinator by itself if multicast works in the network."
 )
 AGENT_EXAMPLES = (
-    "  shoal agent --token-file -                # for the first start; it asks for the token\n"
+    "  shoal agent --token-file -                # first; it asks for the token\n"
     "  shoal agent --name pi-1 --memory 3G --storage 8G\n"
     "  shoal agent --coordinator 192.168.1.10    # where multicast is blocked\n"
     "  shoal agent --list-backends\n"

@@ -110,9 +110,16 @@ class Rebalancer:
 
     async def follow(self) -> None:
         """Look for ever."""
+        told: set[str] = set()
         while True:
             await asyncio.sleep(LOOK_S)
-            await self.look()
+            try:
+                await self.look()
+            except Exception as error:  # A look that failed must not be the last one.
+                text = f"{type(error).__name__}: {error}"
+                if text not in told:
+                    told.add(text)
+                    log.exception("no other plan was looked for: %s", text)
 
     async def look(self) -> None:
         """Look at every model that answers once."""

@@ -73,9 +73,9 @@ class KeptAnswers:
                     answer.clear()
                 elif not piece.notice:
                     answer.append(piece)
+                if piece.finish:  # Nobody need ask for more.
+                    self._keep(key, tuple(answer))
                 yield piece
-        if answer and answer[-1].finish:
-            self._keep(key, tuple(answer))
 
     def _keep(self, key: Key, answer: tuple[Piece, ...]) -> None:
         size_bytes = _size_bytes(answer)

@@ -702,6 +702,7 @@ def test_the_status_names_every_member(run: Run) -> None:
             "device": "c",
             "memory_bytes": memory["c"],
             "fetched_bytes": fetched["c"],
+            "from_peers_bytes": 0,
             "load_s": 0.5,
             "token_s": None,
         }

@@ -45,9 +45,9 @@ def test_no_row_arrives_before_it_left() -> None:
 class Serving:
     """A deployment of two slots with so many requests in line."""
 
-    name = "llama"
-
     def __init__(self, waiting: int) -> None:
+        self.name = "llama" if waiting == 3 else "other"
+
         class Line(Slots):
             @property
             def waiting(self) -> int:
@@ -57,8 +57,8 @@ class Serving:
 
 
 class Served:
-    def __init__(self, waiting: int) -> None:
-        self.serving = Serving(waiting)
+    def __init__(self, *waiting: int) -> None:
+        self.all_serving = [Serving(count) for count in waiting]
 
 
 def test_a_full_line_estimates_when_to_come_back() -> None:
@@ -75,3 +75,7 @@ def test_a_full_line_estimates_when_to_come_back() -> None:
     with pytest.raises(QueueFull) as refused:
         Admission(cast("Models", Served(3)), Requests(), 3).require_room()
     assert refused.value.retry_after_s == 1
+    # The model is not known yet, and another one has room.
+    Admission(cast("Models", Served(3, 2)), requests, 3).require_room()
+    with pytest.raises(QueueFull):
+        Admission(cast("Models", Served(3, 2)), requests, 3).require_room("llama")
