@@ -1,4 +1,4 @@
-"""What an agent shows to the coordinator and to other agents, and whom it lets in.
+"""An agent's proofs for the coordinator and for other agents, and whom it lets in.
 
 Connections are encrypted. The agent shows its own certificate, and the coordinator tells it the
 fingerprints of all others. With --insecure there is nothing to show, and everybody is let in.

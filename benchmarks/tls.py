@@ -1,4 +1,4 @@
-"""What TLS costs, and whether it lasts: hops of tokens, blocks of weights, and hours of both ways.
+"""The cost of TLS, and whether it lasts: hops of tokens, blocks of weights, hours both ways.
 
     python -m benchmarks.tls hop                  # round trips between two processes
     python -m benchmarks.tls blocks --core 0      # blocks from asyncio to a thread, on one core

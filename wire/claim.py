@@ -1,4 +1,4 @@
-"""What a caller proves in the handshake, and fingerprints, by which machines know each other."""
+"""A caller's proofs in the handshake, and fingerprints, by which machines know each other."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Claim:
     invite_id: str
     """The invite that the caller says it has. Empty if none."""
     text: bytes
-    """What the caller has signed."""
+    """The text that the caller has signed."""
     invite_proof: bytes
 
     def knows(self, secret: bytes) -> bool:

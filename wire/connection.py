@@ -132,7 +132,7 @@ class Connection:
 
     @property
     def claim(self) -> Claim | None:
-        """What the caller of an accepted connection has proved, once it has. None without TLS."""
+        """The proofs of an accepted connection's caller, once there are any. None without TLS."""
         return self._framer.claim
 
     def set_receive_timeout(self, seconds: float | None) -> None:

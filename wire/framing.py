@@ -54,7 +54,7 @@ class Framer:
         self.is_proving = handshake is not None
         """Whether the handshake is still running."""
         self.claim: Claim | None = None
-        """What the caller has proved inside TLS."""
+        """The caller's proofs inside TLS."""
         self.is_refusing = False
         """Whether the peer speaks another version and its first message is still awaited."""
         self._peer = peer

@@ -1,4 +1,4 @@
-"""What every handshake is for the framer that runs it, and what may come before it is over.
+"""The type of handshakes for the framer that runs them, and frames before their end.
 
 wire.introduction has the handshake of encrypted connections. Connections of a shoal that was
 started with --insecure have none.

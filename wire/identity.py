@@ -1,4 +1,4 @@
-"""Who a machine is: a private key, and a certificate that the key signed itself.
+"""The identity of a machine: a private key, and a certificate that the key signed itself.
 
 An identity is made at the first start and kept in one file of the state directory. Other machines
 know it by its fingerprint, the SHA-256 of the certificate. So nothing else in the certificate

@@ -35,7 +35,7 @@ HANDSHAKE_VERSION = 2
 NONCE_BYTES = 32
 
 Purpose = Literal["control", "blocks", "data"]
-"""What a connection is for: an agent's requests, files of the coordinator, or other agents."""
+"""The purpose of a connection: an agent's requests, files of the coordinator, or other agents."""
 
 COORDINATOR = "coordinator"
 """The device id of a coordinator."""
@@ -47,7 +47,7 @@ OTHER_VERSION = "another version of the handshake: install the same shoal versio
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """What a machine needs to call one answerer."""
+    """The things that a machine needs to call one answerer."""
 
     identity: Identity
     answerer: Fingerprint
@@ -67,13 +67,13 @@ Admittance = Callable[[Claim], None]
 
 @dataclass(frozen=True, slots=True)
 class Answerer:
-    """What a machine needs to answer callers at one port."""
+    """The things that a machine needs to answer callers at one port."""
 
     identity: Identity
     device: str
     """The answerer's device id, or COORDINATOR."""
     purposes: frozenset[Purpose]
-    """What connections to this port are for."""
+    """The purposes of connections to this port."""
     admit: Admittance
 
 

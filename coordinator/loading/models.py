@@ -68,14 +68,19 @@ class Models:
         self._story = story
         self._states: dict[str, State] = {}
         """In the order in which the models were loaded, the last one at the end."""
-        self._handlers: dict[type[Any], list[Callable[[Any], None]]] = {}
+        self._handlers: dict[type[Any], Callable[[Any], None]] = {}
+        self._followers: dict[type[Any], list[Callable[[Any], None]]] = {}
         self.changed = Signal()
         self.progress: Callable[[], str] = lambda: ""
         """Says how far the running operation is, such as "fetch 40 %"."""
 
     def carry_out(self, kind: type[ActionType], handler: Callable[[ActionType], None]) -> None:
-        """Let ``handler`` carry out actions of this kind, too. It must not wait."""
-        self._handlers.setdefault(kind, []).append(handler)
+        """Let ``handler`` carry out actions of this kind. It must not wait."""
+        self._handlers[kind] = handler
+
+    def follow(self, kind: type[ActionType], handler: Callable[[ActionType], None]) -> None:
+        """Call ``handler`` after actions of this kind were carried out. It must not wait."""
+        self._followers.setdefault(kind, []).append(handler)
 
     def apply(self, name: str, event: Event) -> State:
         """Apply an event to the model ``name``, carry out the actions, return the next state."""
@@ -89,8 +94,10 @@ class Models:
             kind = "replaced" if is_replacement else _KINDS[type(event)]
             self._story.tell(kind, name, _text(event))
         for action in actions:
-            for handler in self._handlers.get(type(action), ()):
-                handler(action)
+            if type(action) in self._handlers:
+                self._handlers[type(action)](action)
+            for follower in self._followers.get(type(action), ()):
+                follower(action)
         if after is not before:
             self.changed.fire()
         return after

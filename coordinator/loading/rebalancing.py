@@ -68,7 +68,7 @@ class _Move:
 
 @dataclass(slots=True)
 class _Watched:
-    """What the loop knows of one deployment.
+    """The loop's knowledge of one deployment.
 
     links: what its links cost when the loop saw them first.
     basis: the figures from which ``compared`` was made.

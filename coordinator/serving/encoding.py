@@ -156,7 +156,7 @@ class Encoders:
         """Maps an epoch to its line."""
         self._tasks: set[asyncio.Task[None]] = set()
         roster.subscribe(self.on_event, lambda *_: None)  # Losses end passes by EndAnswers.
-        models.carry_out(EndAnswers, self._end)
+        models.follow(EndAnswers, self._end)
 
     @property
     def waiting(self) -> int:

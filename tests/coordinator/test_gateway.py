@@ -536,7 +536,7 @@ def test_answers_go_on_where_the_model_is_placed_anew(run: Run) -> None:
         await cluster.sample(begun.sequence, "ab")
         shown = [await first, await anext(pieces)]
         # Here the test places the model.
-        cluster.models._handlers[Place] = []
+        cluster.models.carry_out(Place, lambda action: None)
         cluster.models.apply("llama", Lost(AgentLost("last", "gone")))
 
         async def rest() -> list[Piece]:
@@ -574,7 +574,7 @@ def test_a_new_last_stage_is_told_the_answer_so_far_if_it_is_penalized(run: Run)
         assert told.sampling.penalized == (1, 2)
         await cluster.sample(begun.sequence, "a")
         assert (await first).text == "a"
-        cluster.models._handlers[Place] = []
+        cluster.models.carry_out(Place, lambda action: None)
         cluster.models.apply("llama", Lost(AgentLost("last", "gone")))
         rest = asyncio.ensure_future(collect_rest(pieces))
         await ended(cluster, begun.sequence)
@@ -1021,7 +1021,7 @@ def test_a_new_last_stage_follows_the_answer_so_far(run: Run, setting: dict[str,
         await cluster.sample(begun.sequence, "a")
         assert (await first).text == "a"
         # Here the test places the model.
-        cluster.models._handlers[Place] = []
+        cluster.models.carry_out(Place, lambda action: None)
         cluster.models.apply("llama", Lost(AgentLost("last", "gone")))
         assert (await anext(pieces)).notice
         more = asyncio.ensure_future(anext(pieces))

@@ -185,7 +185,7 @@ def test_another_deployment_keeps_nothing_of_the_last_one(run: Run) -> None:
         assert begun.cached == len(PROMPT)
         await cluster.sample(begun.sequence, "a")
         await first
-        cluster.models._handlers[Place] = []
+        cluster.models.carry_out(Place, lambda action: None)
         cluster.models.apply("llama", Lost(AgentLost("last", "gone")))
 
         async def rest() -> list[Piece]:
