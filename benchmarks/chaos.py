@@ -14,7 +14,7 @@ Meanwhile the seed chooses one fault at a time:
 - A cable is cut, or loses every frame, or loses the frames to one host.
 - A link is slow or loses some frames.
 - Files in an agent's cache are damaged while it is down.
-- Hosts become slower and faster, and the model moves to a better plan.
+- A host of the model becomes slow, and the model moves to a better plan.
 
 Each answer counts as right, refused, wrong or stuck. Refused means an error message, or that the
 coordinator was down. Wrong means any text that the undisturbed answer lacks. Stuck means no end
@@ -51,6 +51,12 @@ from testbed.network import HUB, Host, Link, Network
 
 CONTEXT_TOKENS = 512
 STREAMS = 4
+SLOW_PERCENT = 6
+"""Of a core, for a host that the model is to leave."""
+
+NOTICED_S = 8.0
+"""The time in which the coordinator hears that a device has become slow."""
+
 TOKENS = 320
 PROMPTS: tuple[dict[str, Any], ...] = (
     {"prompt": "The lamp is in the attic.", "temperature": 0},
@@ -239,21 +245,22 @@ class Shoal(FaultyShoal):
         return f"{host}, {count} files"
 
     def _move(self) -> str:
-        """Let the model move to the best plan, after some hosts have become slower or faster."""
-        percents = {host: self._chance.choice((15, 40, 60)) for host in HOSTS}
+        """Let the model move to a better plan, because one of its devices has become slow."""
+        stages = self.stages()
+        if not stages:
+            return "the model does not answer"
+        host = self._chance.choice(stages)
         try:
-            for host, percent in percents.items():
-                self.bed.fault(host, f"slow={percent}")
-            self._pause()
+            self.bed.fault(host, f"slow={SLOW_PERCENT}")
+            time.sleep(NOTICED_S)
             with Client(self.url) as client:
                 answer = client.operate("/shoal/v1/rebalance", {"dry_run": False}, lambda _: None)
-            return "moved" if answer["moves"] else "did not move"
-        except CommandFailed as error:  # Another fault may not have ended.
-            return f"no move: {error}"
+            return f"{host} slow, " + ("moved" if answer["moves"] else answer["why"])
+        except CommandFailed as error:
+            return f"{host} slow, no move: {error}"
         finally:
             self._pause()
-            for host in HOSTS:
-                self.bed.fault(host, "slow=off")
+            self.bed.fault(host, "slow=off")
 
 
 def network() -> Network:

@@ -55,7 +55,9 @@ WIRE, FAR_WIRE = Link(2e-4, 12.5e6), Link(8e-3, 12.5e6)
 
 CPU_PERCENT = 40.0
 CONTEXT_TOKENS = 2048
-TOKENS = 700
+TOKENS, MOVE_TOKENS = 700, 1500
+"""The tokens of an answer. It must last until the fault, and a move begins after measurements."""
+
 BEGUN_TOKENS = 20
 """An answer in the phase ``answer`` has so many tokens when the fault begins."""
 
@@ -63,7 +65,6 @@ QUESTION: dict[str, Any] = {
     "prompt": "Where is the lamp, and what does the meter in the cellar read today? " * 24,
     "temperature": 1.0,
     "seed": 5,
-    "max_tokens": TOKENS,
     "ignore_eos": True,
     "return_token_ids": True,
     "stream": True,
@@ -149,17 +150,21 @@ class Cell:
     wait_s: float = 0.0
     again: int = 0
     """How often the client had to ask again."""
+    is_early: bool = False
+    """Whether the answer had ended before the fault began, which proves nothing."""
     story: list[str] = field(default_factory=list)
 
 
 class Answer(threading.Thread):
     """Asks until the answer is whole, or ends with an error that asking again cannot help."""
 
-    def __init__(self, url: str, patience_s: float) -> None:
+    def __init__(self, url: str, patience_s: float, tokens: int) -> None:
         super().__init__(daemon=True)
+        self._body = {**QUESTION, "max_tokens": tokens}
         self._url = f"{url}/v1/completions"
         self._deadline_s = time.monotonic() + patience_s
         self._id = f"matrix-{time.monotonic_ns()}"
+        self.asked = tokens
         self.text = ""
         self.tokens: list[int] = []
         self.error = ""
@@ -184,7 +189,7 @@ class Answer(threading.Thread):
         with httpx.stream(
             "POST",
             self._url,
-            json=QUESTION,
+            json=self._body,
             headers={"x-request-id": self._id},
             timeout=httpx.Timeout(None, connect=3),
             trust_env=False,
@@ -223,9 +228,9 @@ class Matrix:
         self.shoal = shoal
         self._patience_s = patience_s
         shoal.load()
-        undisturbed = self._ask()
+        undisturbed = self._ask(MOVE_TOKENS)
         undisturbed.join()
-        if undisturbed.error or len(undisturbed.tokens) != TOKENS:
+        if undisturbed.error or len(undisturbed.tokens) != MOVE_TOKENS:
             raise SystemExit(f"the undisturbed answer failed: {undisturbed.error}")
         self._expected = undisturbed.tokens
 
@@ -243,10 +248,11 @@ class Matrix:
             cell.outcome = "stuck"
         elif answer.error:
             cell.outcome, cell.detail = "error", answer.error
-        elif answer.tokens != self._expected:
+        elif answer.tokens != (expected := self._expected[: answer.asked]):
             cell.outcome = "wrong"
-            cell.lost, cell.repeated = _difference(answer.tokens, self._expected)
+            cell.lost, cell.repeated = _difference(answer.tokens, expected)
         cell.wait_s = answer.wait_after(fault_s)
+        cell.is_early = not answer.is_alive() and max(answer.times_s, default=0.0) <= fault_s
         self._restore()
         told = self.shoal.kinds()
         cell.story = told[seen if len(told) >= seen else 0 :]
@@ -290,7 +296,7 @@ class Matrix:
         return self._ask(), begun_s, ""
 
     def _in_move(self, fault: Fault) -> tuple[Answer, float, str]:
-        answer = self._ask()
+        answer = self._ask(MOVE_TOKENS)
         _until(lambda: answer.is_begun, self._patience_s)
         begun: list[float] = []
 
@@ -328,8 +334,8 @@ class Matrix:
     def _last(self) -> str:
         return self.shoal.stages()[-1]
 
-    def _ask(self) -> Answer:
-        answer = Answer(self.shoal.url, self._patience_s)
+    def _ask(self, tokens: int = TOKENS) -> Answer:
+        answer = Answer(self.shoal.url, self._patience_s, tokens)
         answer.start()
         return answer
 
@@ -437,6 +443,8 @@ def _words(cell: Cell | None) -> str:
         return ""
     if cell.outcome != "right":
         return f"**{cell.outcome}**"
+    if cell.is_early:
+        return "ended before"
     notes = [", asked again"] * bool(cell.again) + [", loaded again"] * bool(
         cell.phase == "load" and cell.detail
     )
@@ -449,6 +457,7 @@ def told(cell: Cell) -> str:
         f"{cell.phase}, {cell.fault}: {cell.outcome}, {cell.wait_s:.1f} s"
         + (f" ({cell.detail})" if cell.detail else "")
         + (f", asked again {cell.again} times" if cell.again else "")
+        + ", ended before the fault" * cell.is_early
         + f"; {', '.join(cell.story)}"
     )
 

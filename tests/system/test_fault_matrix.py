@@ -44,6 +44,7 @@ def matrix(
 def test_an_answer_is_the_undisturbed_one(matrix: Matrix, fault: str, phase: str) -> None:
     cell = matrix.run(fault, phase)
     assert (cell.outcome, cell.lost, cell.repeated) == ("right", 0, 0), cell
+    assert not cell.is_early, cell
 
 
 def test_the_table_has_a_line_for_each_fault_and_a_sum(tmp_path: Path) -> None:
