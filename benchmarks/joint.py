@@ -101,8 +101,13 @@ def row_of(case: Case, plan: JointPlan | str, turns: Sequence[Turn]) -> str:
     known = [value for value in values if value is not None]
     worst = "does not fit" if None in values else f"x {max(known) / plan.value:.2f}"
     best = f"x {min(known) / plan.value:.2f}" if known else "does not fit"
+    simulated = [
+        "-" if turn.simulated_mean_s is None else _seconds(turn.simulated_mean_s)
+        for turn in (Turn((), plan), *turns)
+    ]
     return (
         f"{lead} {_seconds(plan.value)} | {plan.gap:.0%} | {'; '.join(orders)} | {best} | {worst} |"
+        f" {simulated[0]} | {'; '.join(simulated[1:])} |"
     )
 
 
@@ -112,7 +117,8 @@ def _seconds(value: float) -> str:
 
 HEADING = (
     "| lab | models | requests | objective | joint | gap | one after the other, by order | best"
-    " order | worst order |\n| --- | --- | --- | --- | ---: | ---: | --- | ---: | ---: |"
+    " order | worst order | joint, simulated | orders, simulated |\n"
+    "| --- | --- | --- | --- | ---: | ---: | --- | ---: | ---: | ---: | --- |"
 )
 
 

@@ -86,7 +86,7 @@ class Scenario:
 SCENARIOS = {
     "join": Scenario(
         "A device joins that has three times as much of a core",
-        {"ash": 20.0, "birch": 60.0},
+        {"ash": 12.0, "birch": 36.0},
         {},
         180.0,
         ((20.0, "birch", "join", "birch joins"),),
@@ -94,17 +94,17 @@ SCENARIOS = {
     ),
     "link": Scenario(
         "A link degrades 20 times, and heals",
-        {"ash": 20.0, "birch": 50.0, "cedar": 35.0},
+        {"ash": 8.0, "birch": 40.0, "cedar": 25.0},
         {"0": "ash"},
         480.0,
         ((20.0, "birch", DEGRADED, "link degrades"), (160.0, "birch", "heal", "link heals")),
     ),
     "throttle": Scenario(
         "A device throttles to 30 %",
-        {"ash": 45.0, "birch": 45.0},
+        {"ash": 20.0, "birch": 20.0},
         {},
         180.0,
-        ((20.0, THE_ONE, "slow=13", "it throttles"),),
+        ((20.0, THE_ONE, "slow=6", "it throttles"),),
     ),
 }
 

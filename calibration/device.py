@@ -100,34 +100,12 @@ def profile_device(
         raise BackendError(f"{backend} always rounds activations: start it without --exact")
     threads = threads or usable_threads()
     # The backend comes first, so that a GPU that shares the memory has already taken its part.
-    of_its_own = kind.memory_bytes()
-    available_bytes, total_bytes = of_its_own or memory_bytes()
-    headroom_bytes = max(MIN_HEADROOM_BYTES, int(available_bytes * HEADROOM_SHARE))
-    usable_bytes = max(available_bytes - headroom_bytes, 0)
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        storage_bytes = _storage_bytes(cache_dir)
-        meter = LoadMeter(kernel=False)
-        disk_write_bytes_per_s = measure_disk_write(cache_dir)
-        of_disk = meter.conditions()
-    except OSError as error:
-        raise BackendError(f"cache directory {cache_dir} is not usable: {error}") from error
-    store = None if known is None else CalibrationStore(known)
-    keys = figure_keys(
-        backend=capabilities.backend, version=capabilities.version, threads=threads, exact=exact
-    )
-    patience = Patience(limit_s=patience_s)
-    memory_read, of_memory = known_or_measured(
-        store,
-        keys["memory"],
-        lambda: steady(partial(_memory_rate, kind, threads), patience, _slowness),
-    )
-    call_s, of_call = known_or_measured(
-        store,
-        keys["call"],
-        lambda: _call_s(Bench(kind(), threads, cache_dir, exact=exact), patience),
-    )
-    conditions = (("memory", of_memory), ("disk", of_disk), ("call", of_call))
+    usable_bytes, total_bytes = _usable_memory(kind)
+    storage_bytes, disk = _measured_disk(cache_dir)
+    bench = Bench(kind(), threads, cache_dir, exact=exact)
+    bench.patience = Patience(limit_s=patience_s)
+    figures = {"disk": disk, **_memory_and_call(bench, kind, known, exact=exact)}
+    conditions = ((name, figures[name][1]) for name in ("memory", "disk", "call"))
     return DeviceProfile(
         machine=platform.machine(),
         processor=processor_name(),
@@ -139,9 +117,9 @@ def profile_device(
         memory_bytes=min(usable_bytes, memory_limit_bytes or usable_bytes),
         memory_total_bytes=total_bytes,
         storage_bytes=min(storage_bytes, storage_limit_bytes or storage_bytes),
-        memory_read_bytes_per_s=memory_read,
-        disk_write_bytes_per_s=disk_write_bytes_per_s,
-        call_s=call_s,
+        memory_read_bytes_per_s=figures["memory"][0],
+        disk_write_bytes_per_s=disk[0],
+        call_s=figures["call"][0],
         watts=watts,
         on_chip_bytes=capabilities.on_chip_bytes,
         makes=tuple(sorted(makers().items())),
@@ -150,6 +128,47 @@ def profile_device(
         kernel_id=kernel_id(),
         shares=capabilities.shares,
     )
+
+
+def _usable_memory(kind: type[Backend]) -> tuple[int, int]:
+    """Return (bytes that stages may take, all bytes) of the memory that holds their weights."""
+    available_bytes, total_bytes = kind.memory_bytes() or memory_bytes()
+    headroom_bytes = max(MIN_HEADROOM_BYTES, int(available_bytes * HEADROOM_SHARE))
+    return max(available_bytes - headroom_bytes, 0), total_bytes
+
+
+def _memory_and_call(
+    bench: Bench, kind: type[Backend], known: Path | None, *, exact: bool
+) -> dict[str, tuple[float, Conditions | None]]:
+    """Return the rate of memory and the overhead of a call with their conditions, by name."""
+    capabilities, store = kind.probe(), None if known is None else CalibrationStore(known)
+    keys = figure_keys(
+        backend=capabilities.backend,
+        version=capabilities.version,
+        threads=bench.threads,
+        exact=exact,
+    )
+    rate = partial(_memory_rate, kind, bench.threads)
+    measure: dict[str, Callable[[], tuple[float, Conditions | None]]] = {
+        "memory": lambda: steady(rate, bench.patience, _slowness),
+        "call": lambda: _call_s(bench),
+    }
+    return {name: known_or_measured(store, keys[name], measure[name]) for name in measure}
+
+
+def _measured_disk(cache_dir: Path) -> tuple[int, tuple[float, Conditions | None]]:
+    """Make the directory. Return its free bytes, and the rate of writing with its conditions.
+
+    Raises BackendError if it cannot be written.
+    """
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        storage_bytes = _storage_bytes(cache_dir)
+        meter = LoadMeter(kernel=False)
+        rate = measure_disk_write(cache_dir)
+        return storage_bytes, (rate, meter.conditions())
+    except OSError as error:
+        raise BackendError(f"cache directory {cache_dir} is not usable: {error}") from error
 
 
 def kept_profile(
@@ -315,9 +334,8 @@ def answer_parent(settings: dict[str, Any]) -> None:
     sys.stdout.write("\n" + json.dumps(answer) + "\n")
 
 
-def _call_s(bench: Bench, patience: Patience) -> tuple[float, Conditions | None]:
+def _call_s(bench: Bench) -> tuple[float, Conditions | None]:
     """Measure the call overhead. 0 if that takes files from others; the agent measures it later."""
-    bench.patience = patience
     try:
         return bench.call_s, bench.call_conditions
     except FilesMissing:

@@ -141,23 +141,9 @@ def measure_model(
         if progress is not None:
             bench.check = partial(progress, done, total)
             bench.check()
-        key = common | timing_dependencies(spec, task)
-        seconds, conditions = (None, None) if store is None else store.found(key)
-        if seconds is None or len(seconds) != 2:
-            measured = bench.run(spec, task)
-            if measured is None:
-                continue
-            seconds, conditions = measured.seconds, measured.conditions
-            if store is not None:
-                seconds, conditions = store.keep(key, seconds, conditions)
-        rows_s = _known_rows_s(store, key)
-        if together and not rows_s and (several := bench.run_rows(spec, task)) is not None:
-            rows_s = several.seconds
-            if store is not None:
-                rows_s, _ = store.keep(_rows_key(key), rows_s, several.conditions)
-        timings[task] = BlockTiming(
-            task.kind, task.variant, task.bits, seconds[0], seconds[1], conditions, rows_s
-        )
+        timing = _timing(bench, spec, task, common, store, together=together)
+        if timing is not None:
+            timings[task] = timing
     of_shares: dict[ShareJob, Figures] = {}
     started_s = time.perf_counter()
     for done, job in enumerate(wanted, len(tasks)):
@@ -169,6 +155,38 @@ def measure_model(
     if progress is not None:
         progress(total, total)
     return _with_shares(spec, timings, common, store, of_shares)
+
+
+def _timing(
+    bench: Bench,
+    spec: ModelSpec,
+    task: Task,
+    common: Mapping[str, Any],
+    store: CalibrationStore | None,
+    *,
+    together: bool,
+) -> BlockTiming | None:
+    """Return the timing of one task from ``store``, or measure and store it. None: it fits nowhere.
+
+    common: ``machine_key``.
+    """
+    key = {**common, **timing_dependencies(spec, task)}
+    seconds, conditions = (None, None) if store is None else store.found(key)
+    if seconds is None or len(seconds) != 2:
+        measured = bench.run(spec, task)
+        if measured is None:
+            return None
+        seconds, conditions = measured.seconds, measured.conditions
+        if store is not None:
+            seconds, conditions = store.keep(key, seconds, conditions)
+    rows_s = _known_rows_s(store, key)
+    if together and not rows_s and (several := bench.run_rows(spec, task)) is not None:
+        rows_s = several.seconds
+        if store is not None:
+            rows_s, _ = store.keep(_rows_key(key), rows_s, several.conditions)
+    return BlockTiming(
+        task.kind, task.variant, task.bits, seconds[0], seconds[1], conditions, rows_s
+    )
 
 
 def kept_timings(

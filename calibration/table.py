@@ -203,14 +203,7 @@ def measure_table(
         run.share(job, in_time=full or clock_s() < shares_until_s)
         done += 1
         on_point(done)
-    return LayerTable(
-        tuple(sorted(run.layers, key=_order)),
-        tuple(run.memory),
-        tuple(run.others),
-        run.left_out,
-        run.reused,
-        tuple(sorted(run.shares, key=lambda one: (one.variant, one.container_bits, one.fraction))),
-    )
+    return run.table()
 
 
 class _Run:
@@ -237,6 +230,19 @@ class _Run:
         self.shares: list[ShareTiming] = []
         self.left_out = 0
         self.reused = 0
+
+    def table(self) -> LayerTable:
+        """Return what was measured and found so far, in order."""
+        return LayerTable(
+            tuple(sorted(self.layers, key=_order)),
+            tuple(self.memory),
+            tuple(self.others),
+            self.left_out,
+            self.reused,
+            tuple(
+                sorted(self.shares, key=lambda one: (one.variant, one.container_bits, one.fraction))
+            ),
+        )
 
     def points(self) -> list[tuple[int, ContextName, int]]:
         """Return (rows, context, position) of each point that fits the model's context."""

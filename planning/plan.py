@@ -398,6 +398,29 @@ def verify(plan: Plan, problem: PlanningProblem) -> None:
     predicted figure, and the proved bound.
     """
     problem, indices = of_plan(problem, plan)
+    _check_stages(plan, problem, indices)
+    _check_asked_teams(plan, problem)
+    _check_placements(plan, problem, indices)
+    stages = [
+        (index, stage.first, stage.bits) for index, stage in zip(indices, plan.stages, strict=True)
+    ]
+    actual = assess(problem, stages, plan.proof, _hop_widths(plan, problem))
+    _check_limits(actual)
+    if not keeps_budget(actual, problem):
+        raise PlanError(
+            f"the sensitivities add up to {actual.total_sensitivity},"
+            f" above the budget {problem.quality_budget}"
+        )
+    _compare(plan.to_dict(), actual.to_dict(), "plan")
+    if not plan.proof.bound <= plan.value * (1 + OPTIMALITY_GAP):
+        raise PlanError(f"the proved bound {plan.proof.bound} is above {plan.value}")
+
+
+def _check_stages(plan: Plan, problem: PlanningProblem, indices: Sequence[int]) -> None:
+    """Raise PlanError if the stages do not cover the blocks in order, each on its own devices.
+
+    indices: the device of each stage in the problem.
+    """
     seen: set[str] = set()
     expected = 0
     for stage, index in zip(plan.stages, indices, strict=True):
@@ -418,7 +441,10 @@ def verify(plan: Plan, problem: PlanningProblem) -> None:
     blocks = problem.spec.block_count
     if expected != blocks:
         raise PlanError(f"the plan covers {expected} of {blocks} blocks")
-    _check_asked_teams(plan, problem)
+
+
+def _check_placements(plan: Plan, problem: PlanningProblem, indices: Sequence[int]) -> None:
+    """Raise PlanError if a block has a width or a device that the problem does not permit."""
     of_block = [
         index for index, stage in zip(indices, plan.stages, strict=True) for _ in stage.bits
     ]
@@ -436,18 +462,23 @@ def verify(plan: Plan, problem: PlanningProblem) -> None:
             raise PlanError(f"{name} is on {problem.devices[index].name}, not {pinned}")
         if index in problem.excluded:
             raise PlanError(f"{name} is on {place.device}, which is excluded")
+
+
+def _hop_widths(plan: Plan, problem: PlanningProblem) -> list[int]:
+    """Return the bits of each hop. Raises PlanError if the problem does not permit one."""
     permitted = [form.bits for form in problem.permitted_hops]
-    hop_bits = []
+    found: list[int] = []
     for stage in plan.stages[:-1]:
         if stage.hop_bits not in permitted:
             widths = ", ".join(map(str, permitted)) or "none"
             raise PlanError(f"{stage.device} sends at {stage.hop_bits} bit: permitted are {widths}")
-        hop_bits.append(stage.hop_bits)
-    stages = [
-        (index, stage.first, stage.bits) for index, stage in zip(indices, plan.stages, strict=True)
-    ]
-    actual = assess(problem, stages, plan.proof, hop_bits)
-    for stage in actual.stages:
+        found.append(stage.hop_bits)
+    return found
+
+
+def _check_limits(plan: Plan) -> None:
+    """Raise PlanError if a device needs more memory or storage than it has."""
+    for stage in plan.stages:
         for holder in stage.members or (stage,):
             for kind, used, limit in (
                 ("memory", holder.memory_bytes, holder.memory_limit_bytes),
@@ -455,14 +486,6 @@ def verify(plan: Plan, problem: PlanningProblem) -> None:
             ):
                 if used > limit:
                     raise PlanError(f"{holder.device} needs {used} bytes of {kind} and has {limit}")
-    if not keeps_budget(actual, problem):
-        raise PlanError(
-            f"the sensitivities add up to {actual.total_sensitivity},"
-            f" above the budget {problem.quality_budget}"
-        )
-    _compare(plan.to_dict(), actual.to_dict(), "plan")
-    if not plan.proof.bound <= plan.value * (1 + OPTIMALITY_GAP):
-        raise PlanError(f"the proved bound {plan.proof.bound} is above {plan.value}")
 
 
 def _check_asked_teams(plan: Plan, problem: PlanningProblem) -> None:

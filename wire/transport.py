@@ -112,7 +112,7 @@ class TcpTransport(Transport):
         size = bytearray(struct.calcsize("i"))
         try:
             fcntl.ioctl(self._socket, termios.TIOCOUTQ, size)
-        except OSError:  # It is closed.
+        except (OSError, ValueError):  # It is closed. Then it has no descriptor.
             return 0
         (count,) = struct.unpack("i", size)
         return int(count)

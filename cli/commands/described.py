@@ -60,12 +60,14 @@ def read_described(options: argparse.Namespace, screen: Screen) -> Described:
     from planning.build import RequestInput
     from planning.labs.lab import lab_problem
     from planning.labs.lab_file import read_lab
-    from planning.request import DEFAULT_CONTEXT_TOKENS
+    from planning.request import DEFAULT_CONTEXT_TOKENS, ENCODER_BITS
     from planning.saved import read_plan
 
     model = Path(options.model)
     lab = read_lab(options.devices)
     spec = load_spec(model)
+    if spec.encodes and not options.bits and not options.plan:
+        options.bits = [bits for bits in ENCODER_BITS if bits in lab.bits]
     formats = {
         bits: Format.of(bits, options.scheme, options.group_size)
         for bits in sorted({*lab.bits, *(options.bits or ())})

@@ -47,9 +47,11 @@ def show_joint(screen: Screen, answer: Mapping[str, Any], title: str) -> None:
     proof = "optimal" if answer["proven_optimal"] else f"within {answer['gap']:.1%} of the optimum"
     energy = answer["objective"] == "energy"
     mean = _amount(answer["predicted_mean_s"], answer["objective"])
+    planned = _amount(answer["planned_mean_s"], answer["objective"])
     what = "joules of a token" if energy else "time of a request while all models answer"
+    screen.out.print(f"predicted: mean {what} {mean} (simulated)", soft_wrap=True)
     screen.out.print(
-        f"predicted: mean {what} {mean}, proven {proof} by {answer['solver']} in"
+        f"by the planner's formula {planned}, proven {proof} by {answer['solver']} in"
         f" {answer['solve_s']:.2f} s",
         soft_wrap=True,
     )
@@ -103,6 +105,8 @@ def show_joint_explanation(
     screen: Screen, names: Sequence[str], explanation: JointExplanation, plan: JointPlan
 ) -> None:
     """Show where models wait for each other, and what loading one after the other would give."""
+    from planning.joint.compare import Turn
+
     kind = plan.plans[0].objective.kind
     if kind != "energy":
         table = titled_table("computing seconds of one request on each device")
@@ -122,25 +126,30 @@ def show_joint_explanation(
                 escape(", ".join(waits)) or "-",
             )
         screen.table(table)
-    table = titled_table("one after the other, each with what is left")
+    table = titled_table("one after the other, each with what is left, by the planner's formula")
     table.add_column("order", no_wrap=True)
     for name in names:
         table.add_column(escape(name), justify="right", no_wrap=True)
-    table.add_column("mean", justify="right", no_wrap=True)
-    table.add_column("against joint", justify="right", no_wrap=True)
+    for column in ("mean", "against joint", "simulated mean"):
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_row(
-        "together", *(_amount(one, kind) for one in plan.together_s), _amount(plan.value, kind), ""
+        "together",
+        *(_amount(one, kind) for one in plan.together_s),
+        _amount(plan.value, kind),
+        "",
+        _amount(Turn((), plan).simulated_mean_s or 0.0, kind),
     )
     for turn in explanation.turns:
         order = ", then ".join(turn.order)
         if turn.together_s is None or turn.value is None:
-            table.add_row(escape(order), *("-" for _ in names), "does not fit", "")
+            table.add_row(escape(order), *("-" for _ in names), "does not fit", "", "")
             continue
         table.add_row(
             escape(order),
             *(_amount(one, kind) for one in turn.together_s),
             _amount(turn.value, kind),
             f"x {turn.value / plan.value:.2f}",
+            _amount(turn.simulated_mean_s or 0.0, kind),
         )
     screen.table(table)
 

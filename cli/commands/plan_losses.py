@@ -92,6 +92,13 @@ def described_losses(
     from wire.service import default_state_dir
 
     bounds = bounds_of(options)
+    if spec.encodes:
+        if bounds["quality_budget"] is not None:
+            raise UsageError(
+                "--quality-budget bounds the divergence of next tokens, and this model encodes "
+                "texts: choose widths with --bits"
+            )
+        return DescribedLosses(None, None)
     decided = bool(options.plan) or len(set(options.bits or lab.bits)) == 1
     arithmetics = [device.arithmetic for device in lab.devices if device.layer_kl is None]
     budget = applying_budget(**bounds, decided=decided)

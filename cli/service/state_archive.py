@@ -24,7 +24,7 @@ from cli.render import Screen
 from cli.service.running import FILE as RUNNING_FILE
 from cli.service.running import running_in
 from coordinator.keys import LOCAL_FILE
-from coordinator.roster.book import LOCK_FILE, BadBook, DeviceBook
+from coordinator.roster.book import BadBook, DeviceBook
 from model.bounded import read_bytes
 from model.durable import replace_bytes
 from wire.claim import shown
@@ -35,8 +35,10 @@ IDENTITY = "identity.pem"
 MANIFEST = "shoal-coordinator.json"
 VERSION = 1
 
-LEFT_OUT = (LOCAL_FILE, RUNNING_FILE, LOCK_FILE)
+LEFT_OUT = (LOCAL_FILE, RUNNING_FILE)
 """Files that each start makes anew."""
+
+NOT_STATE = (".damaged", ".lock")
 
 FOLDERS = ("quality", "losses")
 """Folders of small files that took long to measure."""
@@ -157,7 +159,7 @@ def _files(directory: Path) -> Iterator[tuple[str, bytes]]:
     for folder in ("", *FOLDERS):
         for path in sorted((directory / folder).glob("*")):
             name = f"{folder}/{path.name}" if folder else path.name
-            is_taken = _NAME.fullmatch(name) and path.suffix != ".damaged" and path.is_file()
+            is_taken = _NAME.fullmatch(name) and path.suffix not in NOT_STATE and path.is_file()
             if is_taken and name not in LEFT_OUT:
                 yield name, read_bytes(path, LARGEST_FILE_BYTES)
 

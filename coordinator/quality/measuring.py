@@ -332,6 +332,12 @@ class QualityMeter:
         ``members`` if there is one. Raises AgentFailed, RequestInvalid, ModelError.
         """
         checkpoint = await asyncio.to_thread(self._opened, request)
+        if checkpoint.spec.encodes:
+            raise RequestInvalid(
+                "quality is the divergence of next tokens, and this model encodes texts: compare "
+                "widths with `shoal eval --bits`",
+                "model",
+            )
         request.check(checkpoint.spec)
         known = self._quality.open(
             checkpoint, request.sequences, request.scheme, request.group_size

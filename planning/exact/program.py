@@ -270,6 +270,10 @@ class PlanProgram:
         """1 if a stage uses the real device, alone or in a team."""
         return self._using(real)
 
+    def leading(self, real: int) -> Any:
+        """1 if the real device has a stage, alone or as the lead of a team."""
+        return self._leading[real]
+
     def total_on(
         self,
         real: int,

@@ -10,7 +10,8 @@ from typing import Any
 
 from planning.exact.solver import SolverName
 from planning.joint.contention import rounds, use_of
-from planning.joint.plan import JointPlan, paces_of
+from planning.joint.forecast import simulated_s
+from planning.joint.plan import JointPlan, mean, paces_of
 from planning.joint.problem import JointProblem, device_names, taken
 from planning.joint.rounds import in_turn
 from planning.json_codec import to_plain
@@ -31,6 +32,11 @@ class Turn:
     @property
     def together_s(self) -> tuple[float, ...] | None:
         return None if self.plan is None else self.plan.together_s
+
+    @property
+    def simulated_mean_s(self) -> float | None:
+        """The mean time of a request by the simulation."""
+        return None if self.plan is None else mean(self.plan.shares, simulated_s(self.plan))
 
     @property
     def value(self) -> float | None:
@@ -64,7 +70,12 @@ class JointExplanation:
         return {
             "devices": to_plain(self.devices),
             "one_after_the_other": [
-                {"order": list(turn.order), "together_s": turn.together_s, "mean_s": turn.value}
+                {
+                    "order": list(turn.order),
+                    "planned_together_s": turn.together_s,
+                    "planned_mean_s": turn.value,
+                    "predicted_mean_s": turn.simulated_mean_s,
+                }
                 for turn in self.turns
             ],
         }

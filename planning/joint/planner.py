@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from planning.candidates import with_teams
 from planning.exact.program import Choice
 from planning.exact.solver import Outcome, SolverError, SolverName, default_solver, run
-from planning.joint.contention import Use, at_pace, use_of
+from planning.joint.contention import Use, use_of
 from planning.joint.plan import (
     JointPlan,
     assess_joint,
@@ -284,7 +284,7 @@ def _solve_variant(
     bound = -math.inf
     for margin in (0.0, _LIMIT_MARGIN):
         # The start must be in the program, although only better plans are looked for.
-        start = None if known is None else _start(problem, variants, uses, paces, known)
+        start = None if known is None else _start(variants, uses, known)
         within = cutoff if start is None else value
         program = JointProgram(problem, variants, uses, paces, cutoff=within, margin=margin)
         values = None if start is None else program.start(*start)
@@ -319,14 +319,13 @@ def plans_of(
 
 
 def _start(
-    problem: JointProblem,
     variants: dict[int, PlanningProblem],
     uses: dict[int, Use],
-    paces: Sequence[float],
     plans: Sequence[Plan],
-) -> tuple[dict[int, Choice], tuple[float, ...]] | None:
-    """Plans as choices of the variants, with their times; None if a variant lacks one of them."""
-    choices, own = {}, []
+) -> tuple[dict[int, Choice], list[Use]] | None:
+    """Plans as choices of the variants, with their use of devices; None if a variant lacks one."""
+    choices: dict[int, Choice] = {}
+    own: list[Use] = []
     for m, plan in enumerate(plans):
         if m in uses:
             own.append(uses[m])
@@ -339,8 +338,7 @@ def _start(
         hops = tuple(stage.hop_bits or 0 for stage in plan.stages[:-1])
         choices[m] = Choice(stages, hops)
         own.append(use_of(plan, variant.chunk_rows))
-    times = at_pace(own, paces)
-    return choices, tuple(s + use.load_s for s, use in zip(times, own, strict=True))
+    return choices, own
 
 
 def _run(

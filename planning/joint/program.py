@@ -3,7 +3,7 @@
 The models' programs (planning/exact/program.py) are parts of one program. More rows say that
 
     memory and storage of each device   sum over models of the taken part of its limit  <=  1
-    time[m]  >=  the objective of m alone
+    time[m]  >=  the objective of m alone + half of rounds_mk x busy_ki, if a stage of m is on i
     time[m]  >=  busy_mi + sum over other models k of rounds_mk x busy_ki    if m uses device i
 
 The objective is the mean of time[m] by shares. ``rounds_mk`` are numbers, from about how long the
@@ -21,7 +21,7 @@ from typing import Any, Literal
 import pulp
 
 from planning.exact.program import Choice, PlanProgram
-from planning.joint.contention import Use, block_busy_s, call_busy_s, rounds
+from planning.joint.contention import WAITED, Use, at_pace, block_busy_s, call_busy_s, rounds
 from planning.joint.problem import JointProblem, device_names, taken
 from planning.plan import Plan
 from planning.problem import BlockOption, PlanningProblem
@@ -41,6 +41,10 @@ class Terms:
     program: PlanProgram | None
     plan: Plan | None
     use: Use | None
+
+    def leading(self, real: int) -> Any:
+        """1 if the real device, alone or as a lead, has a stage of the model, which is planned."""
+        return None if self.program is None else self.program.leading(real)
 
 
 class JointProgram:
@@ -102,12 +106,10 @@ class JointProgram:
         """The decisions of a solution, for each model that is planned."""
         return {m: part.choice(values) for m, part in self.parts.items()}
 
-    def start(
-        self, choices: Mapping[int, Choice], times_s: Sequence[float]
-    ) -> dict[str, float] | None:
+    def start(self, choices: Mapping[int, Choice], uses: Sequence[Use]) -> dict[str, float] | None:
         """A value for every variable, which mean ``choices``. None if the program lacks an option.
 
-        ``times_s``: the time of each model's request with them.
+        ``uses``: the use of devices of each model with them.
         """
         found: dict[str, float] = {}
         for m, part in self.parts.items():
@@ -115,8 +117,13 @@ class JointProgram:
             if own is None:
                 return None
             found |= own
+        times_s = at_pace(uses, self._paces_s)
         for m, variable in self._times.items():
-            found[variable.name] = times_s[m] / self._unit_s
+            found[variable.name] = (times_s[m] + uses[m].load_s) / self._unit_s
+        for (m, k, name), variable in self._waits.items():
+            used = name in uses[m].leads
+            met_s = uses[k].busy_s.get(name, 0.0) if used else 0.0
+            found[variable.name] = met_s / self._most_busy_s(k, name)
         return found
 
     def excess(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -175,14 +182,16 @@ class JointProgram:
         self._unit_s = (
             math.fsum(s * one for s, one in zip(problem.shares, least, strict=True)) / _SCALE
         ) or 1.0
+        self._waits: dict[tuple[int, int, str], Any] = {}
         self._times = {m: self.program.add_variable(f"time_{m}", 0) for m in range(len(least))}
         for m, terms in enumerate(self._terms):
             time = self._unit_s * self._times[m]
             if terms.program is not None:
-                cost_s = terms.program.cost_s()
+                cost_s = terms.program.cost_s() + self._waited(m)
                 self.program += self._scaled(time) >= self._scaled(cost_s)
             elif terms.use is not None:
-                self.program += self._scaled(time) >= terms.use.value / self._unit_s
+                waited = self._scaled(self._waited(m))
+                self.program += self._scaled(time) >= terms.use.value / self._unit_s + waited
             for name in self._names:
                 self._take_turns(m, name)
         total = pulp.lpSum(s * self._times[m] for m, s in enumerate(problem.shares))
@@ -192,6 +201,33 @@ class JointProgram:
 
     def _scaled(self, seconds: Any) -> Any:
         return seconds * (1 / self._unit_s)
+
+    def _waited(self, m: int) -> Any:
+        """Seconds that a request waits on average for other models' passes."""
+        own = self._terms[m]
+        if self.problem.problems[m].objective.kind in ("throughput", "energy"):
+            return pulp.lpSum([])
+        found: list[Any] = []
+        for name in self._names:
+            if own.use is not None and name not in own.use.leads:
+                continue
+            here = None if own.use is not None else own.leading(self._names.index(name))
+            for k, terms in enumerate(self._terms):
+                if k == m:
+                    continue
+                part = WAITED * rounds(self._paces_s[m], self._paces_s[k])
+                if terms.use is not None:
+                    seconds = part * terms.use.busy_s.get(name, 0.0)
+                    found.append(seconds if here is None else seconds * here)
+                elif here is None:
+                    found.append(part * self._busy(k, name))
+                elif most_s := part * self._most_busy_s(k, name):
+                    wait = self.program.add_variable(f"wait_{m}_{k}_{len(self._waits)}", 0)
+                    self._waits[m, k, name] = wait
+                    met = part / most_s * self._busy(k, name)
+                    self.program += wait >= met - (1 - here)
+                    found.append(most_s * wait)
+        return pulp.lpSum(found)
 
     def _take_turns(self, m: int, name: str) -> None:
         """Add the row of a model's time on a device with other models' passes in between."""

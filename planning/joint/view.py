@@ -10,7 +10,8 @@ from model.spec import ModelSpec
 from planning.insight.picture import plan_svg
 from planning.insight.view import describe_plan
 from planning.joint.compare import shared_devices
-from planning.joint.plan import JointPlan
+from planning.joint.forecast import simulated_s
+from planning.joint.plan import JointPlan, mean
 from planning.joint.problem import JointProblem
 from planning.json_codec import to_plain
 
@@ -21,7 +22,10 @@ def describe_joint(problem: JointProblem, plan: JointPlan, slots: Sequence[int])
     """A joint plan as JSON: each model's plan with its times, and each device with its models.
 
     Times are predicted seconds of one request of the objective, or joules of a token for energy.
+    Those beside other models are simulated (planning/joint/forecast.py). ``planned_mean_s`` is what
+    the planner minimised.
     """
+    together_s = simulated_s(plan)
     return {
         "models": [
             {
@@ -30,13 +34,14 @@ def describe_joint(problem: JointProblem, plan: JointPlan, slots: Sequence[int])
                 "plan": describe_plan(problem.problems[m].spec, plan.plans[m], slots[m]),
                 "chunk_tokens": plan.chunk_tokens[m],
                 "predicted_alone_s": plan.alone_s[m],
-                "predicted_together_s": plan.together_s[m],
+                "predicted_together_s": together_s[m],
             }
             for m, name in enumerate(plan.names)
         ],
         "devices": to_plain(shared_devices(problem, plan)),
         "objective": plan.plans[0].objective.kind,
-        "predicted_mean_s": plan.value,
+        "predicted_mean_s": mean(plan.shares, together_s),
+        "planned_mean_s": plan.value,
         "gap": plan.gap,
         "proven_optimal": plan.proven_optimal,
         "solver": plan.proof.solver,
@@ -48,7 +53,7 @@ def joint_svg(plan: JointPlan, specs: Sequence[ModelSpec], title: str, names: Se
     """The plans of all models below each other as one SVG file. ``names``: of all devices."""
     pictures = []
     for one, spec, name, alone_s, together_s in zip(
-        plan.plans, specs, plan.names, plan.alone_s, plan.together_s, strict=True
+        plan.plans, specs, plan.names, plan.alone_s, simulated_s(plan), strict=True
     ):
         used = {device for stage in one.stages for device in stage.devices}
         unit = "J" if one.objective.kind == "energy" else "s"

@@ -65,6 +65,7 @@ def test_a_coordinator_is_the_same_on_another_machine(old: Path, tmp_path: Path)
     (old / "artifacts" / ("a" * 64)).write_bytes(b"a block")
     (old / "local-key").write_text("of this machine")
     (old / "names.damaged").write_text("")
+    (old / "coordinator.lock").write_text("")
     file = tmp_path / "old.tar"
     assert export(old, file) == 0
     assert stat.S_IMODE(file.stat().st_mode) == 0o600

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,6 +12,7 @@ import pytest
 
 from cli.main import main
 from tests.cli.test_table1 import DEV, OPT, ROOT, TINY_OPT, questions
+from tests.system.cluster import interrupt_at
 
 LAB = ROOT / "examples" / "labs" / "wifi-3.yaml"
 
@@ -120,16 +116,9 @@ def test_plans_are_evaluated_once_for_equal_bits(
 def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
     log = tmp_path / "out" / "results.jsonl"
     links = "--links=" + ",".join(str(number) for number in range(1, 2000))
-    command = [sys.executable, "-m", "cli", *asked(tmp_path, links)]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        deadline = time.monotonic() + 120
-        while not (tmp_path / "out" / "sweep.csv").exists():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)  # The file of another process tells no event.
-        os.kill(process.pid, signal.SIGINT)
-        _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
+    done = (tmp_path / "out" / "sweep.csv").exists
+    code, error, _ = interrupt_at(asked(tmp_path, links), done, timeout_s=120)
+    assert code == 130, error
     assert f"results are kept in {log}: ask again to go on" in " ".join(error.split())
     assert table(tmp_path)[0]["links"] == "1"
 

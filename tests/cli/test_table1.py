@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,6 +13,7 @@ import pytest
 from cli.main import main
 from evaluation import judge
 from tests.evaluation.fake_judge import fake_judge
+from tests.system.cluster import interrupt_at
 
 ROOT = Path(__file__).parents[2]
 OPT = ROOT / "tests" / "fixtures" / "opt-post"
@@ -137,16 +133,11 @@ def test_it_goes_on_where_it_stopped(capsys: pytest.CaptureFixture[str], tmp_pat
 
 def test_ctrl_c_keeps_what_is_done(tmp_path: Path) -> None:
     log = tmp_path / "out" / "results.jsonl"
-    command = [sys.executable, "-m", "cli", *asked(tmp_path, "--plans=400", "--no-answers")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
-        deadline = time.monotonic() + 120
-        while not log.exists() or '"kl"' not in log.read_text():
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)  # The file of another process tells no event.
-        os.kill(process.pid, signal.SIGINT)
-        _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
+    asking = asked(tmp_path, "--plans=400", "--no-answers")
+    code, error, _ = interrupt_at(
+        asking, lambda: log.exists() and '"kl"' in log.read_text(), timeout_s=120
+    )
+    assert code == 130, error
     assert f"results are kept in {log}: ask again to go on" in " ".join(error.split())
     assert "Traceback" not in error
 

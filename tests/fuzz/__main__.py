@@ -16,22 +16,7 @@ import time
 from pathlib import Path
 
 from tests.fuzz.live import living
-from tests.fuzz.targets import TARGETS
-
-SHARES = {"codec": 0.8, "introduction": 0.1, "TLS": 0.1}
-"""Of the time."""
-
-
-def in_memory(seed: int, seconds: float, told: multiprocessing.SimpleQueue[dict[str, int]]) -> None:
-    """Run the targets that need no process, one after the other."""
-    frames = {}
-    for name, target in TARGETS.items():
-        step, count = target(seed), 0
-        deadline_s = time.monotonic() + SHARES[name] * seconds
-        while time.monotonic() < deadline_s:
-            count += step()
-        frames[f"{name}, in memory"] = count
-    told.put(frames)
+from tests.fuzz.targets import in_memory
 
 
 def main() -> None:

@@ -6,6 +6,8 @@ that its callers expect may leave the code under test. Whatever else comes is a 
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from collections.abc import Callable
 
 from tests.fuzz.frames import Frames
@@ -145,3 +147,18 @@ TARGETS: dict[str, Callable[[int], Step]] = {
     "introduction": introductions,
     "TLS": channels,
 }
+
+SHARES = {"codec": 0.8, "introduction": 0.1, "TLS": 0.1}
+"""Of the time."""
+
+
+def in_memory(seed: int, seconds: float, told: multiprocessing.SimpleQueue[dict[str, int]]) -> None:
+    """Run the targets that need no process, one after the other."""
+    frames = {}
+    for name, target in TARGETS.items():
+        step, count = target(seed), 0
+        deadline_s = time.monotonic() + SHARES[name] * seconds
+        while time.monotonic() < deadline_s:
+            count += step()
+        frames[f"{name}, in memory"] = count
+    told.put(frames)

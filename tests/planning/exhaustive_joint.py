@@ -85,11 +85,20 @@ class Way:
     """None: the plan does not use the device."""
     memory: tuple[float, ...]
     storage: tuple[float, ...]
+    leads: tuple[bool, ...]
+    """Whether a stage is on the device, alone or led by it."""
 
     @property
     def figures(self) -> tuple[float, ...]:
         busy = (-1.0 if seconds is None else seconds for seconds in self.busy_s)
-        return (self.alone_s + self.load_s, self.alone_s, *busy, *self.memory, *self.storage)
+        return (
+            self.alone_s + self.load_s,
+            self.alone_s,
+            *busy,
+            *self.memory,
+            *self.storage,
+            *self.leads,
+        )
 
 
 def plans_of(problem: PlanningProblem) -> Iterator[Plan]:
@@ -154,15 +163,16 @@ def _ways(problem: PlanningProblem, plan: Plan) -> Iterator[Way]:
     storage = tuple(
         0.0 if one is None else one.storage_bytes / max(d.storage_bytes, 1) for one, d in own
     )
+    leads = tuple(any(stage.device == d.name for stage in plan.stages) for d in real)
     load_s = aim.migration_weight * plan.load_s
     if aim.kind == "energy":
-        yield Way(plan.value, 0.0, (None,) * len(stages), memory, storage)
+        yield Way(plan.value, 0.0, (None,) * len(stages), memory, storage, leads)
     elif aim.kind == "latency":
         busy = tuple(None if stage is None else stage.compute_s for stage in stages)
-        yield Way(plan.decode_s, load_s, busy, memory, storage)
+        yield Way(plan.decode_s, load_s, busy, memory, storage, leads)
     elif aim.kind == "throughput":
         busy = tuple(None if stage is None else stage.compute_s for stage in stages)
-        yield Way(plan.value - load_s, load_s, busy, memory, storage)
+        yield Way(plan.value - load_s, load_s, busy, memory, storage, leads)
     else:
         prompt, output = aim.prompt_tokens, aim.output_tokens
         for rows in {min(64, prompt), min(32, prompt), min(16, prompt)} if prompt else {0}:
@@ -180,7 +190,7 @@ def _ways(problem: PlanningProblem, plan: Plan) -> Iterator[Way]:
                 + (stage.passage.delay_s if prompt else 0.0)
                 for stage in stages
             )
-            yield Way(alone_s, load_s, busy, memory, storage)
+            yield Way(alone_s, load_s, busy, memory, storage, leads)
 
 
 def exhaustive_at(problem: JointProblem, paces_s: Sequence[float]) -> float:
@@ -199,17 +209,19 @@ def exhaustive_at(problem: JointProblem, paces_s: Sequence[float]) -> float:
             continue
         value = 0.0
         for m, way in enumerate(ways):
+            met = [
+                sum(
+                    (other.busy_s[i] or 0.0) * min(1.0, paces_s[m] / paces_s[k])
+                    for k, other in enumerate(ways)
+                    if k != m
+                )
+                for i in devices
+            ]
+            here = [i for i in devices if way.busy_s[i] is not None]
             seconds = way.alone_s
-            for i in devices:
-                if way.busy_s[i] is not None:
-                    seconds = max(
-                        seconds,
-                        sum(
-                            (other.busy_s[i] or 0.0)
-                            * (1.0 if k == m else min(1.0, paces_s[m] / paces_s[k]))
-                            for k, other in enumerate(ways)
-                        ),
-                    )
+            if problem.problems[m].objective.kind != "throughput":
+                seconds += sum(met[i] for i in here if way.leads[i]) / 2
+            seconds = max(seconds, *((way.busy_s[i] or 0.0) + met[i] for i in here), 0.0)
             value += problem.weights[m] / total * (seconds + way.load_s)
         best = min(best, value)
     return best

@@ -61,7 +61,7 @@ def three(cluster: Cluster) -> Cluster:
     names = [f"pi-{index}" for index in range(1, 4)]
     for name, kind in zip(names, kinds, strict=True):
         cluster.start_agent(name, where, "--memory=1G", "--exact", f"--backend={kind}")
-    cluster.wait_for_agents(*names)
+    cluster.wait_for_agents(*names, timeout_s=180)
     return cluster
 
 
@@ -206,7 +206,7 @@ def test_three_backends_share_an_encoder(cluster: Cluster) -> None:
     where = f"--coordinator=127.0.0.1:{cluster.control_port}"
     for name, kind in kinds.items():
         cluster.start_agent(name, where, "--memory=1G", f"--backend={kind}")
-    cluster.wait_for_agents(*kinds)
+    cluster.wait_for_agents(*kinds, timeout_s=180)
     pins = "--pin=layers=0-0:cpu", "--pin=layers=1-1:gpu", "--pin=layers=2-2:int8"
     answer = cluster.load(ENCODERS / "minilm", *pins)
     assert {bits for stage in answer["plan"]["stages"] for bits in stage["bits"]} == {8}

@@ -87,6 +87,7 @@ def _line(cluster: Cluster, word: str) -> str:
 def test_the_level_of_the_log_is_a_setting(cluster: Cluster, level: str, logged: bool) -> None:
     settings = cluster.directory / "coordinator.toml"
     settings.write_text(f'log_level = "{level}"\n')
+    cluster.token()  # Otherwise the coordinator says that no device can join.
     cluster.start_coordinator("--no-mdns", f"--config={settings}")
     httpx.post(f"{cluster.url}/v1/completions", json=QUESTION)
     if logged:

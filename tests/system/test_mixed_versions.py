@@ -64,6 +64,16 @@ def old_agent(cluster: MixedCluster, directory: Path) -> None:
     )  # fmt: skip
 
 
+def old_coordinator(cluster: MixedCluster, directory: Path) -> None:
+    """Start a coordinator of the version before, with options that it knows."""
+    process = cluster.spawn(
+        "coordinator", "coordinator", "--json", "--no-mdns", "--bind=127.0.0.1", "--port=0",
+        "--http=127.0.0.1:0", f"--state-dir={directory / 'old-coordinator'}",
+    )  # fmt: skip
+    assert process.stdout is not None
+    cluster.control_port = json.loads(process.stdout.readline())["control_port"]
+
+
 def test_an_agent_of_the_version_before_is_refused_and_named(before: Path, tmp_path: Path) -> None:
     cluster = MixedCluster(tmp_path, before, ("old",))
     try:
@@ -80,7 +90,7 @@ def test_an_agent_of_the_version_before_is_refused_and_named(before: Path, tmp_p
 def test_a_coordinator_of_the_version_before_is_named(before: Path, tmp_path: Path) -> None:
     cluster = MixedCluster(tmp_path, before, ("coordinator",))
     try:
-        cluster.start_coordinator()
+        old_coordinator(cluster, tmp_path)
         cluster.start_agent("new")
         said = f"127.0.0.1 runs an older shoal (protocol 2), this machine runs {HERE}: install"
         wait_for(lambda: said in cluster.log("new"), 60, "the agent's line")

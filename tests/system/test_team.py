@@ -22,7 +22,7 @@ NAMES = ("pi-1", "pi-2", "pi-3", "pi-4")
 CONTEXT = 1000
 TOKENS = 600
 LOST_AFTER = 20
-EXACT = ("--bits=32", "--hop-bits=32", "--slots=2")
+EXACT = ("--bits=32", "--hop-bits=32", "--slots=2", "--replace")
 PROMPTS = ("The lamp", "a long one " * 20)
 
 

@@ -176,3 +176,14 @@ def test_a_transport_that_cannot_be_made_is_a_failed_connection() -> None:
     with pytest.raises(ConnectFailed, match="cannot connect"):
         Connection.connect(Endpoint("127.0.0.1", listener.port), transport=refuse)
     listener.close()
+
+
+def test_a_closed_socket_waits_for_no_acknowledgement() -> None:
+    """Its counts are read by another thread, which does not know that it was just closed."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        here = socket.create_connection(server.getsockname())
+    with here:
+        transport = TcpTransport(here)
+        assert transport.unacknowledged_bytes() == 0
+        here.close()
+        assert transport.unacknowledged_bytes() == 0
