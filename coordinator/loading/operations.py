@@ -147,7 +147,9 @@ class Operations:
     async def plan(self, request: LoadRequest, on_step: Callable[[Step], None]) -> Planned:
         """Measure missing figures, and plan. Raises CoordinatorError, ModelError, PlanError."""
         async with self._turns.asked(on_step):
-            return await self._plan(self._identified(request), asked=True, weights=False)
+            # A plan answers what the devices can do, whatever is loaded now.
+            alone = replace(self._identified(request), replaces=True)
+            return await self._plan(alone, asked=True, weights=False)
 
     async def load(self, request: LoadRequest, on_step: Callable[[Step], None]) -> Deployment:
         """Plan, then load the model beside the others, or in the place of all of them.
