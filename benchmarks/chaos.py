@@ -52,7 +52,7 @@ from testbed.network import HUB, Host, Link, Network
 CONTEXT_TOKENS = 512
 STREAMS = 4
 SLOW_PERCENT = 6
-"""Of a core, for a host that the model is to leave."""
+"""The share of a core for a host that the model is to leave."""
 
 NOTICED_S = 8.0
 """The time in which the coordinator hears that a device has become slow."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,13 @@ def model(tmp_path: Path) -> Path:
 def run(*arguments: str | Path) -> None:
     parsed = _parser().parse_args([str(argument) for argument in arguments])
     parsed.run(parsed, Screen(json_output=parsed.json))
+
+
+def load_options(model: Path, *arguments: str) -> argparse.Namespace:
+    """The options of ``shoal load`` for one model, as ``run_load`` passes them on."""
+    options = _parser().parse_args(["load", str(model), *arguments])
+    (options.model,) = options.models
+    return options
 
 
 def plan(model: Path, *arguments: str | Path) -> None:
@@ -118,7 +126,7 @@ def test_wishes_about_teams_are_kept(capsys: pytest.CaptureFixture[str], model: 
 def test_wishes_that_contradict_are_refused(model: Path, wishes: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         plan(model, *wishes)
-    load = _parser().parse_args(["load", str(model), *wishes])
+    load = load_options(model, *wishes)
     with pytest.raises(UsageError, match=message):
         request_of(load)
     # ``run`` and ``demo`` refuse them before they ask or start anything.
@@ -137,9 +145,9 @@ def test_devices_that_cannot_share_are_named(model: Path) -> None:
 
 
 def test_a_request_has_the_wishes(model: Path) -> None:
-    options = _parser().parse_args(["load", str(model), "--team", "pi-1,pi-2", "--team", "a, b"])
+    options = load_options(model, "--team", "pi-1,pi-2", "--team", "a, b")
     assert request_of(options).teams == (("pi-1", "pi-2"), ("a", "b"))
-    options = _parser().parse_args(["load", str(model), "--no-teams"])
+    options = load_options(model, "--no-teams")
     assert request_of(options).no_teams
 
 
@@ -149,7 +157,7 @@ def test_a_saved_plan_brings_the_width_of_its_sums(model: Path, tmp_path: Path) 
     text = saved.read_text()
     for bits, expected in ((16, (16,)), (8, (8, 16)), (32, (32,))):
         saved.write_text(text.replace('"sum_bits": 16', f'"sum_bits": {bits}'))
-        options = _parser().parse_args(["load", str(model), "--plan", str(saved)])
+        options = load_options(model, "--plan", str(saved))
         assert request_of(options).hop_bits == expected
 
 

@@ -127,6 +127,9 @@ WRONG: list[tuple[str, Any, str]] = [
     ("plan", {"source": "a", "model": "m", "stages": 3}, "stages: expected a list"),
     ("generation_defaults", 0, "true or false"),
     ("with_problem", "yes", "true or false"),
+    ("replaces", "a", "true or false"),
+    ("keep_s", 0.5, "seconds from 1 up, or null"),
+    ("weight", 0, "a number from"),
 ]
 
 

@@ -161,7 +161,7 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         for command in (
             (*coordinator, f"--port={port}", "--http=127.0.0.1:0"),
             (*coordinator, "--port=0", f"--http=127.0.0.1:{port}"),
-            ("agent", "--bind=127.0.0.1", f"--port={port}", state),
+            ("agent", "--insecure", "--bind=127.0.0.1", f"--port={port}", state),
         ):
             assert "choose another port" in refused(*command)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import subprocess
 import sys
 import tarfile
@@ -56,6 +55,21 @@ class MixedCluster(Cluster):
         return ()  # The version before has no such option, and keeps figures of another form.
 
 
+class RenamedCluster(Cluster):
+    """One of its agents finds the metadata of another version before its own."""
+
+    def __init__(self, directory: Path, renamed: str, metadata: Path) -> None:
+        super().__init__(directory)
+        self._renamed = renamed
+        self._metadata = metadata
+
+    def command(self, name: str) -> list[str]:
+        if name != self._renamed:
+            return super().command(name)
+        script = f"import sys; sys.path[:0] = {[str(self._metadata), str(ROOT)]!r}"
+        return [sys.executable, "-c", f"{script}; from cli.main import main; sys.exit(main())"]
+
+
 def old_agent(cluster: MixedCluster, directory: Path) -> None:
     """Start an agent of the version before, with options that it knows."""
     cluster.spawn(
@@ -98,22 +112,17 @@ def test_a_coordinator_of_the_version_before_is_named(before: Path, tmp_path: Pa
         cluster.stop()
 
 
-def test_versions_with_the_same_protocol_work_together(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_versions_with_the_same_protocol_work_together(tmp_path: Path) -> None:
     """One agent is of another version, whose messages are the same."""
     metadata = tmp_path / "other" / f"shoal_llm-{OTHER_VERSION}.dist-info" / "METADATA"
     metadata.parent.mkdir(parents=True)
     metadata.write_text(f"Metadata-Version: 2.1\nName: shoal-llm\nVersion: {OTHER_VERSION}\n")
-    cluster = Cluster(tmp_path)
+    cluster = RenamedCluster(tmp_path, "two", metadata.parents[1])
     try:
         cluster.start_coordinator()
         where, limit = f"--coordinator=127.0.0.1:{cluster.control_port}", "--memory=4500000"
         cluster.start_agent("one", where, limit)
-        paths = (str(metadata.parents[1]), os.environ.get("PYTHONPATH", ""))
-        with monkeypatch.context() as context:
-            context.setenv("PYTHONPATH", os.pathsep.join(filter(None, paths)))
-            cluster.start_agent("two", where, limit)
+        cluster.start_agent("two", where, limit)
         cluster.wait_for_agents("one", "two")
         devices = cluster.get("/shoal/v1/devices")["devices"]
         versions = {item["name"]: item["version"] for item in devices}

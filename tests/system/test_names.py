@@ -20,6 +20,7 @@ def start(cluster: Cluster, directory: str, name: str = "pi") -> None:
         "--threads=1",
         f"--state-dir={cluster.directory / directory}",
         f"--coordinator=127.0.0.1:{cluster.control_port}",
+        f"--token-file={cluster.token()}",
         *cluster.measurements(),
     )
 
