@@ -25,7 +25,7 @@ ENDLESS = {
     "prompt": "The lamp",
     "temperature": 0,
     "max_tokens": TOKENS,
-    "speculative": {"n_max": 0},
+    "speculative.n_max": 0,
 }
 QUESTION = {"prompt": "the lamp in the attic is", "temperature": 0, "max_tokens": 12}
 
