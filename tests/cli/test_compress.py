@@ -123,6 +123,28 @@ def test_a_point_is_chosen_by_its_predicted_time(
     assert "the fastest takes" in error
 
 
+def test_points_have_the_codes_of_the_scheme(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prepared quantizer's codes are measured, of the whole model and of a pruned one."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+
+    def losses(scheme: str) -> list[float]:
+        options = ("--steps=0", "--bits=2,16", f"--scheme={scheme}")
+        found = answer(capsys, asked(tmp_path / scheme, *options))
+        return [one["loss"] for one in found["points"]]
+
+    rounded, clipped = losses("rtn"), losses("clip")
+    # Points are by size, then from many bits to few.
+    assert clipped[0::2] == pytest.approx(rounded[0::2])
+    assert all(a != pytest.approx(b) for a, b in zip(clipped[1::2], rounded[1::2], strict=True))
+    # The line to load the chosen one asks for the same codes.
+    lab = ("--bits=4", f"--lab={LAB}", "--at-most=100000", "--group-size=32")
+    assert main(asked(tmp_path / "chosen", "--steps=0", "--scheme=clip", *lab)) == 0
+    assert "--bits 4 --scheme clip --group-size 32" in capsys.readouterr().out
+
+
 def test_a_stopped_run_goes_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Ctrl-C in the middle of teaching ends with 130 and a line, and nothing is done again."""
     out = tmp_path / "out"
