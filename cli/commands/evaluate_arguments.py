@@ -161,6 +161,14 @@ def _add_where_arguments(group: argparse._ActionsContainer) -> None:
         help="Answer on this machine with activations that are not rounded.",
     )
     group.add_argument(
+        "--loss-by",
+        choices=("files", "devices"),
+        default="files",
+        help="What measures the loss of what is loaded: this machine with MODEL's files, or the "
+        "devices, over HTTP, as they answer. Devices take a prompt token by token, and give no "
+        "KL. Default: %(default)s.",
+    )
+    group.add_argument(
         "--slots",
         type=argument_types.count,
         metavar="N",
