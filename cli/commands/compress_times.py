@@ -23,7 +23,7 @@ PLAN_LIMIT_S = 10.0
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """What predicts the times of tokens, and its name in words."""
+    """The source of the predicted times of tokens, also in words."""
 
     token_time: TokenTime
     source: str
