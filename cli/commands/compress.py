@@ -6,12 +6,19 @@ import argparse
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli import argument_types
 from cli.argument_types import argument, between
+from cli.commands.evaluate_arguments import (
+    NO_ANSWER,
+    add_length_arguments,
+    add_seed_argument,
+    wishes_of,
+)
 from cli.errors import CommandFailed
 from cli.parser import add_url_argument
 from cli.render import Screen
@@ -29,14 +36,14 @@ if TYPE_CHECKING:
     from compression.points import Points
     from compression.run import Text, TokenTime, Wanted
     from evaluation.data import Data
-    from evaluation.tasks import Tasks, Wishes
+    from evaluation.tasks import Tasks
     from model.checkpoint import Checkpoint
     from model.tokenizer import Tokenizer
 
 SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 BITS = [16]
 STEPS, RATE, BATCH_TOKENS, HIDDEN_WEIGHT = 1000, 1e-3, 2048, 1.0
-WINDOW, HELD_SHARE, MAX_TOKENS, SEED = 256, 0.1, 32, 0
+WINDOW, HELD_SHARE = 256, 0.1
 MEASURED = 200
 
 ABOUT = (
@@ -68,6 +75,8 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
         help="The folder for the smaller models, the curve, and results to go on from.",
     )
     _add_text_arguments(parser.add_argument_group("text"))
+    # Prompts are plain. The rest of what `shoal eval` may be asked for has its defaults.
+    parser.set_defaults(chat=False, stop=None, no_answer=NO_ANSWER, stride=None)
     _add_size_arguments(parser.add_argument_group("smaller models"))
     _add_choice_arguments(parser.add_argument_group("the choice of one"))
 
@@ -95,25 +104,7 @@ def _add_text_arguments(group: argparse._ActionsContainer) -> None:
         metavar="N",
         help="Measure with N questions, or windows of a text. Default: %(default)s.",
     )
-    group.add_argument(
-        "--template",
-        metavar="TEXT",
-        help="The prompt of a SQuAD question, as in `shoal eval`.",
-    )
-    group.add_argument(
-        "--max-tokens",
-        type=argument_types.count,
-        default=MAX_TOKENS,
-        metavar="N",
-        help="End a measured answer after N tokens. Default: %(default)s.",
-    )
-    group.add_argument(
-        "--window",
-        type=argument_types.count,
-        default=WINDOW,
-        metavar="N",
-        help="Tokens of a plain text that are seen together. Default: %(default)s.",
-    )
+    add_length_arguments(group, window=WINDOW)
 
 
 def _add_size_arguments(group: argparse._ActionsContainer) -> None:
@@ -164,13 +155,7 @@ def _add_size_arguments(group: argparse._ActionsContainer) -> None:
         metavar="W",
         help="How much hidden states count beside predictions. Default: %(default)g.",
     )
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=SEED,
-        metavar="N",
-        help="Equal seeds draw equal text. Default: %(default)s.",
-    )
+    add_seed_argument(group, "text")
     add_threads_argument(group)
 
 
@@ -348,22 +333,8 @@ def _tasks(
 ) -> Tasks:
     from evaluation.tasks import make_tasks
 
-    return make_tasks(data, _wishes(options, data, count), tokenizer, checkpoint.spec.max_context)
-
-
-def _wishes(options: argparse.Namespace, data: Data, count: int | None) -> Wishes:
-    from evaluation.data import SQUAD_TEMPLATE
-    from evaluation.tasks import Wishes
-
-    return Wishes(
-        template=(options.template or SQUAD_TEMPLATE).replace("\\n", "\n"),
-        max_tokens=options.max_tokens,
-        stop=("\n",) if data.kind == "squad" else (),
-        count=count,
-        seed=options.seed,
-        window=options.window,
-        stride=options.window,
-    )
+    wishes = replace(wishes_of(options, data), count=count)
+    return make_tasks(data, wishes, tokenizer, checkpoint.spec.max_context)
 
 
 def _only(tasks: Tasks, items: Sequence[int]) -> Tasks:

@@ -182,6 +182,8 @@ def test_wrong_wishes_are_told_in_one_line(
     with pytest.raises(SystemExit):
         main(asked(out, "--sizes=0.5,2"))
     assert "shares between 0 and 1" in capsys.readouterr().err
+    assert main(asked(out, "--template={context}")) == 2
+    assert "--template: {question} is missing" in capsys.readouterr().err
     short = tmp_path / "short.jsonl"
     short.write_text('{"prompt": "1 2", "answer": "3"}\n')
     assert main(asked(out, f"--data={short}")) == 1
