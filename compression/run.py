@@ -198,13 +198,16 @@ class Compression:
         self._on_step(f"measuring {label}", len(formats), len(formats), "")
 
     def _predict(self, token_time: TokenTime) -> None:
-        """Predict the time of a token of every point. Raises what ``token_time`` raises."""
+        """Predict the time of a token of every point that is wanted now.
+
+        Raises what ``token_time`` raises.
+        """
         found: dict[tuple[ModelSpec, int], float | None] = {}
         points = self.points.all()
         formats = {fmt.bits: fmt for fmt in self._wanted.formats}
         for number, point in enumerate(points):
             self._on_step("planning", number, len(points), "")
-            if point.bits not in formats:
+            if point.bits not in formats or point.size not in self._wanted.sizes:
                 continue
             key = self.spec_of(point), point.bits
             if key not in found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -37,6 +37,8 @@ def show(
     points = [
         one for one in done.points.all() if one.size in options.sizes and one.bits in options.bits
     ]
+    if times is None:  # Earlier ones are of a lab or shoal that nothing here would name.
+        points = [replace(one, latency_ms=None) for one in points]
     chosen = None
     if options.at_most is not None:
         made = [one for one in points if one.size >= 1 or _folder(options, one, done)]

@@ -27,6 +27,12 @@ LAB = ROOT / "examples" / "labs" / "wifi-3.yaml"
 PASSAGES = ROOT / "model" / "passages.txt"
 
 
+@pytest.fixture(autouse=True)
+def no_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test here asks a coordinator that happens to run on this machine."""
+    monkeypatch.setenv("SHOAL_COORDINATOR", "http://127.0.0.1:9")
+
+
 def asked(out: Path, *more: str) -> list[str]:
     """The arguments of a small run, whose text lies beside ``out``."""
     text = out.parent / "text.txt"
@@ -121,6 +127,10 @@ def test_a_point_is_chosen_by_its_predicted_time(
     error = capsys.readouterr().err
     assert "no size takes at most 0.001 ms" in error
     assert "the fastest takes" in error
+    # Without a lab, the times of the one before are not shown.
+    later = answer(capsys, asked(out, "--bits=16,4"))
+    assert later["times_predicted_for"] is None
+    assert {one["latency_ms"] for one in later["points"]} == {None}
 
 
 def test_points_have_the_codes_of_the_scheme(
