@@ -143,6 +143,12 @@ def check_refusals(shared: Cluster, tmp_path: Path) -> None:
     assert (run["refused"], found["too_long_for_a_loss"]) == (1, 1)
     assert run["figures"]["exact_match"]["value"] == 50
     assert run["figures"]["loss"]["items"] == 1
+    served = last_json(
+        shared.run("eval", str(TINY_OPT), f"--data={data}", "--json", "--loss-by=devices")
+    )
+    assert (served["too_long_for_a_loss"], served["unspelt"]) == (1, 0)
+    loss = served["runs"][0]["figures"]["loss"]
+    assert (loss["items"], loss["value"] < 1) == (1, True)
     shown = shared.run("eval", "opt-125m", f"--data={data}")
     assert shown.returncode == 1
     assert "opt-125m is not loaded (tiny-opt is)" in " ".join(shown.stderr.split())
