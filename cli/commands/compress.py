@@ -30,6 +30,7 @@ from cli.shared_arguments import (
     scheme_text_of,
     with_scheme,
 )
+from model.schemes import PREPARED
 
 if TYPE_CHECKING:
     from cli.commands.compress_times import Times
@@ -288,6 +289,8 @@ def _settings(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, 
     settings = {name: getattr(options, name) for name in (*names, *taught)}
     text = scheme_text_of(options)
     settings["scheme_text"] = text and hashlib.sha256(text.encode()).hexdigest()
+    # Earlier versions measured these schemes as plain rounding.
+    settings["codes"] = options.scheme if options.scheme in PREPARED else None
     for name in ("data", "eval"):
         path = getattr(options, name)
         settings[name] = path and hashlib.sha256(path.read_bytes()).hexdigest()

@@ -149,6 +149,13 @@ def test_points_have_the_codes_of_the_scheme(
     # Points are by size, then from many bits to few.
     assert clipped[0::2] == pytest.approx(rounded[0::2])
     assert all(a != pytest.approx(b) for a, b in zip(clipped[1::2], rounded[1::2], strict=True))
+    # Results of a version that measured this scheme as rtn are not gone on with.
+    kept = tmp_path / "clip" / "compress.json"
+    values = json.loads(kept.read_text())
+    del values["settings"]["codes"]
+    kept.write_text(json.dumps(values))
+    assert main(asked(tmp_path / "clip", "--steps=0", "--bits=2,16", "--scheme=clip")) == 1
+    assert "has results of another codes" in capsys.readouterr().err
     # The line to load the chosen one asks for the same codes.
     lab = ("--bits=4", f"--lab={LAB}", "--at-most=100000", "--group-size=32")
     assert main(asked(tmp_path / "chosen", "--steps=0", "--scheme=clip", *lab)) == 0
