@@ -136,7 +136,7 @@ class Client:
                 if "step" in event:
                     on_step(event["step"])
                 elif "error" in event:
-                    raise CommandFailed(event["error"]["message"])
+                    raise Refused(event["error"]["message"], event["error"].get("code"))
                 else:
                     result: dict[str, Any] = event["result"]
                     return result

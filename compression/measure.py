@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn import functional
@@ -21,10 +20,9 @@ from evaluation.kept import Kept
 from evaluation.losses import OnStep
 from evaluation.tasks import Tasks
 from evaluation.work import Answering, add_answers_here
-from model.artifact import write_artifact
+from model.artifact import read_block, values_of, write_artifact
 from model.checkpoint import Checkpoint
-from model.quantize import Format, quantize
-from model.spec import QUANTIZED_TENSORS, ModelSpec
+from model.quantize import Format
 from model.tokenizer import Tokenizer
 
 Blocks = Sequence[Mapping[str, npt.NDArray[Any]]]
@@ -34,26 +32,31 @@ LOSSLESS_BITS = 16
 """Blocks from so many bits on are left as they are."""
 
 
-def quantized(blocks: Blocks, fmt: Format) -> list[dict[str, npt.NDArray[Any]]]:
-    """Return the blocks with the values that their matrices have in a format."""
-    if fmt.bits >= LOSSLESS_BITS:
-        return [dict(block) for block in blocks]
-    return [
-        {
-            name: quantize(np.asarray(value), fmt, name).dequantize()
-            if name in QUANTIZED_TENSORS
-            else value
-            for name, value in block.items()
-        }
-        for block in blocks
-    ]
+def stored(checkpoint: Checkpoint, fmt: Format) -> tuple[Blocks, int]:
+    """Return the values of all blocks as devices get them in a format, and their files' bytes.
+
+    The codes are those of the checkpoint's quantizer. Raises ModelError.
+    """
+    blocks, total = [], 0
+    with tempfile.TemporaryDirectory(prefix=".compress-") as name:
+        for block in range(checkpoint.spec.block_count):
+            tensors = checkpoint.block_in(block, fmt)
+            path = write_artifact(Path(name), block, tensors, fmt).path
+            total += path.stat().st_size
+            if fmt.bits >= LOSSLESS_BITS:
+                blocks.append(checkpoint.block(block))
+            else:
+                codes = read_block(path, checkpoint.spec, block)[1]
+                blocks.append({name: values_of(tensor) for name, tensor in codes.items()})
+            path.unlink(missing_ok=True)
+    return blocks, total
 
 
 def losses(
-    teacher: Network, spec: ModelSpec, blocks: Blocks, fmt: Format, batches: Sequence[Batch]
+    teacher: Network, checkpoint: Checkpoint, blocks: Blocks, batches: Sequence[Batch]
 ) -> tuple[float, float]:
     """Return the loss of the expected tokens and KL(teacher || model), in nats per token."""
-    student = Network(spec, quantized(blocks, fmt))
+    student = Network(checkpoint.spec, blocks)
     nats, kl, expected_count, count = 0.0, 0.0, 0, 0
     with torch.no_grad():
         for batch in batches:
@@ -71,26 +74,19 @@ def losses(
     return nats / expected_count, kl / count
 
 
-def stored_bytes(spec: ModelSpec, blocks: Blocks, fmt: Format) -> int:
-    """Return the bytes of all blocks' files in a format."""
-    total = 0
-    with tempfile.TemporaryDirectory(prefix=".compress-") as name:
-        for block, tensors in enumerate(blocks):
-            path = write_artifact(Path(name), block, dict(tensors), fmt).path
-            total += path.stat().st_size
-            path.unlink(missing_ok=True)
-    return total
-
-
 def answers(
-    folder: Path, tasks: Tasks, fmt: Format, backend: Backend, threads: int, on_step: OnStep
+    checkpoint: Checkpoint,
+    tasks: Tasks,
+    fmt: Format,
+    backend: Backend,
+    threads: int,
+    on_step: OnStep,
 ) -> tuple[float, float]:
-    """Return exact match and F1, in percent, of the answers of the model in a folder.
+    """Return exact match and F1, in percent, of a model's answers.
 
     It is loaded as shoal loads it. Raises ModelError and BackendError.
     """
-    checkpoint = Checkpoint.open(folder)
-    tokenizer = Tokenizer.load(folder)
+    tokenizer = Tokenizer.load(checkpoint.directory)
     formats = [fmt] * checkpoint.spec.block_count
     with Kept(None, {}) as kept:
         answering = Answering(backend, threads, exact=False, slots=ANSWER_SLOTS)

@@ -20,8 +20,7 @@ from compression.importance import (
     importance_of,
     layer_order,
 )
-from compression.latency import plan_on
-from compression.measure import answers, losses, stored_bytes
+from compression.measure import answers, losses, stored
 from compression.network import Network
 from compression.points import Point, Points
 from compression.text import Batch, batches
@@ -30,11 +29,13 @@ from evaluation.tasks import Tasks
 from model.checkpoint import Checkpoint
 from model.quantize import Format
 from model.spec import ModelSpec
-from planning.labs.lab import Lab
 
 Blocks = Sequence[Mapping[str, Any]]
 OnStep = Callable[[str, int, int, str], None]
 """Gets (what, done, all, note)."""
+
+TokenTime = Callable[[ModelSpec, Path, Format], float | None]
+"""Predicts the seconds of a token of a model, which is in a folder. None: it fits no device."""
 
 PROBE_TOKENS = 4096
 """Tokens of the text that importance is measured on."""
@@ -53,14 +54,16 @@ class Text:
 class Wanted:
     """The wishes of a run. sizes: shares of the layers' weights. 1 is the original itself.
 
-    formats: in which each smaller model is measured. lab: for latencies, or None.
+    formats: in which each smaller model is measured.
+    coded: gives a model the codes of the quantizer that is asked for.
+    token_time: for latencies, or None.
     """
 
     sizes: Sequence[float]
     formats: Sequence[Format]
     recipe: Recipe
-    lab: Lab | None
-    context_tokens: int
+    coded: Callable[[Checkpoint], Checkpoint]
+    token_time: TokenTime | None
     backend: Backend
     threads: int
 
@@ -94,14 +97,13 @@ class Compression:
         sizes = sorted(self._wanted.sizes, reverse=True)
         for size in sizes:
             if size >= 1:
-                whole_model = self._checkpoint.directory
-                self._measure(size, self._blocks, whole_model, None, distilled=False)
+                self._measure(size, self._checkpoint.directory, distilled=False)
         importance = self._importance()
         for size in sizes:
             if size < 1:
                 self._make(size, importance)
-        if self._wanted.lab is not None:
-            self._predict(self._wanted.lab)
+        if self._wanted.token_time is not None:
+            self._predict(self._wanted.token_time)
 
     def spec_of(self, point: Point) -> ModelSpec:
         """Return the description of a point's model."""
@@ -140,7 +142,7 @@ class Compression:
             is_last = not self._wanted.recipe.steps
             folder = self.folder(size) if is_last else self._directory / f".pruned-{size * 100:g}"
             self._write(cut, pruned, folder, "pruned")
-            self._measure(size, pruned, folder, cut, distilled=False)
+            self._measure(size, folder, distilled=False)
             if not is_last:
                 shutil.rmtree(folder)
         if self._wanted.recipe.steps and not self._is_measured(size, distilled=True):
@@ -161,9 +163,7 @@ class Compression:
                 self._write(cut, student.arrays(), self.folder(size), "pruned and distilled")
                 self.points.put(f"distilled {size:g}", True)
                 training.unlink(missing_ok=True)
-            made = Checkpoint.open(self.folder(size))
-            blocks = [made.block(block) for block in range(made.spec.block_count)]
-            self._measure(size, blocks, self.folder(size), cut, distilled=True)
+            self._measure(size, self.folder(size), distilled=True)
 
     def _cut(self, size: float, importance: Importance) -> Cut:
         kept = self.points.get(f"cut {size:g}")
@@ -185,53 +185,51 @@ class Compression:
             for fmt in self._wanted.formats
         )
 
-    def _measure(
-        self, size: float, blocks: Blocks, folder: Path, cut: Cut | None, *, distilled: bool
-    ) -> None:
-        """Measure a model at every format that is missing."""
-        spec = self._checkpoint.spec if cut is None else cut_spec(self._checkpoint.spec, cut)
+    def _measure(self, size: float, folder: Path, *, distilled: bool) -> None:
+        """Measure the model in a folder at every format that is missing."""
         label = f"{size:.0%}{', distilled' if distilled else ''}"
-        for number, fmt in enumerate(self._wanted.formats):
-            if self.points.point(size, fmt.bits, distilled=distilled) is None:
-                self._on_step(f"measuring {label}", number, len(self._wanted.formats), "")
-                self.points.add(self._point(size, spec, blocks, folder, fmt, distilled=distilled))
-        done = len(self._wanted.formats)
-        self._on_step(f"measuring {label}", done, done, "")
+        formats = self._wanted.formats
+        if not self._is_measured(size, distilled=distilled):
+            made = self._wanted.coded(Checkpoint.open(folder))
+            for number, fmt in enumerate(formats):
+                if self.points.point(size, fmt.bits, distilled=distilled) is None:
+                    self._on_step(f"measuring {label}", number, len(formats), "")
+                    self.points.add(self._point(size, made, fmt, distilled=distilled))
+        self._on_step(f"measuring {label}", len(formats), len(formats), "")
 
-    def _predict(self, lab: Lab) -> None:
-        """Predict the time of a token of every point, which the lab decides. Raises LabError."""
+    def _predict(self, token_time: TokenTime) -> None:
+        """Predict the time of a token of every point that is wanted now.
+
+        Raises what ``token_time`` raises.
+        """
         found: dict[tuple[ModelSpec, int], float | None] = {}
         points = self.points.all()
         formats = {fmt.bits: fmt for fmt in self._wanted.formats}
         for number, point in enumerate(points):
             self._on_step("planning", number, len(points), "")
-            if point.bits not in formats:
+            if point.bits not in formats or point.size not in self._wanted.sizes:
                 continue
             key = self.spec_of(point), point.bits
             if key not in found:
-                plan = plan_on(lab, key[0], formats[point.bits], self._wanted.context_tokens)
-                found[key] = None if plan is None else 1e3 * plan.decode_s
+                # A pruned model has the shape of the taught one, whose folder stays.
+                folder = self.folder(point.size)
+                folder = folder if point.size < 1 else self._checkpoint.directory
+                token_s = token_time(key[0], folder, formats[point.bits])
+                found[key] = None if token_s is None else 1e3 * token_s
             self.points.add(replace(point, latency_ms=found[key]))
         self._on_step("planning", len(points), len(points), "")
 
-    def _point(
-        self,
-        size: float,
-        spec: ModelSpec,
-        blocks: Blocks,
-        folder: Path,
-        fmt: Format,
-        *,
-        distilled: bool,
-    ) -> Point:
-        loss, kl = losses(self._teacher, spec, blocks, fmt, self._measured)
+    def _point(self, size: float, made: Checkpoint, fmt: Format, *, distilled: bool) -> Point:
+        blocks, size_bytes = stored(made, fmt)
+        loss, kl = losses(self._teacher, made, blocks, self._measured)
+        del blocks  # The answers below need the memory.
         exact, f1 = None, None
         if self._text.tasks is not None:
             wanted = self._wanted
             exact, f1 = answers(
-                folder, self._text.tasks, fmt, wanted.backend, wanted.threads, lambda *_: None
+                made, self._text.tasks, fmt, wanted.backend, wanted.threads, lambda *_: None
             )
-        first = spec.layers[0]
+        spec, first = made.spec, made.spec.layers[0]
         head = spec.vocab * spec.embed_dim * (1 if spec.tied_head else 2)
         return Point(
             size=size,
@@ -241,7 +239,7 @@ class Compression:
             kv_heads=first.kv_heads,
             ffn=first.ffn,
             weights=weights_of(spec) + head,
-            bytes=stored_bytes(spec, blocks, fmt),
+            bytes=size_bytes,
             loss=loss,
             kl=kl,
             exact_match=exact,

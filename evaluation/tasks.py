@@ -37,12 +37,14 @@ class Tasks:
     """The items of an evaluation: questions by their place in the data, or windows of a text.
 
     too_long: items without a target, because the model's context is shorter.
+    unspelt: items whose answer a served model does not echo as it is written.
     """
 
     wishes: Wishes
     questions: dict[int, Question] = field(default_factory=dict)
     targets: dict[int, Target] = field(default_factory=dict)
     too_long: list[int] = field(default_factory=list)
+    unspelt: list[int] = field(default_factory=list)
     of: int = 0
 
     @property
@@ -51,6 +53,10 @@ class Tasks:
 
     def prompt(self, item: int) -> str:
         return self.questions[item].prompt(self.wishes.template)
+
+    def expected(self, item: int) -> str:
+        """Return the answer whose loss is measured: the first accepted one."""
+        return next(iter(self.questions[item].answers), self.wishes.no_answer)
 
     def prompt_tokens(self, item: int, tokenizer: Tokenizer) -> list[int]:
         """Return a prompt's tokens. Raises TokenizerError for --chat without a template."""
@@ -90,8 +96,8 @@ def make_tasks(
     if tokenizer is None:
         return tasks
     for item in tasks.items:
-        answer = next(iter(tasks.questions[item].answers), wishes.no_answer)
-        target = answer_target(tasks.prompt(item), answer, tokenizer, chat=wishes.chat)
+        prompt, answer = tasks.prompt(item), tasks.expected(item)
+        target = answer_target(prompt, answer, tokenizer, chat=wishes.chat)
         if target is None:
             continue
         if len(target.tokens) > max_context:
@@ -111,12 +117,16 @@ def answer_target(prompt: str, answer: str, tokenizer: Tokenizer, *, chat: bool)
     if chat:
         whole = [*before, *tokenizer.encode(answer, add_special=False)]
     else:
-        space = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
-        whole = tokenizer.encode(f"{prompt}{space}{answer}")
+        whole = tokenizer.encode(prompt + following(prompt, answer))
     first = _common(before, whole)
     if first >= len(whole) or first < 1 or not answer:
         return None
     return Target(tuple(whole), first)
+
+
+def following(prompt: str, answer: str) -> str:
+    """Return an answer as it follows a plain prompt, with a space before it if there is none."""
+    return answer if prompt[-1:].isspace() or answer[:1].isspace() else f" {answer}"
 
 
 def _prompt_tokens(prompt: str, tokenizer: Tokenizer, *, chat: bool) -> list[int]:

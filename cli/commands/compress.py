@@ -6,38 +6,53 @@ import argparse
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli import argument_types
 from cli.argument_types import argument, between
-from cli.errors import CommandFailed, UsageError
+from cli.commands.evaluate_arguments import (
+    NO_ANSWER,
+    add_length_arguments,
+    add_seed_argument,
+    wishes_of,
+)
+from cli.errors import CommandFailed
+from cli.parser import add_url_argument
 from cli.render import Screen
 from cli.shared_arguments import (
     add_group_size_argument,
     add_scheme_argument,
+    add_scheme_text_argument,
     add_threads_argument,
+    scheme_text_of,
+    with_scheme,
 )
+from model.schemes import PREPARED
 
 if TYPE_CHECKING:
+    from cli.commands.compress_times import Times
     from compression.points import Points
-    from compression.run import Text, Wanted
+    from compression.run import Text, TokenTime, Wanted
     from evaluation.data import Data
-    from evaluation.tasks import Tasks, Wishes
+    from evaluation.tasks import Tasks
     from model.checkpoint import Checkpoint
     from model.tokenizer import Tokenizer
 
 SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 BITS = [16]
 STEPS, RATE, BATCH_TOKENS, HIDDEN_WEIGHT = 1000, 1e-3, 2048, 1.0
-WINDOW, HELD_SHARE, MAX_TOKENS, SEED = 256, 0.1, 32, 0
+WINDOW, HELD_SHARE = 256, 0.1
 MEASURED = 200
 
 ABOUT = (
     "Heads, MLP columns and whole layers that matter least on your text are removed. Then the "
     "smaller model is taught to predict what MODEL predicts (distillation).\n\n"
     "Each size becomes an ordinary Hugging Face folder in --out. What each loses is measured on "
-    "text that it was not taught. With --lab, a plan predicts the time of a token.\n\n"
+    "text that it was not taught. A plan predicts the time of a token, for the "
+    "devices of --lab, or those of a running coordinator.\n\n"
     "It takes the memory of 6 copies of MODEL in fp32. The extra torch is needed: "
     "pip install 'shoal-llm[torch]'."
 )
@@ -61,6 +76,8 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
         help="The folder for the smaller models, the curve, and results to go on from.",
     )
     _add_text_arguments(parser.add_argument_group("text"))
+    # Prompts are plain. The rest of what `shoal eval` may be asked for has its defaults.
+    parser.set_defaults(chat=False, stop=None, no_answer=NO_ANSWER, stride=None)
     _add_size_arguments(parser.add_argument_group("smaller models"))
     _add_choice_arguments(parser.add_argument_group("the choice of one"))
 
@@ -88,25 +105,7 @@ def _add_text_arguments(group: argparse._ActionsContainer) -> None:
         metavar="N",
         help="Measure with N questions, or windows of a text. Default: %(default)s.",
     )
-    group.add_argument(
-        "--template",
-        metavar="TEXT",
-        help="The prompt of a SQuAD question, as in `shoal eval`.",
-    )
-    group.add_argument(
-        "--max-tokens",
-        type=argument_types.count,
-        default=MAX_TOKENS,
-        metavar="N",
-        help="End a measured answer after N tokens. Default: %(default)s.",
-    )
-    group.add_argument(
-        "--window",
-        type=argument_types.count,
-        default=WINDOW,
-        metavar="N",
-        help="Tokens of a plain text that are seen together. Default: %(default)s.",
-    )
+    add_length_arguments(group, window=WINDOW)
 
 
 def _add_size_arguments(group: argparse._ActionsContainer) -> None:
@@ -126,6 +125,7 @@ def _add_size_arguments(group: argparse._ActionsContainer) -> None:
         help="Measure each size at these bits. Default: 16.",
     )
     add_scheme_argument(group)
+    add_scheme_text_argument(group)
     add_group_size_argument(group)
     group.add_argument(
         "--steps",
@@ -156,13 +156,7 @@ def _add_size_arguments(group: argparse._ActionsContainer) -> None:
         metavar="W",
         help="How much hidden states count beside predictions. Default: %(default)g.",
     )
-    group.add_argument(
-        "--seed",
-        type=int,
-        default=SEED,
-        metavar="N",
-        help="Equal seeds draw equal text. Default: %(default)s.",
-    )
+    add_seed_argument(group, "text")
     add_threads_argument(group)
 
 
@@ -171,7 +165,8 @@ def _add_choice_arguments(group: argparse._ActionsContainer) -> None:
         "--lab",
         type=Path,
         metavar="LAB.yaml",
-        help="Predict the time of a token by a plan for the devices of this lab file.",
+        help="Predict the time of a token by a plan for the devices of this lab file. Default: "
+        "for the coordinator's devices, if one runs.",
     )
     group.add_argument(
         "--context",
@@ -184,8 +179,9 @@ def _add_choice_arguments(group: argparse._ActionsContainer) -> None:
         "--at-most",
         type=argument(_milliseconds, "milliseconds, such as 40 or 40ms"),
         metavar="MS",
-        help="Choose the best size and bits whose token takes at most MS on --lab.",
+        help="Choose the best size and bits whose token takes at most MS.",
     )
+    add_url_argument(group)
 
 
 def run_compress(options: argparse.Namespace, screen: Screen) -> None:
@@ -197,8 +193,6 @@ def run_compress(options: argparse.Namespace, screen: Screen) -> None:
     from planning.labs.lab import LabError
     from planning.plan import PlanError
 
-    if options.at_most is not None and options.lab is None:
-        raise UsageError("--at-most needs --lab LAB.yaml, whose devices give the times")
     try:
         _compress(options, screen)
     except (
@@ -216,19 +210,32 @@ def run_compress(options: argparse.Namespace, screen: Screen) -> None:
 def _compress(options: argparse.Namespace, screen: Screen) -> None:
     import torch
 
-    from cli.commands.compress_views import show
+    from cli.commands.compress_times import times_of
     from cli.commands.model_names import model_here
     from compression.folder import check_source
-    from compression.points import Points
-    from compression.run import Compression
     from model.checkpoint import Checkpoint
     from model.tokenizer import Tokenizer
 
     torch.set_num_threads(options.threads)
     checkpoint = Checkpoint.open(model_here(options.model, screen))
     check_source(checkpoint)
-    text = _text(options, screen, checkpoint, Tokenizer.load(checkpoint.directory))
-    wanted = _wanted(options)
+    with times_of(options, screen) as times:
+        text = _text(options, screen, checkpoint, Tokenizer.load(checkpoint.directory))
+        _run(options, screen, checkpoint, text, times)
+
+
+def _run(
+    options: argparse.Namespace,
+    screen: Screen,
+    checkpoint: Checkpoint,
+    text: Text,
+    times: Times | None,
+) -> None:
+    """Make and measure what is missing in --out, and show the curve."""
+    from cli.commands.compress_views import show
+    from compression.points import Points
+    from compression.run import Compression
+
     options.out.mkdir(parents=True, exist_ok=True)
     points = Points(options.out / "compress.json", _settings(options, checkpoint))
     before = len(points.all())
@@ -240,9 +247,10 @@ def _compress(options: argparse.Namespace, screen: Screen) -> None:
             step = {"phase": what, "label": "", "unit": "steps", "done": done, "total": total}
             on_step({**step, "note": note})
 
+        wanted = _wanted(options, None if times is None else times.token_time)
         compression = Compression(checkpoint, text, wanted, options.out, points, report)
         compression.run()
-    show(options, screen, checkpoint, compression)
+    show(options, screen, checkpoint, compression, None if times is None else times.source)
 
 
 @contextmanager
@@ -255,12 +263,11 @@ def _telling(options: argparse.Namespace, points: Points, screen: Screen) -> Ite
         raise
 
 
-def _wanted(options: argparse.Namespace) -> Wanted:
+def _wanted(options: argparse.Namespace, token_time: TokenTime | None) -> Wanted:
     from backends.registry import backend_class
     from compression.distil import Recipe
     from compression.run import Wanted
     from model.quantize import Format
-    from planning.labs.lab_file import read_lab
 
     return Wanted(
         sizes=options.sizes,
@@ -268,8 +275,8 @@ def _wanted(options: argparse.Namespace) -> Wanted:
         recipe=Recipe(
             options.steps, options.rate, options.batch_tokens, options.hidden_weight, options.seed
         ),
-        lab=None if options.lab is None else read_lab(options.lab),
-        context_tokens=options.context,
+        coded=partial(with_scheme, options),
+        token_time=token_time,
         backend=backend_class("onnx_cpu")(),
         threads=options.threads,
     )
@@ -280,6 +287,10 @@ def _settings(options: argparse.Namespace, checkpoint: Checkpoint) -> dict[str, 
     names = ("questions", "template", "max_tokens", "window", "scheme", "group_size")
     taught = ("steps", "rate", "batch_tokens", "hidden_weight", "seed")
     settings = {name: getattr(options, name) for name in (*names, *taught)}
+    text = scheme_text_of(options)
+    settings["scheme_text"] = text and hashlib.sha256(text.encode()).hexdigest()
+    # Earlier versions measured these schemes as plain rounding.
+    settings["codes"] = options.scheme if options.scheme in PREPARED else None
     for name in ("data", "eval"):
         path = getattr(options, name)
         settings[name] = path and hashlib.sha256(path.read_bytes()).hexdigest()
@@ -325,22 +336,8 @@ def _tasks(
 ) -> Tasks:
     from evaluation.tasks import make_tasks
 
-    return make_tasks(data, _wishes(options, data, count), tokenizer, checkpoint.spec.max_context)
-
-
-def _wishes(options: argparse.Namespace, data: Data, count: int | None) -> Wishes:
-    from evaluation.data import SQUAD_TEMPLATE
-    from evaluation.tasks import Wishes
-
-    return Wishes(
-        template=(options.template or SQUAD_TEMPLATE).replace("\\n", "\n"),
-        max_tokens=options.max_tokens,
-        stop=("\n",) if data.kind == "squad" else (),
-        count=count,
-        seed=options.seed,
-        window=options.window,
-        stride=options.window,
-    )
+    wishes = replace(wishes_of(options, data), count=count)
+    return make_tasks(data, wishes, tokenizer, checkpoint.spec.max_context)
 
 
 def _only(tasks: Tasks, items: Sequence[int]) -> Tasks:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -20,11 +20,15 @@ if TYPE_CHECKING:
 
 
 def show(
-    options: argparse.Namespace, screen: Screen, checkpoint: Checkpoint, done: Compression
+    options: argparse.Namespace,
+    screen: Screen,
+    checkpoint: Checkpoint,
+    done: Compression,
+    times: str | None,
 ) -> None:
     """Write curve.csv and curve.svg, and print the points. Raises CommandFailed, OSError.
 
-    CommandFailed: no point is as fast as --at-most asks.
+    times: names what predicted the times. CommandFailed: no point is as fast as --at-most asks.
     """
     from compression.picture import curve_svg
     from compression.points import best_within, csv_text
@@ -33,6 +37,8 @@ def show(
     points = [
         one for one in done.points.all() if one.size in options.sizes and one.bits in options.bits
     ]
+    if times is None:  # Earlier ones are of a lab or shoal that nothing here would name.
+        points = [replace(one, latency_ms=None) for one in points]
     chosen = None
     if options.at_most is not None:
         made = [one for one in points if one.size >= 1 or _folder(options, one, done)]
@@ -41,17 +47,18 @@ def show(
     title = f"{name}, compressed"
     (options.out / "curve.svg").write_text(curve_svg(title, points, chosen), encoding="utf-8")
     if options.json:
-        screen.json(_answer(options, name, points, chosen, done))
+        answer = _answer(options, name, points, chosen, done)
+        screen.json({**answer, "times_predicted_for": times})
     else:
         _show_table(screen, f"{name}, compressed on {options.data.name}", points)
-        for line in _lines(options, points, chosen, done):
+        for line in _lines(options, chosen, done, times):
             screen.out.print(escape(line), soft_wrap=True)
     screen.note(f"the curve is in {options.out / 'curve.csv'} and {options.out / 'curve.svg'}")
     if options.at_most is not None and chosen is None:
-        times = [one.latency_ms for one in points if one.latency_ms is not None]
-        least = f"the fastest takes {min(times):.3g} ms" if times else "none fits the lab"
+        found_ms = [one.latency_ms for one in points if one.latency_ms is not None]
+        least = f"the fastest takes {min(found_ms):.3g} ms" if found_ms else "none fits there"
         raise CommandFailed(
-            f"no size takes at most {options.at_most:g} ms on {options.lab}: {least}; "
+            f"no size takes at most {options.at_most:g} ms on {times}: {least}; "
             "ask for smaller --sizes or fewer --bits"
         )
 
@@ -109,17 +116,33 @@ def _percent(value: float | None) -> str:
 
 
 def _lines(
-    options: argparse.Namespace, points: Sequence[Point], chosen: Point | None, done: Compression
+    options: argparse.Namespace, chosen: Point | None, done: Compression, times: str | None
 ) -> list[str]:
     """Say how the figures were made, and what was chosen."""
     text = options.data if options.eval is None else options.eval
     lines = [f"losses and answers are measured on {text}, on this machine alone"]
-    if options.lab is not None:
-        lines.append(f"times of a token are predicted by the best plan for {options.lab}")
+    if times is not None:
+        lines.append(f"times of a token are predicted by the best plan for {times}")
     if chosen is not None:
         folder = _folder(options, chosen, done) or str(options.model)
         lines.append(
             f"at most {options.at_most:g} ms: {chosen.name} at {chosen.bits} bits, "
             f"{chosen.latency_ms:.3g} ms predicted: shoal load {folder} --bits {chosen.bits}"
+            + _stored_as(options, chosen)
         )
     return lines
+
+
+def _stored_as(options: argparse.Namespace, chosen: Point) -> str:
+    """Return the options that make `shoal load` store the weights as they were measured."""
+    from compression.measure import LOSSLESS_BITS
+    from model.schemes import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME
+
+    if chosen.bits >= LOSSLESS_BITS:
+        return ""
+    words = f" --scheme {options.scheme}" if options.scheme != DEFAULT_SCHEME else ""
+    if options.scheme_text is not None:
+        words += f" --scheme-text {options.scheme_text}"
+    if options.group_size != DEFAULT_GROUP_SIZE:
+        words += f" --group-size {options.group_size}"
+    return words

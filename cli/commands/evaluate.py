@@ -14,6 +14,7 @@ from cli.commands.evaluate_steps import (
     add_answers_of,
     add_losses_of,
     add_scores_of,
+    add_served_losses_of,
     judge_of,
     settings_of,
     telling,
@@ -27,9 +28,9 @@ if TYPE_CHECKING:
 ABOUT = (
     "Answers come from what is loaded, over HTTP, with as many requests at once as it has slots. "
     "With --bits or --plan, this machine answers alone, with the whole model in its memory.\n\n"
-    "Loss, perplexity and KL are always computed on this machine, because the API gives no chances "
-    "of tokens. They need the model's files here. They use the weights at the plan's bits, and "
-    "neither activations nor hops are rounded.\n\n"
+    "Loss, perplexity and KL are computed on this machine. They need the model's files here. They "
+    "use the weights at the plan's bits, and neither activations nor hops are rounded. With "
+    "--loss-by devices, the devices of what is loaded measure its loss, without any file here.\n\n"
     "Intervals of 95 % come from drawing the items again 1000 times."
 )
 EXAMPLES = (
@@ -91,7 +92,9 @@ def _evaluate(
     from evaluation.tasks import make_tasks
 
     wishes = wishes_of(options, data)
-    files = model.files if {"loss", "kl"} & set(options.metrics) else None
+    by_devices = options.loss_by == "devices"
+    needs_files = bool({"loss", "kl"} & set(options.metrics)) and not by_devices
+    files = model.files if needs_files or data.kind == "text" else None
     if files is None and data.kind == "text":
         raise CommandFailed("a plain text needs the model's files on this machine")
     tasks = (
@@ -107,6 +110,8 @@ def _evaluate(
         with telling(options.out, kept, screen):
             if files is not None:
                 add_losses_of(options, screen, kept, tasks, files, runs)
+            for run in runs if by_devices and "loss" in options.metrics else ():
+                add_served_losses_of(options, screen, kept, tasks, model, run)
             for run in runs if tasks.questions and "answers" in options.metrics else ():
                 speeds[run.label] = add_answers_of(options, screen, kept, tasks, model, run)
                 if judge is not None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 METRICS = ("loss", "kl", "answers")
 MAX_TOKENS, WINDOW, SLOTS, SEED = 32, 1024, 4, 0
+NO_ANSWER = "unanswerable"
 KEY_VARIABLE = "SHOAL_JUDGE_KEY"
 
 
@@ -73,17 +74,22 @@ def add_data_arguments(
         help="Take N questions, or windows of a text, at random. "
         f"Default: {'all' if questions is None else '%(default)s'}.",
     )
-    data.add_argument(
+    add_seed_argument(data, "questions and intervals")
+
+
+def add_seed_argument(group: argparse._ActionsContainer, drawn: str) -> None:
+    """Add --seed. ``drawn`` says what it draws."""
+    group.add_argument(
         "--seed",
         type=argument_types.argument(argument_types.whole, "a whole number"),
         default=SEED,
         metavar="N",
-        help="Equal seeds draw equal questions and intervals. Default: %(default)s.",
+        help=f"Equal seeds draw equal {drawn}. Default: %(default)s.",
     )
 
 
-def add_prompt_arguments(group: argparse._ActionsContainer) -> None:
-    """Add the options about prompts and answers, which ``wishes_of`` reads."""
+def add_length_arguments(group: argparse._ActionsContainer, *, window: int = WINDOW) -> None:
+    """Add the template of prompts, and how long answers and windows of a text are."""
     group.add_argument(
         "--template",
         metavar="TEXT",
@@ -91,14 +97,38 @@ def add_prompt_arguments(group: argparse._ActionsContainer) -> None:
         r"Default: '{context}\n\nQuestion: {question}\nAnswer:'.",
     )
     group.add_argument(
-        "--chat", action="store_true", help="Send prompts as chat messages, with MODEL's template."
-    )
-    group.add_argument(
         "--max-tokens",
         type=argument_types.count,
         default=MAX_TOKENS,
         metavar="N",
         help="End an answer after N tokens. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--window",
+        type=argument_types.count,
+        default=window,
+        metavar="N",
+        help="Tokens of a plain text that are seen together, at most the model's context. "
+        "Default: %(default)s.",
+    )
+
+
+def add_compute_arguments(group: argparse._ActionsContainer) -> None:
+    """Add what computes on this machine."""
+    group.add_argument(
+        "--backend",
+        default="onnx_cpu",
+        metavar="NAME",
+        help="What computes on this machine. Default: %(default)s.",
+    )
+    add_threads_argument(group)
+
+
+def add_prompt_arguments(group: argparse._ActionsContainer) -> None:
+    """Add the options about prompts and answers, which ``wishes_of`` reads."""
+    add_length_arguments(group)
+    group.add_argument(
+        "--chat", action="store_true", help="Send prompts as chat messages, with MODEL's template."
     )
     group.add_argument(
         "--stop",
@@ -109,17 +139,9 @@ def add_prompt_arguments(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--no-answer",
-        default="unanswerable",
+        default=NO_ANSWER,
         metavar="TEXT",
         help="The answer that says a question has none. It counts as SQuAD's empty answer. "
-        "Default: %(default)s.",
-    )
-    group.add_argument(
-        "--window",
-        type=argument_types.count,
-        default=WINDOW,
-        metavar="N",
-        help="Tokens of a plain text that are seen together, at most the model's context. "
         "Default: %(default)s.",
     )
     group.add_argument(
@@ -148,17 +170,19 @@ def _add_where_arguments(group: argparse._ActionsContainer) -> None:
     add_scheme_text_argument(group)
     add_group_size_argument(group)
     add_adapter_argument(group)
-    group.add_argument(
-        "--backend",
-        default="onnx_cpu",
-        metavar="NAME",
-        help="What computes on this machine. Default: %(default)s.",
-    )
-    add_threads_argument(group)
+    add_compute_arguments(group)
     group.add_argument(
         "--exact",
         action="store_true",
         help="Answer on this machine with activations that are not rounded.",
+    )
+    group.add_argument(
+        "--loss-by",
+        choices=("files", "devices"),
+        default="files",
+        help="What measures the loss of what is loaded: this machine with MODEL's files, or the "
+        "devices, over HTTP, as they answer. Devices take a prompt token by token, and give no "
+        "KL. Default: %(default)s.",
     )
     group.add_argument(
         "--slots",

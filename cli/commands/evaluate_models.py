@@ -182,12 +182,16 @@ def _loaded(options: argparse.Namespace, client: Client, screen: Screen) -> tupl
     slots = options.slots or known["slots"]["total"]
     loaded = Loaded(client, known["model"], slots)
     files = None
+    by_devices = options.loss_by == "devices"
     try:
         checkpoint = _as_loaded(options, known, Checkpoint.open(directory, known.get("adapter")))
         files = Files(checkpoint, Tokenizer.load(directory))
     except ModelError as error:
-        if {"loss", "kl"} & set(options.metrics):
-            screen.note(f"no loss and no KL, because they need the model's files here: {error}")
+        if {"loss", "kl"} & set(options.metrics) and not by_devices:
+            screen.note(
+                "no loss and no KL, because they need the model's files here (--loss-by devices "
+                f"needs none): {error}"
+            )
     bits = tuple(block["bits"] for block in known["plan"]["blocks"])
     # Older coordinators do not say how they quantized.
     scheme = known.get("scheme", DEFAULT_SCHEME)
@@ -195,5 +199,6 @@ def _loaded(options: argparse.Namespace, client: Client, screen: Screen) -> tupl
     devices = list(dict.fromkeys(stage["device"] for stage in known["stages"]))
     where = f"on what is loaded, over HTTP, {slots} at once: {', '.join(devices)}"
     key = f"{formats_key(bits, scheme, group_size)}, loaded on {' '.join(devices)}"
+    key += ", losses by devices" if by_devices else ""
     run = Run("loaded", key, bits, scheme, group_size, where)
     return Model(known["model"], files, loaded, known.get("output")), [run]

@@ -121,6 +121,34 @@ def add_answers_of(
     return (len(kept) - before) / (time.monotonic() - started_s)
 
 
+def add_served_losses_of(
+    options: argparse.Namespace, screen: Screen, kept: Kept, tasks: Tasks, model: Model, run: Run
+) -> None:
+    """Measure the missing losses of a run by the devices of a loaded model."""
+    from cli.client import Refused
+    from evaluation.served import add_served_losses
+
+    loaded = model.loaded
+    if loaded is None or not tasks.questions or tasks.wishes.chat:
+        raise UsageError(
+            "--loss-by devices is for questions to what is loaded: drop --chat, --bits and --plan"
+        )
+    client, body = loaded.client, {"model": loaded.name, "max_tokens": 0, "echo": True}
+
+    def ask(text: str) -> Mapping[str, Any] | None:
+        try:
+            answer = client.post("/v1/completions", {**body, "prompt": text, "logprobs": 0})
+        except Refused as refused:
+            if refused.code != "context_length_exceeded":
+                raise
+            return None
+        told: Mapping[str, Any] = answer["choices"][0]["logprobs"]
+        return told
+
+    with screen.counting("measuring losses by the devices") as on_step:
+        add_served_losses(kept, tasks, run.key, ask, loaded.slots, on_step)
+
+
 def add_scores_of(screen: Screen, kept: Kept, tasks: Tasks, run: Run, judge: Judge) -> None:
     from evaluation.work import add_scores
 

@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from evaluation.tasks import Tasks
     from model.checkpoint import Checkpoint
 
-LOSSES_BY = (
-    "on this machine, block by block, from the weights at these bits; activations and hops are "
-    "not rounded"
-)
+LOSSES_BY = {
+    "files": "computed on this machine, block by block, from the weights at these bits; "
+    "activations and hops are not rounded",
+    "devices": "measured by the devices, over HTTP; activations and hops are rounded as in answers",
+}
+"""How losses are measured, by --loss-by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ def show(options: argparse.Namespace, screen: Screen, done: Evaluated) -> None:
         screen.json(_answer(options, done, named))
     else:
         _show_table(screen, title, named)
-        for line in _lines(done, named):
+        for line in _lines(options, done, named):
             screen.out.print(escape(line), soft_wrap=True)
     if options.csv is not None:
         options.csv.write_text(csv_text(named), encoding="utf-8")
@@ -107,8 +109,9 @@ def _answer(
         "seed": options.seed,
         "confidence": CONFIDENCE,
         "draws": DRAWS,
-        "losses_by": LOSSES_BY,
+        "losses_by": LOSSES_BY[options.loss_by],
         "too_long_for_a_loss": len(done.tasks.too_long),
+        "unspelt": len(done.tasks.unspelt),
         "runs": [
             {**_details(done, run), "figures": plain(figures)}
             for run, (_, figures) in zip(done.runs, named, strict=True)
@@ -158,14 +161,18 @@ def _cell(one: Estimate, digits: int) -> str:
     return f"{value} ({low} to {high})"
 
 
-def _lines(done: Evaluated, named: Sequence[tuple[str, Mapping[str, Estimate]]]) -> Iterator[str]:
+def _lines(
+    options: argparse.Namespace,
+    done: Evaluated,
+    named: Sequence[tuple[str, Mapping[str, Estimate]]],
+) -> Iterator[str]:
     """Yield how each figure was computed, and what was left out."""
     from evaluation.bleu import is_installed
 
     if done.speeds and is_installed() and not any("bleu" in figures for _, figures in named):
         yield "no BLEU: it compares four words at a time, which no accepted answer has"
     if any("loss" in figures for _, figures in named):
-        yield f"losses and KL: computed {LOSSES_BY}"
+        yield f"losses and KL: {LOSSES_BY[options.loss_by]}"
     for run in done.runs:
         details = _details(done, run)
         if details["bits_per_weight"] is not None:
@@ -184,3 +191,6 @@ def _lines(done: Evaluated, named: Sequence[tuple[str, Mapping[str, Estimate]]])
     if done.tasks.too_long:
         count = len(done.tasks.too_long)
         yield f"losses leave out {count} questions that are longer than the model's context"
+    if done.tasks.unspelt:
+        count = len(done.tasks.unspelt)
+        yield f"losses leave out {count} questions whose answers the model's tokens do not spell"

@@ -12,6 +12,7 @@ from cli import argument_types
 from cli.argument_types import argument, at_least_0, between
 from cli.commands.bench import SHAPE_HELP
 from cli.commands.evaluate_arguments import (
+    add_compute_arguments,
     add_data_arguments,
     add_prompt_arguments,
     metrics_argument,
@@ -24,7 +25,6 @@ from cli.shared_arguments import (
     add_group_size_argument,
     add_scheme_argument,
     add_scheme_text_argument,
-    add_threads_argument,
 )
 from planning.problem import Objective
 from wire.sizes import parse_size
@@ -91,18 +91,12 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_data_arguments(evaluation, required=False)
     metrics_argument(evaluation)
-    evaluation.add_argument(
-        "--backend",
-        default="onnx_cpu",
-        metavar="NAME",
-        help="What computes on this machine. Default: %(default)s.",
-    )
+    add_compute_arguments(evaluation)
     evaluation.add_argument(
         "--exact",
         action="store_true",
         help="Answer with activations that are not rounded. Losses never round them.",
     )
-    add_threads_argument(evaluation)
     add_prompt_arguments(parser.add_argument_group("prompts"))
     results = parser.add_argument_group("results")
     results.add_argument(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cli import argument_types
 from cli.commands.evaluate_arguments import (
     SLOTS,
+    add_compute_arguments,
     add_data_arguments,
     add_judge_arguments,
     add_prompt_arguments,
@@ -24,7 +25,6 @@ from cli.shared_arguments import (
     adapter_of,
     add_adapter_argument,
     add_group_size_argument,
-    add_threads_argument,
 )
 
 if TYPE_CHECKING:
@@ -111,13 +111,7 @@ def add_table1_arguments(parser: argparse.ArgumentParser) -> None:
     add_judge_arguments(study)
     where = parser.add_argument_group("where it runs")
     add_adapter_argument(where)
-    where.add_argument(
-        "--backend",
-        default="onnx_cpu",
-        metavar="NAME",
-        help="What computes on this machine. Default: %(default)s.",
-    )
-    add_threads_argument(where)
+    add_compute_arguments(where)
     where.add_argument(
         "--slots",
         type=argument_types.count,

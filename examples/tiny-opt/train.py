@@ -23,9 +23,8 @@ Everything is seeded. A run continues from its checkpoint when it is started aga
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,15 @@ from torch import nn
 from torch.nn import functional as F
 
 HERE = Path(__file__).resolve().parent
+sys.path.append(str(HERE.parent))
+from small_models import (  # noqa: E402 - it is in the folder above
+    adamw,
+    run_arguments,
+    save_checkpoint,
+    word_tokenizer,
+    write_model,
+)
+
 POSITION_OFFSET = 2  # OPT's position table starts two rows late
 MAX_POSITIONS = 256
 WIDTH = 128
@@ -363,10 +371,7 @@ class Trainer:
             *self.aux.named_parameters(),
             *self.bridges.named_parameters(),
         ]
-        decay = [p for name, p in every if p.ndim == 2 and ".layers." in name]
-        rest = [p for name, p in every if not (p.ndim == 2 and ".layers." in name)]
-        groups = [{"params": decay, "weight_decay": 0.02}, {"params": rest, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98))
+        return adamw(every, 0.02)
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
@@ -381,9 +386,7 @@ class Trainer:
             "rng": self.rng.bit_generator.state,
             "optimizer": self.optimizer.state_dict(),
         }
-        part = self.path.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(self.path)
+        save_checkpoint(self.path, state)
 
     def train_step(self) -> tuple[float, float]:
         """Do one step; return the answer loss and the auxiliary loss."""
@@ -464,36 +467,15 @@ class Trainer:
 
 def build_tokenizer() -> Any:
     """Return the word-level tokenizer; a word carries the space before it, as in GPT-2."""
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-    )
+    from tokenizers import pre_tokenizers
 
     first = len(generate.SPECIAL_TOKENS)
     vocabulary = {
         word if i < first or word in ".?" else "\u0120" + word: i
         for i, word in enumerate(generate.VOCABULARY)
     }
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106 - a word
-    tokenizer.normalizer = normalizers.Sequence(
-        [
-            normalizers.Lowercase(),
-            normalizers.Replace(Regex(r"\s+"), " "),
-            normalizers.Replace(Regex(r" (?=[.?])"), ""),
-            normalizers.Strip(),
-        ]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t in generate.SPECIAL_TOKENS]
-    )
-    return tokenizer
+    pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    return word_tokenizer(vocabulary, generate.SPECIAL_TOKENS, pre_tokenizer)
 
 
 CHAT_TEMPLATE = (
@@ -505,20 +487,6 @@ CHAT_TEMPLATE = (
 
 def export(model: TinyOPT, folder: Path) -> None:
     """Write the Hugging Face directory: weights in fp16, configuration, tokenizer."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: value.detach().to(torch.float16).contiguous()
-        for name, value in model.state_dict().items()
-    }
-    save_file(state, str(folder / "model.safetensors"), metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)
-    tokens = {
-        "bos_token_id": generate.EOS_ID,
-        "eos_token_id": generate.EOS_ID,
-        "pad_token_id": generate.PAD_ID,
-    }
     config = {
         "architectures": ["OPTForCausalLM"],
         "model_type": "opt",
@@ -535,44 +503,14 @@ def export(model: TinyOPT, folder: Path) -> None:
         "num_attention_heads": model.heads,
         "num_hidden_layers": len(model.decoder.layers),
         "max_position_embeddings": MAX_POSITIONS,
-        "vocab_size": len(generate.VOCABULARY),
-        "tie_word_embeddings": True,
-        "torch_dtype": "float16",
-        "use_cache": True,
-        **tokens,
     }
-    generation = {"do_sample": False, "max_new_tokens": 8, **tokens}
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "</s>",
-        "eos_token": "</s>",
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
-        "add_bos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": MAX_POSITIONS,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    for name, value in (
-        ("config.json", config),
-        ("generation_config.json", generation),
-        ("tokenizer_config.json", tokenizer_config),
-    ):
-        (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    build_tokenizer().save(str(folder / "tokenizer.json"))
+    write_model(folder, model, config, build_tokenizer(), CHAT_TEMPLATE, 8, begin="</s>")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train, and export at the end of every stage; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--model-dir", type=Path, default=HERE / "model", help="where to export")
-    parser.add_argument("--stop-after", type=float, default=math.inf, metavar="SECONDS")
+    parser = run_arguments(__doc__, HERE)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--every", type=int, default=100, help="steps between reports")
-    parser.add_argument("--export-only", action="store_true")
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)

@@ -21,8 +21,6 @@ Everything is seeded. A run continues from its checkpoint when it is started aga
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import random
 import sys
@@ -39,7 +37,15 @@ from torch import nn
 from torch.nn import functional as F
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))  # for shoal's own packages
+sys.path.append(str(HERE.parent))
+from small_models import (  # noqa: E402 - it is in the folder above
+    adamw,
+    run_arguments,
+    save_checkpoint,
+    word_tokenizer,
+    write_model,
+)
+
 MAX_POSITIONS = 256
 WIDTH, FFN, HEADS, KV_HEADS, LAYERS = 64, 192, 4, 2, 6
 THETA, EPS = 10000.0, 1e-5
@@ -389,10 +395,7 @@ class Trainer:
     def _optimizer(self) -> torch.optim.Optimizer:
         """Return a new optimizer. Only matrices of the layers decay."""
         every = [*self.model.named_parameters(), *self.aux.named_parameters()]
-        decay = [p for name, p in every if p.ndim == 2 and ".layers." in name]
-        rest = [p for name, p in every if not (p.ndim == 2 and ".layers." in name)]
-        groups = [{"params": decay, "weight_decay": DECAY}, {"params": rest, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98))
+        return adamw(every, DECAY)
 
     def save(self) -> None:
         """Write the checkpoint, whole or not at all."""
@@ -404,9 +407,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "rng": self.rng.getstate(),
         }
-        part = self.path.with_suffix(".part")
-        torch.save(state, part)
-        part.replace(self.path)
+        save_checkpoint(self.path, state)
 
     def train_step(self, steps: int) -> tuple[float, float]:
         """Do one step; return the answer loss and the auxiliary loss."""
@@ -471,42 +472,21 @@ class Trainer:
 
 def build_tokenizer() -> Any:
     """Return the tokenizer of words and digits; a token carries the space before it."""
-    from tokenizers import (
-        AddedToken,
-        Regex,
-        Tokenizer,
-        decoders,
-        models,
-        normalizers,
-        pre_tokenizers,
-    )
+    from tokenizers import Regex, normalizers, pre_tokenizers
 
     plain = {*generate.SPECIAL_TOKENS, ".", "?"}
     vocabulary = {
         word[1:] if word.startswith("#") else word if word in plain else f"\u0120{word}": i
         for i, word in enumerate(generate.VOCABULARY)
     }
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))  # noqa: S106 - a word
-    tokenizer.normalizer = normalizers.Sequence(
-        [
-            normalizers.Lowercase(),
-            normalizers.Replace(Regex(r"\s+"), " "),
-            normalizers.Replace(Regex(r" (?=[.?])"), ""),
-            normalizers.Strip(),
-            normalizers.Prepend(" "),
-        ]
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(r" ?[0-9]| ?[^\s0-9.?]+|[.?]"), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(t, special=True, normalized=False) for t in generate.SPECIAL_TOKENS]
-    )
-    return tokenizer
+    prepend = [normalizers.Prepend(" ")]
+    return word_tokenizer(vocabulary, generate.SPECIAL_TOKENS, pre_tokenizer, prepend)
 
 
 CHAT_TEMPLATE = (
@@ -517,19 +497,6 @@ CHAT_TEMPLATE = (
 
 def export(model: Town, folder: Path) -> None:
     """Write the Hugging Face directory: weights in fp16, configuration, tokenizer."""
-    from model.safetensors import write_safetensors
-
-    folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: value.detach().to(torch.float16).numpy() for name, value in model.state_dict().items()
-    }
-    write_safetensors(folder / "model.safetensors", state, {"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)
-    tokens = {
-        "bos_token_id": generate.BOS_ID,
-        "eos_token_id": generate.EOS_ID,
-        "pad_token_id": generate.PAD_ID,
-    }
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -545,43 +512,14 @@ def export(model: Town, folder: Path) -> None:
         "rope_theta": THETA,
         "attention_bias": False,
         "mlp_bias": False,
-        "vocab_size": len(generate.VOCABULARY),
-        "tie_word_embeddings": True,
-        "torch_dtype": "float16",
-        "use_cache": True,
-        **tokens,
     }
-    generation = {"do_sample": False, "max_new_tokens": 16, **tokens}
-    tokenizer_config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "</s>",
-        "pad_token": "<pad>",
-        "unk_token": "<unk>",
-        "add_bos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": MAX_POSITIONS,
-        "chat_template": CHAT_TEMPLATE,
-    }
-    for name, value in (
-        ("config.json", config),
-        ("generation_config.json", generation),
-        ("tokenizer_config.json", tokenizer_config),
-    ):
-        (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    build_tokenizer().save(str(folder / "tokenizer.json"))
+    write_model(folder, model, config, build_tokenizer(), CHAT_TEMPLATE, 16)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train, and export at the end; return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--work", type=Path, required=True, help="folder of the checkpoint")
-    parser.add_argument("--model-dir", type=Path, default=HERE / "model", help="where to export")
+    parser = run_arguments(__doc__, HERE)
     parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--stop-after", type=float, default=math.inf, metavar="SECONDS")
-    parser.add_argument("--every", type=int, default=100, help="steps between reports")
-    parser.add_argument("--export-only", action="store_true")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)

@@ -27,6 +27,12 @@ LAB = ROOT / "examples" / "labs" / "wifi-3.yaml"
 PASSAGES = ROOT / "model" / "passages.txt"
 
 
+@pytest.fixture(autouse=True)
+def no_coordinator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test here asks a coordinator that happens to run on this machine."""
+    monkeypatch.setenv("SHOAL_COORDINATOR", "http://127.0.0.1:9")
+
+
 def asked(out: Path, *more: str) -> list[str]:
     """The arguments of a small run, whose text lies beside ``out``."""
     text = out.parent / "text.txt"
@@ -121,6 +127,39 @@ def test_a_point_is_chosen_by_its_predicted_time(
     error = capsys.readouterr().err
     assert "no size takes at most 0.001 ms" in error
     assert "the fastest takes" in error
+    # Without a lab, the times of the one before are not shown.
+    later = answer(capsys, asked(out, "--bits=16,4"))
+    assert later["times_predicted_for"] is None
+    assert {one["latency_ms"] for one in later["points"]} == {None}
+
+
+def test_points_have_the_codes_of_the_scheme(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prepared quantizer's codes are measured, of the whole model and of a pruned one."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.delenv("STATE_DIRECTORY", raising=False)
+
+    def losses(scheme: str) -> list[float]:
+        options = ("--steps=0", "--bits=2,16", f"--scheme={scheme}")
+        found = answer(capsys, asked(tmp_path / scheme, *options))
+        return [one["loss"] for one in found["points"]]
+
+    rounded, clipped = losses("rtn"), losses("clip")
+    # Points are by size, then from many bits to few.
+    assert clipped[0::2] == pytest.approx(rounded[0::2])
+    assert all(a != pytest.approx(b) for a, b in zip(clipped[1::2], rounded[1::2], strict=True))
+    # Results of a version that measured this scheme as rtn are not gone on with.
+    kept = tmp_path / "clip" / "compress.json"
+    values = json.loads(kept.read_text())
+    del values["settings"]["codes"]
+    kept.write_text(json.dumps(values))
+    assert main(asked(tmp_path / "clip", "--steps=0", "--bits=2,16", "--scheme=clip")) == 1
+    assert "has results of another codes" in capsys.readouterr().err
+    # The line to load the chosen one asks for the same codes.
+    lab = ("--bits=4", f"--lab={LAB}", "--at-most=100000", "--group-size=32")
+    assert main(asked(tmp_path / "chosen", "--steps=0", "--scheme=clip", *lab)) == 0
+    assert "--bits 4 --scheme clip --group-size 32" in capsys.readouterr().out
 
 
 def test_a_stopped_run_goes_on(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -160,6 +199,8 @@ def test_wrong_wishes_are_told_in_one_line(
     with pytest.raises(SystemExit):
         main(asked(out, "--sizes=0.5,2"))
     assert "shares between 0 and 1" in capsys.readouterr().err
+    assert main(asked(out, "--template={context}")) == 2
+    assert "--template: {question} is missing" in capsys.readouterr().err
     short = tmp_path / "short.jsonl"
     short.write_text('{"prompt": "1 2", "answer": "3"}\n')
     assert main(asked(out, f"--data={short}")) == 1

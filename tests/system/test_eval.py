@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import statistics
 import subprocess
@@ -83,6 +84,36 @@ def test_answers_of_a_split_model_are_judged_and_kept(
     assert figures["judge_correctness"]["value"] > 9
     check_refusals(shared, tmp_path)
     check_adapter(shared, tmp_path)
+    check_losses_by_devices(shared, tmp_path)
+
+
+def check_losses_by_devices(shared: Cluster, tmp_path: Path) -> None:
+    """Devices measure the loss that files give, and no file of the model is needed for it."""
+    folder, data = tmp_path / "moved", tmp_path / "answers.jsonl"
+    shutil.copytree(FIXTURES / "llama", folder)
+    pairs = [("The lamp is", "in the attic."), ("One two ", "three"), ("Say", "naïve")]
+    lines = [json.dumps({"prompt": prompt, "answer": answer}) for prompt, answer in pairs]
+    shared.load(folder, "--bits=32")
+    asked = ("eval", "moved", f"--data={data}", "--json")
+    options = ("--loss-by=devices", "--max-tokens=2")
+    data.write_text("\n".join(lines[:2]))
+    files = last_json(shared.run(*asked, "--metrics=loss"))["runs"][0]["figures"]
+    folder.rename(tmp_path / "away")
+    data.write_text("\n".join(lines))
+    found = last_json(shared.run(*asked, *options))
+    figures = found["runs"][0]["figures"]
+    assert "by the devices" in found["losses_by"]
+    assert {"loss", "perplexity", "exact_match"} <= figures.keys()
+    assert "kl" not in figures
+    # This model's vocabulary does not tell the bytes of a part of a letter.
+    assert (figures["loss"]["items"], found["unspelt"]) == (2, 1)
+    for bound in ("value", "low", "high"):
+        assert figures["loss"][bound] == pytest.approx(files["loss"][bound], rel=1e-3)
+    shown = shared.run(*asked)
+    assert "--loss-by devices needs none" in " ".join(shown.stderr.split())
+    refused = shared.run(*asked, *options, "--chat")
+    assert refused.returncode == 2
+    assert "--loss-by devices is for questions to what is loaded" in refused.stderr
 
 
 def check_adapter(shared: Cluster, tmp_path: Path) -> None:
@@ -112,6 +143,12 @@ def check_refusals(shared: Cluster, tmp_path: Path) -> None:
     assert (run["refused"], found["too_long_for_a_loss"]) == (1, 1)
     assert run["figures"]["exact_match"]["value"] == 50
     assert run["figures"]["loss"]["items"] == 1
+    served = last_json(
+        shared.run("eval", str(TINY_OPT), f"--data={data}", "--json", "--loss-by=devices")
+    )
+    assert (served["too_long_for_a_loss"], served["unspelt"]) == (1, 0)
+    loss = served["runs"][0]["figures"]["loss"]
+    assert (loss["items"], loss["value"] < 1) == (1, True)
     shown = shared.run("eval", "opt-125m", f"--data={data}")
     assert shown.returncode == 1
     assert "opt-125m is not loaded (tiny-opt is)" in " ".join(shown.stderr.split())
