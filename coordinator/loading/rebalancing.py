@@ -218,6 +218,9 @@ class Rebalancer:
         except FAILURES as error:
             log.info("%s: no other plan: %s", deployment.name, error)
             compared = None
+        else:
+            if compared is None:  # It made way for a user, and these figures are still news.
+                basis = None
         watched.plan_from_s = self._clock() + REST * (self._clock() - begun_s)
         watched.basis = basis
         watched.compared = compared

@@ -54,6 +54,8 @@ class Compares(PlansGiven):
     without: Collection[Member] = ()
     stuck: asyncio.Event | None = None
     """Is set when a preparation begins, which then does not end."""
+    planning: asyncio.Event | None = None
+    """Is set when planning begins, which then does not end."""
 
     async def prepare(self, planned: Planned, before: Deployment) -> None:
         if self.stuck is not None:
@@ -71,6 +73,9 @@ class Compares(PlansGiven):
     ) -> Compared:
         self.looked += 1
         self.without = without
+        if self.planning is not None:
+            self.planning.set()
+            await asyncio.Event().wait()
         wanted = planned(self.other, [member.name for member in self._roster.members])
         key = frozenset(self.other.placements)
         gain = self.gain if key != frozenset(deployment.plan.placements) else 0.0
@@ -305,6 +310,24 @@ def test_a_user_does_not_wait_for_a_move(run: Callable[[Test], None]) -> None:
             assert world.served is first
         await looking
         assert world.served is first
+
+    run(test)
+
+
+def test_planning_that_made_way_for_a_user_begins_again(run: Callable[[Test], None]) -> None:
+    async def test(world: World) -> None:
+        planning = world.operations.planning = asyncio.Event()
+        world.now_s += LOOK_S
+        looking = asyncio.ensure_future(world.loop.look())
+        await planning.wait()
+        async with world.shoal.turns.asked(lambda step: None):
+            pass
+        await looking
+        world.operations.planning = None
+        await world.look(2 * LOOK_S)
+        assert world.operations.looked == 2
+        await world.look(2 * LOOK_S)
+        assert world.operations.looked == 2  # No figure has changed since.
 
     run(test)
 
