@@ -130,7 +130,7 @@ class Keeper:
                         await try_links(self._roster, due[:1], self._turns.report)
 
     def _is_answering(self) -> bool:
-        return any(one.slots.used + one.slots.waiting > 0 for one in self._models.all_serving)
+        return not all(one.slots.is_idle for one in self._models.all_serving)
 
     # ---- losses ---------------------------------------------------------------------------------
 
