@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.errors import AgentLost, Moved
+from coordinator.errors import AgentLost, LinkFailed, Moved
 from coordinator.loading import moving, recovery
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.state import MoveBegan
@@ -72,6 +72,20 @@ def test_a_move_that_cannot_be_is_planned_anew(run: Run, monkeypatch: pytest.Mon
         await shoal.until(lambda: shoal.models.serving not in (None, first))
         assert shoal.models.serving is not None
         assert shoal.models.serving.where == first.where
+
+    run(test)
+
+
+def test_a_move_over_a_link_that_fails_is_not_planned_again(run: Run) -> None:
+    async def test(shoal: Shoal) -> None:
+        first = await shoal.load(plan_of(ALONE))
+        shoal.refused.add(("b", "c"))
+        wanted = planned(plan_of(((("b",), 3), (("c",), BLOCKS))))
+        with pytest.raises(LinkFailed):
+            await shoal.operations.mover.move(first, wanted, Moved())
+        assert shoal.models.serving is first
+        failed = [(link.source, link.target) for link, _ in shoal.roster.failed_links()]
+        assert failed == [("b", "c")]
 
     run(test)
 
