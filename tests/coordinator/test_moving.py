@@ -179,6 +179,24 @@ def test_a_move_ends_if_the_present_stages_are_lost(run: Run) -> None:
     run(test)
 
 
+@pytest.mark.parametrize("lost", ["c", "d"])
+def test_a_loss_ends_a_move_while_tokens_run_ahead(run: Run, lost: str) -> None:
+    """The lost device is one of the new stages, or of the old ones."""
+
+    async def test(shoal: Shoal) -> None:
+        first, answer = await begin(shoal, (5, 6))
+        shoal.operations.plans = [plan_of(((("b",), BLOCKS),))]
+        wanted = planned(plan_of(((("c",), BLOCKS),)))
+        going = asyncio.ensure_future(shoal.operations.mover.move(first, wanted, Moved()))
+        await shoal.until(lambda: shoal.of(StartSequence))
+        shoal.kill(lost)
+        with pytest.raises(AgentLost, match=f"^{lost}: device lost"):
+            await going
+        answer.cancel()
+
+    run(test)
+
+
 def test_without_room_the_old_stages_are_unloaded_first(run: Run) -> None:
     async def test(shoal: Shoal) -> None:
         first = await shoal.load(plan_of(ALONE))
