@@ -166,7 +166,6 @@ class Rebalancer:
                 found.trial = begun
             self._remeasuring.left(before.deployment, before.links, deployment)
         self._watched[deployment.name] = found
-        self._tempo.forget_all_but([one.deployment.epoch for one in self._watched.values()])
         return found
 
     def _answers(self, deployment: Deployment) -> bool:

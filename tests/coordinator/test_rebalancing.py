@@ -378,7 +378,8 @@ def test_tokens_are_timed_by_sequences_in_flight_and_without_guesses(
         async with world.served.slots.one((1,)), world.served.slots.one((2,)):
             await world.tokens("d", 0.3)
         assert tempo.token_s(epoch) == {0: pytest.approx(0.1), 2: pytest.approx(0.3)}
-        tempo.forget_all_but([])
-        assert tempo.token_s(epoch) == {}
+        await world.shoal.load(plan_of(ALONE))
+        await world.tokens("d", 0.1, 1)
+        assert tempo.token_s(epoch) == {}  # It has ended.
 
     run(test)
