@@ -205,7 +205,14 @@ class Keeper:
     def _place(self, action: Place) -> None:
         state = action.state
         work = self._resume(state) if isinstance(state, Resuming) else self._replace(state)
-        self._placing[name_of(state)] = asyncio.create_task(work)
+        name = name_of(state)
+        task = self._placing[name] = asyncio.create_task(work)
+        task.add_done_callback(partial(self._placed, name))
+
+    def _placed(self, name: str, task: asyncio.Task[None]) -> None:
+        """Forget a task that has ended. asyncio reports an error of one that nobody refers to."""
+        if self._placing.get(name) is task:
+            del self._placing[name]
 
     async def _resume(self, state: Resuming) -> None:
         """Take over the stages that are still loaded, once all are there.

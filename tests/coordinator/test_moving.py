@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from coordinator.errors import AgentLost, LinkFailed, Moved
 from coordinator.loading import moving, recovery
 from coordinator.loading.deployment import Deployment
-from coordinator.loading.state import MoveBegan
+from coordinator.loading.state import Broken, MoveBegan
 from tests.coordinator.test_teams import (
     BLOCKS,
     Parts,
@@ -86,6 +87,32 @@ def test_a_move_over_a_link_that_fails_is_not_planned_again(run: Run) -> None:
         assert shoal.models.serving is first
         failed = [(link.source, link.target) for link, _ in shoal.roster.failed_links()]
         assert failed == [("b", "c")]
+
+    run(test)
+
+
+def test_a_bug_while_a_model_is_placed_is_reported(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(shoal: Shoal) -> None:
+        told: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: told.set_result(context["exception"])
+        )
+        first = await shoal.load(plan_of(ALONE))
+
+        async def fails(*_: object) -> None:
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(shoal.operations, "carry_out", fails)
+        wanted = planned(plan_of(((("c",), BLOCKS),)))
+        shoal.models.apply(first.name, MoveBegan(Moved(), wanted))
+        await shoal.until(lambda: isinstance(shoal.models[first.name], Broken))
+        for _ in range(3):  # The task ends, and nothing refers to it any more.
+            await asyncio.sleep(0)
+        gc.collect()
+        assert told.done()
+        assert str(told.result()) == "a bug"
 
     run(test)
 
