@@ -24,6 +24,7 @@ from coordinator.loading.state import (
     NO_MODEL,
     Adopted,
     AttemptFailed,
+    Broken,
     DevicesAwaited,
     FilesMended,
     Lost,
@@ -300,6 +301,9 @@ class Keeper:
         """Place the model once. Raises the reason if that fails."""
         async with self._turns.unasked("a lost device or link is being replaced"):
             state = self._models[name]
+            if not isinstance(state, (Resuming, Replacing, Broken)):
+                # A cancellation is lost if a device joins then (wait_for before Python 3.12).
+                raise asyncio.CancelledError
             broken = states.deployment_of(state)
             if broken is not None:
                 self._keep_stages(name, 0)
@@ -310,8 +314,6 @@ class Keeper:
                     placed = await self._operations.carry_out(wanted, broken)
                 else:
                     placed = await self._operations.place(broken.request, broken.tokenizer)
-            elif isinstance(state, states.Nothing):
-                raise state.error
             else:
                 await unload_forgotten(self._roster.members, self._roster.keeps)
                 # Files of older versions have names in place of ids.
