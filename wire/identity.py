@@ -130,6 +130,9 @@ def _make(path: Path) -> None:
     new = Path(name_of_new)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            if os.geteuid() == 0:  # Whose directory it is runs the coordinator or the agent.
+                owner = path.parent.stat()
+                os.fchown(descriptor, owner.st_uid, owner.st_gid)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

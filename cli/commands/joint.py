@@ -130,6 +130,7 @@ def run_live_load(options: argparse.Namespace, screen: Screen, client: Client) -
     request["replaces"] = options.replace
     for one in request["models"]:
         one["weight"] = options.weight
+        one["keep_s"] = options.keep
         one["generation_defaults"] = options.generation_defaults
     with screen.progress() as on_step:
         answer = client.operate("/shoal/v1/load", request, on_step)

@@ -40,11 +40,6 @@ class HttpTls:
         except OSError as error:  # ssl.SSLError is one.
             raise ConfigError(f"HTTP cannot use TLS: {self._reason(error)}") from error
 
-    @property
-    def fingerprint_source(self) -> Path:
-        """The PEM file whose first certificate clients see."""
-        return self._certificate
-
     def context(self) -> ssl.SSLContext:
         """Return the context for a new connection."""
         try:

@@ -53,5 +53,4 @@ class Idling:
 
 def _is_idle(deployment: Deployment, now_s: float) -> bool:
     keep_s, slots = deployment.request.keep_s, deployment.slots
-    idle = not slots.used and not slots.waiting
-    return keep_s is not None and idle and now_s - slots.used_s >= keep_s
+    return keep_s is not None and slots.is_idle and now_s - slots.used_s >= keep_s

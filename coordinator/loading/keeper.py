@@ -24,6 +24,7 @@ from coordinator.loading.state import (
     NO_MODEL,
     Adopted,
     AttemptFailed,
+    Broken,
     DevicesAwaited,
     FilesMended,
     Lost,
@@ -130,7 +131,7 @@ class Keeper:
                         await try_links(self._roster, due[:1], self._turns.report)
 
     def _is_answering(self) -> bool:
-        return any(one.slots.used + one.slots.waiting > 0 for one in self._models.all_serving)
+        return not all(one.slots.is_idle for one in self._models.all_serving)
 
     # ---- losses ---------------------------------------------------------------------------------
 
@@ -205,7 +206,14 @@ class Keeper:
     def _place(self, action: Place) -> None:
         state = action.state
         work = self._resume(state) if isinstance(state, Resuming) else self._replace(state)
-        self._placing[name_of(state)] = asyncio.create_task(work)
+        name = name_of(state)
+        task = self._placing[name] = asyncio.create_task(work)
+        task.add_done_callback(partial(self._placed, name))
+
+    def _placed(self, name: str, task: asyncio.Task[None]) -> None:
+        """Forget a task that has ended. asyncio reports an error of one that nobody refers to."""
+        if self._placing.get(name) is task:
+            del self._placing[name]
 
     async def _resume(self, state: Resuming) -> None:
         """Take over the stages that are still loaded, once all are there.
@@ -293,6 +301,9 @@ class Keeper:
         """Place the model once. Raises the reason if that fails."""
         async with self._turns.unasked("a lost device or link is being replaced"):
             state = self._models[name]
+            if not isinstance(state, (Resuming, Replacing, Broken)):
+                # A cancellation is lost if a device joins then (wait_for before Python 3.12).
+                raise asyncio.CancelledError
             broken = states.deployment_of(state)
             if broken is not None:
                 self._keep_stages(name, 0)
@@ -303,8 +314,6 @@ class Keeper:
                     placed = await self._operations.carry_out(wanted, broken)
                 else:
                     placed = await self._operations.place(broken.request, broken.tokenizer)
-            elif isinstance(state, states.Nothing):
-                raise state.error
             else:
                 await unload_forgotten(self._roster.members, self._roster.keeps)
                 # Files of older versions have names in place of ids.

@@ -185,7 +185,10 @@ class Models:
         state = self[found]
         if isinstance(state, Asleep):
             self.apply(found, states.ResumeBegan(state.request, ()))
-        return await self._served(found, lambda state: True)
+        deployment = await self._served(found, lambda state: True)
+        # It must not fall asleep while a request is read, or if its answer is known.
+        deployment.slots.used_s = time.monotonic()
+        return deployment
 
     async def latest(self, deployment: Deployment) -> Deployment:
         """Wait for this deployment, or for the one that takes its place.

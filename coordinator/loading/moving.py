@@ -13,11 +13,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
 
 from coordinator.errors import AgentFailed, AgentLost, LinkFailed, Moved
 from coordinator.loading.deployment import Deployment, Planned, unload
 from coordinator.loading.models import Models
+from coordinator.loading.remeasuring import run_while
 from coordinator.loading.state import MoveBegan, MovedOver, Release, deployment_of
 from coordinator.roster.members import Member, Roster
 from wire.patience import within
@@ -34,7 +36,7 @@ ROUNDS = 3
 """How often the tokens of present answers run ahead at most."""
 
 CarryOut = Callable[[Planned, Deployment], Awaitable[Deployment]]
-Warm = Callable[[Deployment, Deployment], Awaitable[None]]
+Warm = Callable[[Deployment, Deployment], Coroutine[Any, Any, None]]
 
 
 async def _leave_cold(before: Deployment, after: Deployment) -> None:
@@ -89,11 +91,20 @@ class Mover:
         for _ in range(ROUNDS):
             begun_s = time.monotonic()
             try:
-                await within(self.warm(before, after), WARM_S)
+                await within(
+                    run_while(self._lasts(before, after), self.warm(before, after)), WARM_S
+                )
             except asyncio.TimeoutError:
                 return
             if time.monotonic() - begun_s < SOON_S:
                 return
+
+    def _lasts(self, before: Deployment, after: Deployment) -> Callable[[], bool]:
+        """Return what tells whether the old stages answer and no device of the new ones is lost."""
+        return lambda: (
+            self._models.ended_by(before) is None
+            and all(member.lost is None for member in after.devices)
+        )
 
     def _fits_beside(self, planned: Planned) -> bool:
         """Whether each device has the memory for its new stage beside all that it has loaded."""

@@ -190,9 +190,7 @@ class Operations:
                 try:
                     return together, await self._load_parts(together.parts, tokenizers)
                 except LinkFailed as error:
-                    by_name = {member.name: member for member in members}
-                    ends = by_name[error.source], by_name[error.target]
-                    self._roster.fail_link(*ends, error.reason, used=True)
+                    self._fail_link(members, error)
                     if attempt == PLACEMENTS:
                         raise
             raise AssertionError("counting ended")
@@ -465,9 +463,7 @@ class Operations:
             try:
                 return await self._deploy(planned, tokenizer, blocks, members, vocabulary)
             except LinkFailed as error:
-                by_name = {member.name: member for member in members}
-                ends = by_name[error.source], by_name[error.target]
-                self._roster.fail_link(*ends, error.reason, used=True)
+                self._fail_link(members, error)
                 if attempt == PLACEMENTS:
                     raise
         raise AssertionError("counting ended")
@@ -795,6 +791,12 @@ class Operations:
             finally:
                 self._crowded_out = frozenset()
 
+    def _fail_link(self, members: Sequence[Member], error: LinkFailed) -> None:
+        """Mark the link as failed over which two of ``members`` could not connect."""
+        by_name = {member.name: member for member in members}
+        ends = by_name[error.source], by_name[error.target]
+        self._roster.fail_link(*ends, error.reason, used=True)
+
     def _beside(self, request: LoadRequest) -> list[DeploymentRecord]:
         """The deployments of other models that a plan leaves room for."""
         if request.replaces:
@@ -817,7 +819,11 @@ class Operations:
             self._vocabulary_of, before.tokenizer, planned.checkpoint.spec
         )
         members = self._roster.members
-        deployment = await self._deploy(planned, before.tokenizer, blocks, members, vocabulary)
+        try:
+            deployment = await self._deploy(planned, before.tokenizer, blocks, members, vocabulary)
+        except LinkFailed as error:
+            self._fail_link(members, error)  # Or the next plan would need it again.
+            raise
         # The next recovery begins from the whole request.
         return replace(deployment, request=before.request)
 

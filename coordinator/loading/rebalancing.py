@@ -166,7 +166,6 @@ class Rebalancer:
                 found.trial = begun
             self._remeasuring.left(before.deployment, before.links, deployment)
         self._watched[deployment.name] = found
-        self._tempo.forget_all_but([one.deployment.epoch for one in self._watched.values()])
         return found
 
     def _answers(self, deployment: Deployment) -> bool:
@@ -218,6 +217,9 @@ class Rebalancer:
         except FAILURES as error:
             log.info("%s: no other plan: %s", deployment.name, error)
             compared = None
+        else:
+            if compared is None:  # It made way for a user, and these figures are still news.
+                basis = None
         watched.plan_from_s = self._clock() + REST * (self._clock() - begun_s)
         watched.basis = basis
         watched.compared = compared

@@ -206,9 +206,7 @@ class Remeasuring:
 
     def _is_quiet(self) -> bool:
         """Whether nothing is answered and nobody waits for an answer."""
-        states = [state for _, state in self._models.present() if isinstance(state, Serving)]
-        slots = [state.deployment.slots for state in states]
-        return not any(one.used or one.waiting for one in slots)
+        return all(one.slots.is_idle for one in self._models.all_serving)
 
 
 async def run_while(holds: Callable[[], bool], work: Coroutine[Any, Any, Result]) -> Result | None:

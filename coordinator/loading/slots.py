@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -68,8 +68,9 @@ class Slots:
         self._ended = [0] * total
         """When each slot was given back last, as a count of all such moments."""
         self._endings = 0
+        self._users = 0
         self.used_s = time.monotonic()
-        """When a slot was given back last, or when the first request could come."""
+        """When the last use ended, or the last request came."""
 
     @property
     def used(self) -> int:
@@ -79,6 +80,21 @@ class Slots:
     def waiting(self) -> int:
         """The number of requests in line."""
         return len(self._line)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nobody holds a slot, waits for one, or uses the deployment without one."""
+        return not (self.used or self._line or self._users)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Use the deployment without a slot, as texts of an encoder do, and paused answers."""
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            self.used_s = time.monotonic()
 
     @property
     def kept_tokens(self) -> int:

@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 
 from coordinator.loading.models import Models
 from coordinator.roster.members import Member, Roster
@@ -50,10 +50,6 @@ class Tempo:
                 found[sequences] = statistics.median(taken_s)
         return found
 
-    def forget_all_but(self, epochs: Collection[int]) -> None:
-        """Forget the tokens of other deployments."""
-        self._taken = {load: one for load, one in self._taken.items() if load[0] in epochs}
-
     def _on_event(self, member: Member, message: Message) -> None:
         if not isinstance(message, TokenSampled):
             return
@@ -61,6 +57,12 @@ class Tempo:
         if deployment is None or member is not deployment.leads[-1] or message.after_us <= 0:
             return
         load = deployment.epoch, deployment.slots.used
+        if load not in self._taken:  # Others may have ended.
+            self._taken = {
+                known: one
+                for known, one in self._taken.items()
+                if self._models.of_epoch(known[0]) is not None
+            }
         taken = self._taken.setdefault(load, deque(maxlen=MOST))
         if message.drafted:  # The pass checked guesses. Its other tokens came right before.
             for _ in range(min(message.accepted, len(taken))):

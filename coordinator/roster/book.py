@@ -31,6 +31,7 @@ LOCK_FILE = "devices.lock"
 VERSION = 1
 LARGEST_FILE_BYTES = 4 << 20
 MOST_DEVICES = 4096
+MOST_INVITES = 1024
 
 DEFAULT_TTL_S = 24 * 3600.0
 
@@ -202,6 +203,11 @@ class DeviceBook:
         entry = OpenInvite(made.id, made.secret.hex(), round(now_s, 3), ends_s, uses)
         with self._changing() as change:
             still = tuple(item for item in change.book.invites if item.refusal(now_s) is None)
+            if len(still) >= MOST_INVITES:  # The file has an end, and nobody could join behind it.
+                raise BadBook(
+                    f"there are {MOST_INVITES} tokens that nobody has used: revoke some with "
+                    "`shoal token revoke ID`"
+                )
             change.book = replace(change.book, invites=(*still, entry))
         return made
 

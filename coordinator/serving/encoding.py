@@ -189,7 +189,8 @@ class Encoders:
             self._pump(line)
             futures = [one.result for one in waiting.values()]
             try:
-                await asyncio.gather(*futures, return_exceptions=True)
+                with deployment.slots.in_use():
+                    await asyncio.gather(*futures, return_exceptions=True)
             finally:
                 for future in futures:
                     future.cancel()

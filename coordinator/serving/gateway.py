@@ -484,7 +484,8 @@ class Gateway:
     async def _lane(self, deployment: Deployment, urgency: Urgency) -> AsyncGenerator[None, None]:
         """Let a bulk request wait for real-time ones, and let these pause bulk ones."""
         if urgency == Urgency.BULK:
-            await self._lanes.free(deployment)
+            with deployment.slots.in_use():
+                await self._lanes.free(deployment)
         if urgency != Urgency.REALTIME:
             yield
             return

@@ -81,6 +81,20 @@ def test_an_invite_may_have_several_uses_or_any_number(book: DeviceBook) -> None
     assert [item.device for item in book.devices()] == list("abcdefg")
 
 
+def test_open_invites_are_bounded_so_that_the_file_stays_readable(
+    book: DeviceBook, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(books, "MOST_INVITES", 2)
+    first, _ = book.invite(HERE), book.invite(HERE)
+    with pytest.raises(BadBook, match="revoke some with `shoal token revoke ID`"):
+        book.invite(HERE)
+    book.revoke_invite(first.id)
+    book.invite(HERE)
+    clock.now_s += books.DEFAULT_TTL_S
+    assert [item.id for item in book.invites()] == []
+    book.invite(HERE)  # Those that have ended leave room.
+
+
 def test_an_invite_ends_after_its_time(book: DeviceBook, clock: Clock) -> None:
     short, endless = book.invite(HERE, ttl_s=60), book.invite(HERE, ttl_s=None)
     clock.now_s += 59

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 from coordinator.errors import AgentFailed, AgentLied, AgentLost, NotLoaded, TextsWait
 from coordinator.loading.deployment import Deployment
-from coordinator.loading.state import LoadBegan, Lost, Place, Placed, Unloaded
+from coordinator.loading.idling import Idling
+from coordinator.loading.state import Asleep, LoadBegan, Lost, Place, Placed, Serving, Unloaded
+from coordinator.loading.turns import Turns
 from coordinator.serving import encoding
 from coordinator.serving.encoding import Encoders, Result, TextTokens
 from model.families import load_spec
@@ -34,10 +37,10 @@ class Texts:
         self.encoders = Encoders(cluster.roster, cluster.models)
         self.deployment = self.deploy()
 
-    def deploy(self, epoch: int = EPOCH) -> Deployment:
+    def deploy(self, epoch: int = EPOCH, keep_s: float | None = None) -> Deployment:
         made = replace(
             self.cluster.made(epoch=epoch),
-            request=LoadRequest(ENCODERS / self.name),
+            request=LoadRequest(ENCODERS / self.name, keep_s=keep_s),
             spec=load_spec(ENCODERS / self.name),
         )
         self.cluster.models.apply(self.name, LoadBegan(made.request))
@@ -257,5 +260,27 @@ def test_a_client_that_goes_away_takes_its_texts_along(run: Callable[..., None])
         assert order.lengths == (6,)
         await texts.answer(order)
         assert (await stays)[0][0] == 6
+
+    run(test)
+
+
+def test_a_model_falls_asleep_after_its_last_text(run: Callable[..., None]) -> None:
+    async def test(texts: Texts) -> None:
+        models, name = texts.cluster.models, texts.name
+        models.apply(name, Unloaded(NotLoaded("another load")))
+        texts.deployment = texts.deploy(keep_s=60.0)
+        slots = texts.deployment.slots
+        idling = Idling(models, Turns())
+        task = texts.ask(3)
+        order = await texts.order()
+        slots.used_s = time.monotonic() - 120  # It was loaded long ago.
+        idling.look(time.monotonic())
+        assert isinstance(models[name], Serving)
+        await texts.answer(order)
+        await task
+        idling.look(time.monotonic())
+        assert isinstance(models[name], Serving)
+        idling.look(time.monotonic() + 61)
+        assert isinstance(models[name], Asleep)
 
     run(test)

@@ -74,6 +74,17 @@ def test_an_idle_model_is_unloaded_after_its_time(run: Run) -> None:
     run(test)
 
 
+def test_a_request_that_has_no_slot_yet_keeps_it_loaded(run: Run) -> None:
+    async def test(shoal: Shoal) -> None:
+        deployment = await load(shoal)
+        deployment.slots.used_s -= 2 * KEEP_S
+        assert await shoal.models.deployment(NAME) is deployment
+        look(shoal, 0)
+        assert isinstance(shoal.models[NAME], Serving)
+
+    run(test)
+
+
 def test_a_model_without_a_time_stays(run: Run) -> None:
     async def test(shoal: Shoal) -> None:
         await load(shoal, None)

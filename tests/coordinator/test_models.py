@@ -21,6 +21,7 @@ from coordinator.loading.deployment import Deployment
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
 from coordinator.loading.recovery import awaited
+from coordinator.loading.slots import Slots
 from coordinator.loading.state import (
     AttemptFailed,
     EndAnswers,
@@ -51,7 +52,8 @@ def deployment(epoch: int, request: LoadRequest = REQUEST) -> Deployment:
     name = request.model.name
     key = epoch, 0
     return cast(
-        Deployment, SimpleNamespace(epoch=epoch, key=key, request=request, where="", name=name)
+        Deployment,
+        SimpleNamespace(epoch=epoch, key=key, request=request, where="", name=name, slots=Slots(1)),
     )
 
 

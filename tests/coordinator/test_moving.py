@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from coordinator.errors import AgentLost, Moved
+from coordinator.errors import AgentLost, LinkFailed, Moved
 from coordinator.loading import moving, recovery
 from coordinator.loading.deployment import Deployment
-from coordinator.loading.state import MoveBegan
+from coordinator.loading.state import Broken, MoveBegan
 from tests.coordinator.test_teams import (
     BLOCKS,
     Parts,
@@ -72,6 +73,46 @@ def test_a_move_that_cannot_be_is_planned_anew(run: Run, monkeypatch: pytest.Mon
         await shoal.until(lambda: shoal.models.serving not in (None, first))
         assert shoal.models.serving is not None
         assert shoal.models.serving.where == first.where
+
+    run(test)
+
+
+def test_a_move_over_a_link_that_fails_is_not_planned_again(run: Run) -> None:
+    async def test(shoal: Shoal) -> None:
+        first = await shoal.load(plan_of(ALONE))
+        shoal.refused.add(("b", "c"))
+        wanted = planned(plan_of(((("b",), 3), (("c",), BLOCKS))))
+        with pytest.raises(LinkFailed):
+            await shoal.operations.mover.move(first, wanted, Moved())
+        assert shoal.models.serving is first
+        failed = [(link.source, link.target) for link, _ in shoal.roster.failed_links()]
+        assert failed == [("b", "c")]
+
+    run(test)
+
+
+def test_a_bug_while_a_model_is_placed_is_reported(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(shoal: Shoal) -> None:
+        told: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, context: told.set_result(context["exception"])
+        )
+        first = await shoal.load(plan_of(ALONE))
+
+        async def fails(*_: object) -> None:
+            raise RuntimeError("a bug")
+
+        monkeypatch.setattr(shoal.operations, "carry_out", fails)
+        wanted = planned(plan_of(((("c",), BLOCKS),)))
+        shoal.models.apply(first.name, MoveBegan(Moved(), wanted))
+        await shoal.until(lambda: isinstance(shoal.models[first.name], Broken))
+        for _ in range(3):  # The task ends, and nothing refers to it any more.
+            await asyncio.sleep(0)
+        gc.collect()
+        assert told.done()
+        assert str(told.result()) == "a bug"
 
     run(test)
 
@@ -160,6 +201,24 @@ def test_a_move_ends_if_the_present_stages_are_lost(run: Run) -> None:
         await shoal.until(lambda: shoal.models.serving is not None)
         assert shoal.models.serving is not None
         assert shoal.models.serving.where == "b"
+        answer.cancel()
+
+    run(test)
+
+
+@pytest.mark.parametrize("lost", ["c", "d"])
+def test_a_loss_ends_a_move_while_tokens_run_ahead(run: Run, lost: str) -> None:
+    """The lost device is one of the new stages, or of the old ones."""
+
+    async def test(shoal: Shoal) -> None:
+        first, answer = await begin(shoal, (5, 6))
+        shoal.operations.plans = [plan_of(((("b",), BLOCKS),))]
+        wanted = planned(plan_of(((("c",), BLOCKS),)))
+        going = asyncio.ensure_future(shoal.operations.mover.move(first, wanted, Moved()))
+        await shoal.until(lambda: shoal.of(StartSequence))
+        shoal.kill(lost)
+        with pytest.raises(AgentLost, match=f"^{lost}: device lost"):
+            await going
         answer.cancel()
 
     run(test)

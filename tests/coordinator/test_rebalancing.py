@@ -54,6 +54,8 @@ class Compares(PlansGiven):
     without: Collection[Member] = ()
     stuck: asyncio.Event | None = None
     """Is set when a preparation begins, which then does not end."""
+    planning: asyncio.Event | None = None
+    """Is set when planning begins, which then does not end."""
 
     async def prepare(self, planned: Planned, before: Deployment) -> None:
         if self.stuck is not None:
@@ -71,6 +73,9 @@ class Compares(PlansGiven):
     ) -> Compared:
         self.looked += 1
         self.without = without
+        if self.planning is not None:
+            self.planning.set()
+            await asyncio.Event().wait()
         wanted = planned(self.other, [member.name for member in self._roster.members])
         key = frozenset(self.other.placements)
         gain = self.gain if key != frozenset(deployment.plan.placements) else 0.0
@@ -309,6 +314,24 @@ def test_a_user_does_not_wait_for_a_move(run: Callable[[Test], None]) -> None:
     run(test)
 
 
+def test_planning_that_made_way_for_a_user_begins_again(run: Callable[[Test], None]) -> None:
+    async def test(world: World) -> None:
+        planning = world.operations.planning = asyncio.Event()
+        world.now_s += LOOK_S
+        looking = asyncio.ensure_future(world.loop.look())
+        await planning.wait()
+        async with world.shoal.turns.asked(lambda step: None):
+            pass
+        await looking
+        world.operations.planning = None
+        await world.look(2 * LOOK_S)
+        assert world.operations.looked == 2
+        await world.look(2 * LOOK_S)
+        assert world.operations.looked == 2  # No figure has changed since.
+
+    run(test)
+
+
 def test_bad_figures_are_measured_again_ever_more_rarely(run: Callable[[Test], None]) -> None:
     async def test(world: World) -> None:
         stale, member = Stale(), world.shoal.member("c")
@@ -355,7 +378,8 @@ def test_tokens_are_timed_by_sequences_in_flight_and_without_guesses(
         async with world.served.slots.one((1,)), world.served.slots.one((2,)):
             await world.tokens("d", 0.3)
         assert tempo.token_s(epoch) == {0: pytest.approx(0.1), 2: pytest.approx(0.3)}
-        tempo.forget_all_but([])
-        assert tempo.token_s(epoch) == {}
+        await world.shoal.load(plan_of(ALONE))
+        await world.tokens("d", 0.1, 1)
+        assert tempo.token_s(epoch) == {}  # It has ended.
 
     run(test)

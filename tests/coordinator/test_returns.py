@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.errors import AgentLost
 from coordinator.loading import returns
 from coordinator.loading.deployment import Deployment
-from coordinator.loading.state import Replacing
+from coordinator.loading.state import Lost, Replacing, error_of
 from tests.coordinator.test_teams import (
     BLOCKS,
     RING,
@@ -161,5 +162,27 @@ def test_an_unload_ends_the_waiting(run: Run, tmp_path: Path) -> None:
         await shoal.join("d", kept=[(before.epoch, 1)])
         assert not shoal.member("d").kept
         assert shoal.models.serving is None
+
+    run(test)
+
+
+def test_a_model_that_was_unloaded_as_a_device_joined_is_placed_no_more(run: Run) -> None:
+    """Before Python 3.12, ``asyncio.wait_for`` loses a cancellation that comes at that moment."""
+
+    async def test(shoal: Shoal) -> None:
+        before = await shoal.load(plan_of(ALONE))
+        cause = AgentLost("a", "its power failed")
+        shoal.models.apply(before.name, Lost(cause))
+        await shoal.until(lambda: error_of(shoal.models[before.name]) not in (None, cause))
+        shoal.roster.changed.fire()
+        await shoal.operations.unload(before.name)
+        after = await shoal.load(plan_of(ALONE))
+        shoal.told.clear()
+        shoal.roster.changed.fire()
+        for _ in range(20):  # Whoever waited for a device runs.
+            await asyncio.sleep(0)
+        async with shoal.turns.unasked("what comes after it"):
+            assert shoal.models.serving is after
+            assert not shoal.of(UnloadStage)
 
     run(test)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,9 +85,11 @@ class Asked:
                 self.came.set()
 
 
-async def load(shoal: Shoal, model: Path, slots: int = 2) -> Deployment:
+async def load(
+    shoal: Shoal, model: Path, slots: int = 2, keep_s: float | None = None
+) -> Deployment:
     shoal.operations.plans = [plan_of(ALONE)]
-    request = replace(planned(plan_of(ALONE)).request, model=model, slots=slots)
+    request = replace(planned(plan_of(ALONE)).request, model=model, slots=slots, keep_s=keep_s)
     return await shoal.operations.load(request, shoal.steps.append)
 
 
@@ -163,5 +166,24 @@ def test_a_real_time_answer_elsewhere_pauses_nobody(run: Run, tmp_path: Path) ->
         await bulk.task
         assert bulk.tokens == [5, 6, 7]
         quick.task.cancel()
+
+    run(test)
+
+
+def test_a_model_whose_bulk_requests_wait_does_not_fall_asleep(run: Run, tmp_path: Path) -> None:
+    async def test(shoal: Shoal) -> None:
+        urgent = await load(shoal, Path(shutil.copytree(MODEL, tmp_path / "m" / "other")))
+        deployment = await load(shoal, MODEL, keep_s=60.0)
+        first = Asked(shoal, urgent, Urgency.REALTIME)
+        quick = await started(shoal, 1)
+        bulk = Asked(shoal, deployment, Urgency.BULK)
+        await asyncio.sleep(0)  # It runs until it waits.
+        shoal.keeper._idling.look(time.monotonic() + 120)
+        await sample(shoal, quick, 8, 8, 8, ends=True)
+        await first.task
+        start = await started(shoal, 2)
+        await sample(shoal, start, 5, 5, 5, ends=True)
+        await bulk.task
+        assert bulk.tokens == [5, 5, 5]
 
     run(test)

@@ -64,7 +64,11 @@ def test_two_models_are_loaded_together(cluster: Cluster, models: tuple[Path, Pa
     assert [entry["share"] for entry in planned["models"]] == pytest.approx([1 / 3, 2 / 3])
     assert states(cluster) == only_last  # Nothing is loaded by planning.
 
-    loaded = joint(cluster, "load", *models)
+    loaded = joint(cluster, "load", *models, "--keep=1h")
+    kept = json.loads((cluster.directory / "coordinator" / "loaded.json").read_text())["models"]
+    assert {name: one["request"]["keep_s"] for name, one in kept.items()} == dict.fromkeys(
+        names, 3600
+    )
     assert [state["model"] for state in loaded["loaded"]] == names
     assert states(cluster) == dict.fromkeys(names, "ready")
     assert {name: answer(cluster, name) for name in names} == expected

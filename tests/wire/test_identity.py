@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 import threading
 from pathlib import Path
@@ -25,6 +26,17 @@ def test_an_identity_is_made_once_and_only_its_owner_can_read_it(tmp_path: Path)
     assert [item.name for item in path.parent.iterdir()] == ["identity.pem"]
     assert own_identity(tmp_path / "other.pem").fingerprint != first.fingerprint
     assert "PRIVATE" not in repr(first)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")
+def test_an_identity_that_root_makes_belongs_to_the_owner_of_the_directory(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    os.chown(state, 12345, 12345)
+    own_identity(state / "identity.pem")
+    status = (state / "identity.pem").stat()
+    assert (status.st_uid, status.st_gid) == (12345, 12345)
+    assert stat.S_IMODE(status.st_mode) == 0o600
 
 
 def test_two_threads_that_start_at_once_have_one_identity(tmp_path: Path) -> None:

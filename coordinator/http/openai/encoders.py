@@ -42,8 +42,6 @@ MOST_ANSWERS = 20
 
 _Work = Callable[[Deployment, Mapping[str, Any]], Awaitable[dict[str, Any]]]
 
-_Answer = Callable[[Deployment, Mapping[str, Any]], Awaitable[dict[str, Any]]]
-
 
 @dataclass(frozen=True, slots=True)
 class Texts:
