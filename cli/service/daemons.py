@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -353,6 +354,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
     _raise_descriptor_limit()
     try:
         _require_one_way(options)
+        _follow_parent(options, lambda: os.kill(os.getpid(), signal.SIGINT))
         state.enter_context(_claimed(options, screen, service))
         if not options.insecure:
             _prepare_token(options)
@@ -380,7 +382,6 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
             drafts=options.speculate,
         )
         coordinator = Coordinator(config, screen.note, service, LocalMakers())
-        _follow_parent(options, lambda: os.kill(os.getpid(), signal.SIGINT))
         asyncio.run(coordinator.run(on_ready))
     except (ConfigError, TokenError, WireError) as error:
         raise CommandFailed(str(error)) from error
@@ -432,10 +433,12 @@ def _http_fingerprint(config: CoordinatorConfig) -> bytes:
 
     if not config.http_tls:
         return b""
-    text = (config.http_cert or config.identity_path).read_text(encoding="ascii", errors="replace")
-    begin = text.index("-----BEGIN CERTIFICATE-----")
-    end = text.index("-----END CERTIFICATE-----") + len("-----END CERTIFICATE-----")
-    return fingerprint_of(ssl.PEM_cert_to_DER_cert(text[begin:end]))
+    path = config.http_cert or config.identity_path
+    text = path.read_text(encoding="ascii", errors="replace")
+    first = re.search(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", text, re.DOTALL)
+    if first is None:
+        raise ConfigError(f"{path} has no BEGIN CERTIFICATE: convert it with `openssl x509`")
+    return fingerprint_of(ssl.PEM_cert_to_DER_cert(first[0]))
 
 
 def _prepare_token(options: argparse.Namespace) -> None:

@@ -252,6 +252,10 @@ class Encoders:
                     if not text.result.done():
                         text.result.set_exception(error.with_traceback(None))
         finally:
+            for text in one.texts:
+                if not text.result.done():  # A bug must not let anybody wait for ever.
+                    error = CoordinatorError("internal error in the coordinator; see its log")
+                    text.result.set_exception(error)
             del line.running[number]
             self._pump(line)
 

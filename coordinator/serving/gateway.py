@@ -334,7 +334,8 @@ class Gateway:
         shortcuts: Shortcuts,
     ) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of an answer that is computed, as ``generate`` says."""
-        parts: tuple[object, ...] = deployment.name, tuple(prompt), sampling, tuple(stop)
+        model = deployment.name, deployment.fingerprint
+        parts: tuple[object, ...] = model, tuple(prompt), sampling, tuple(stop)
         # The scores of earlier tokens are not kept.
         is_kept = not sampling.prompt_logprobs and sampling.top_logprobs < 0
         journal = self._journal if requests.current().id and is_kept else AnswerJournal()

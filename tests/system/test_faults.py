@@ -33,6 +33,7 @@ from tests.system.cluster import (
     wait_for,
 )
 from wire import limits
+from wire.identity import own_identity
 
 LLAMA = FIXTURES / "llama"
 
@@ -164,6 +165,16 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
             ("agent", "--insecure", "--bind=127.0.0.1", f"--port={port}", state),
         ):
             assert "choose another port" in refused(*command)
+
+
+def test_a_certificate_of_another_form_is_told(tmp_path: Path) -> None:
+    path = own_identity(tmp_path / "identity.pem").path
+    path.write_text(path.read_text().replace(" CERTIFICATE-", " X509 CERTIFICATE-"))
+    said = refused(
+        "coordinator", "--no-mdns", "--insecure", "--bind=127.0.0.1", "--port=0",
+        "--http=127.0.0.1:0", f"--http-cert={path}", f"--state-dir={tmp_path / 'state'}",
+    )  # fmt: skip
+    assert f"{path} has no BEGIN CERTIFICATE" in said
 
 
 def test_no_coordinator_answers() -> None:
