@@ -74,6 +74,23 @@ def run(tmp_path: Path) -> Callable[..., None]:
     return run
 
 
+def test_a_result_for_an_earlier_coordinator_is_no_result(run: Callable[..., None]) -> None:
+    """The stages go on under the next one, and may tell what the one before has asked."""
+
+    async def test(texts: Texts) -> None:
+        before = texts.ask(3)
+        earlier = await texts.order()
+        texts.encoders = Encoders(texts.cluster.roster, texts.cluster.models)
+        asked = texts.ask(5)
+        order = await texts.order()
+        await texts.answer(earlier)
+        await texts.answer(order)
+        assert (await asked)[0][0] == 5
+        assert (await before)[0][0] == 3
+
+    run(test)
+
+
 def test_texts_of_several_requests_share_a_pass(run: Callable[..., None]) -> None:
     async def test(texts: Texts) -> None:
         # With two stages three passes are in flight. What comes meanwhile shares the next one.
