@@ -137,10 +137,12 @@ class _Line:
         left = sum(len(one.text.tokens) for one in self.waiting)
         most = min(PASS_ROWS, max(LEAST_ROWS, -(-left // stages)))
         texts: list[_Waiting] = []
-        rows = 0
+        rows = longest = 0
         while self.waiting:
             count = len(self.waiting[0].text.tokens)
-            if texts and rows + count > most:
+            longest = max(longest, count)
+            # Buffers are for so many rows, and short texts are padded to the longest one.
+            if texts and (rows + count > most or (len(texts) + 1) * longest > PASS_ROWS):
                 break
             one = self.waiting.popleft()
             if not one.result.done():
