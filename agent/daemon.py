@@ -411,6 +411,8 @@ class Agent:
                 thread.daemon = True
                 thread.start()
         except RuntimeError as error:  # The process cannot have more threads.
+            self._line = None
+            ended.set()  # Those that were started end.
             connection.close()
             raise ConnectFailed(f"cannot serve the coordinator: {error}") from error
         try:

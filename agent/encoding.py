@@ -203,7 +203,7 @@ class EncoderRelay:
         return (
             texts.are_sound
             and max(texts.lengths) <= self._context_tokens
-            and texts.rows <= pass_rows(self._context_tokens)
+            and texts.padded_rows <= pass_rows(self._context_tokens)
         )
 
     def _add(self, one: _Pass) -> None:

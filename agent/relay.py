@@ -392,6 +392,9 @@ class Relay:
         self._pass(turns)
         with self._lock:
             self._busy = False
+            if self._closed or not self._table.waiting:
+                # The rows for which the place was kept may be gone.
+                self._turnstile.cede(self._ticket)
             if self._closed or self._table.waiting:
                 self._changed.notify_all()
 

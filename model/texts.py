@@ -39,6 +39,11 @@ class Texts:
         return sum(self.lengths)
 
     @property
+    def padded_rows(self) -> int:
+        """The rows if each text were as long as the longest, as attention lays them."""
+        return len(self.lengths) * max(self.lengths)
+
+    @property
     def are_sound(self) -> bool:
         """Whether the numbers can be true, as a peer may send any."""
         return 0 < len(self.lengths) == len(self.seconds) and all(

@@ -1,7 +1,7 @@
 """Makes the text and figures of peers safe to keep and to show.
 
-A peer with the token can still lie. Text is cleaned where it enters, by the reader of a control or
-file connection. Figures are checked by the code that keeps them, with the limits here.
+A device that has joined can still lie. Text is cleaned where it enters, by the reader of a control
+or file connection. Figures are checked by the code that keeps them, with the limits here.
 """
 
 from __future__ import annotations

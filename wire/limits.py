@@ -38,7 +38,7 @@ CONNECT_TIMEOUT_S = 3.0
 """A device on the same LAN answers in milliseconds, or not at all."""
 
 HANDSHAKE_TIMEOUT_S = 5.0
-"""The time in which both ends must prove that they know the token, however slow the bytes."""
+"""The time in which TLS and the introduction must be over, however slow the bytes."""
 
 MAX_HANDSHAKE_BYTES = 1024
 """The largest header from a peer that has proved nothing yet."""

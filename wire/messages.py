@@ -122,8 +122,8 @@ class CoordinatorWelcome:
 class JoinRefused:
     """Coordinator's answer to an agent that may not join. The agent shows it and retries.
 
-    Either end of any connection also sends it to a peer without the token or of another protocol.
-    All versions from 3 on understand it.
+    Either end of any connection also sends it to a peer that may not come in, or that has another
+    protocol. All versions from 3 on understand it.
     """
 
     reason: str

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -47,6 +48,9 @@ MOST_WAITING = 16384
 
 RETRY_S = 2
 """The time after which a refused client may ask again."""
+
+NUMBER_BITS = 48
+"""The bits of the first pass's number. JSON holds larger numbers less exactly."""
 
 Result = npt.NDArray[np.float32]
 
@@ -133,10 +137,12 @@ class _Line:
         left = sum(len(one.text.tokens) for one in self.waiting)
         most = min(PASS_ROWS, max(LEAST_ROWS, -(-left // stages)))
         texts: list[_Waiting] = []
-        rows = 0
+        rows = longest = 0
         while self.waiting:
             count = len(self.waiting[0].text.tokens)
-            if texts and rows + count > most:
+            longest = max(longest, count)
+            # Buffers are for so many rows, and short texts are padded to the longest one.
+            if texts and (rows + count > most or (len(texts) + 1) * longest > PASS_ROWS):
                 break
             one = self.waiting.popleft()
             if not one.result.done():
@@ -150,8 +156,9 @@ class Encoders:
 
     def __init__(self, roster: Roster, models: Models) -> None:
         self._models = models
-        self._newest = 0
-        """The number of the newest pass."""
+        self._newest = secrets.randbits(NUMBER_BITS)
+        """The number of the newest pass. An earlier coordinator's passes may still be on their way
+        between stages that this one has taken over. So each coordinator begins elsewhere."""
         self._lines: dict[int, _Line] = {}
         """Maps an epoch to its line."""
         self._tasks: set[asyncio.Task[None]] = set()

@@ -223,6 +223,30 @@ def test_only_the_first_start_measures_the_device(
     )
 
 
+def test_threads_end_if_not_all_of_them_can_be_started(
+    coordinator: Coordinator, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin, started, is_short = threading.Thread.start, list[threading.Thread](), threading.Event()
+
+    def start(thread: threading.Thread) -> None:
+        if thread.name == "worker" and not is_short.is_set():
+            is_short.set()
+            raise RuntimeError("can't start new thread")
+        if thread.name in ("heartbeat", "quiet", "gauges") and not is_short.is_set():
+            started.append(thread)
+        begin(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with running_agent(tmp_path, Endpoint("127.0.0.1", coordinator.listener.port), said):
+        coordinator.welcome()
+        coordinator.welcome()  # It comes again.
+        assert is_short.is_set()
+        assert len(started) == 3
+        for thread in started:
+            thread.join(ANSWER_S)
+            assert not thread.is_alive()
+
+
 @pytest.mark.usefixtures("agent")
 def test_work_that_nobody_waits_for_ends(coordinator: Coordinator) -> None:
     coordinator.welcome()

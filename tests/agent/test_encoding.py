@@ -39,6 +39,10 @@ ANSWER_S = 30
 GOLDEN = Golden.load("bert-span")
 
 
+LONG_AND_SHORT = (40, *[1] * 30)
+"""Side by side they are 31 texts of 40 rows, more than a pass may have."""
+
+
 class Node:
     """A device of the ring; what it would tell the coordinator is in ``reports``."""
 
@@ -138,6 +142,10 @@ def test_long_results_come_in_parts(alone: Node, monkeypatch: pytest.MonkeyPatch
         ({"lengths": (49,), "seconds": (49,)}, "do not fit"),
         ({"lengths": (3,), "seconds": (3,)}, "do not fit"),
         ({"seconds": (99, 1, 11, 3, 14)}, "do not fit"),
+        (
+            {"tokens": (5,) * 70, **dict.fromkeys(("lengths", "seconds"), LONG_AND_SHORT)},
+            "do not fit",
+        ),
         ({"tokens": (128,) * len(GOLDEN.tokens)}, "outside the vocabulary"),
         ({"tokens": (-1,) * len(GOLDEN.tokens)}, "outside the vocabulary"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -18,6 +19,7 @@ from agent.links import Link, Measuring
 from agent.peers import Entrance, PeerServer, connect_peer, measure_link
 from agent.relay import Relay
 from agent.sequences import START_AHEAD
+from agent.turnstile import Ticket
 from backends.base import Array, BackendError, Stage, StageOptions, Tokens
 from backends.onnx_cpu import OnnxCpuBackend
 from model.artifact import write_artifact
@@ -536,6 +538,41 @@ def test_a_token_of_the_only_sequence_runs_in_the_thread_that_brings_it(
     last.deliver(*activation(2, 1, slot=1))  # From here on, two might come at once.
     threads = [last.stage.calls.get(timeout=ANSWER_S)[2] for _ in range(3)]
     assert [thread is threading.current_thread() for thread in threads] == [True, True, False]
+    last.close()
+
+
+def test_a_place_that_was_kept_for_rows_that_are_gone_is_ceded(
+    artifacts: list[tuple[int, Path]],
+) -> None:
+    last = Node("last", artifacts[2:], CONTEXT, slots=2)
+    relay, turnstile, other = last.relay, last.relay._turnstile, Ticket()
+    other.due_s = 1e9  # The relay's next pass would go first.
+    entered = threading.Event()
+
+    def compute() -> None:
+        turnstile.enter(other)
+        entered.set()
+        turnstile.leave(other)
+
+    last.deliver(*activation(1, 1))
+    last.stage.next_call()
+    last.stage.gate.clear()
+    # The token cannot be sent on. While that is told, the only rows that wait are released.
+    relay._report = lambda message: relay.release(2)
+    threads = [
+        threading.Thread(target=relay.deliver, args=activation(1, 1, 1, last=True), daemon=True),
+        threading.Thread(target=compute, daemon=True),
+    ]
+    threads[0].start()
+    assert last.stage.next_call() == ((0,), 1)
+    last.deliver(*activation(2, 1, slot=1))
+    threads[1].start()
+    while not turnstile.is_wanted:
+        time.sleep(1e-3)
+    last.stage.gate.set()
+    assert entered.wait(ANSWER_S)
+    for thread in threads:
+        thread.join(ANSWER_S)
     last.close()
 
 

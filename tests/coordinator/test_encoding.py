@@ -19,6 +19,7 @@ from coordinator.loading.turns import Turns
 from coordinator.serving import encoding
 from coordinator.serving.encoding import Encoders, Result, TextTokens
 from model.families import load_spec
+from model.texts import PASS_ROWS
 from planning.request import LoadRequest
 from tests.coordinator.test_gateway import EPOCH, Cluster, running, said
 from tests.encoder_cases import ENCODERS
@@ -75,6 +76,40 @@ def run(tmp_path: Path) -> Callable[..., None]:
         asyncio.run(main())
 
     return run
+
+
+def test_a_long_text_shares_no_pass_with_many_short_ones(run: Callable[..., None]) -> None:
+    """Attention lays texts side by side, each as long as the longest."""
+
+    async def test(texts: Texts) -> None:
+        lengths = (*[2] * 40, *[60] * 12)
+        asked = texts.ask(*lengths)
+        told = 0
+        while told < len(lengths):
+            order = await texts.order()
+            assert len(order.lengths) * max(order.lengths) <= PASS_ROWS
+            told += len(order.lengths)
+            await texts.answer(order)
+        assert [result[0] for result in await asked] == list(lengths)
+
+    run(test)
+
+
+def test_a_result_for_an_earlier_coordinator_is_no_result(run: Callable[..., None]) -> None:
+    """The stages go on under the next one, and may tell what the one before has asked."""
+
+    async def test(texts: Texts) -> None:
+        before = texts.ask(3)
+        earlier = await texts.order()
+        texts.encoders = Encoders(texts.cluster.roster, texts.cluster.models)
+        asked = texts.ask(5)
+        order = await texts.order()
+        await texts.answer(earlier)
+        await texts.answer(order)
+        assert (await asked)[0][0] == 5
+        assert (await before)[0][0] == 3
+
+    run(test)
 
 
 def test_texts_of_several_requests_share_a_pass(run: Callable[..., None]) -> None:
