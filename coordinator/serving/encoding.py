@@ -261,8 +261,8 @@ class Encoders:
         finally:
             for text in one.texts:
                 if not text.result.done():  # A bug must not let anybody wait for ever.
-                    error = CoordinatorError("internal error in the coordinator; see its log")
-                    text.result.set_exception(error)
+                    bug = CoordinatorError("internal error in the coordinator; see its log")
+                    text.result.set_exception(bug)
             del line.running[number]
             self._pump(line)
 
