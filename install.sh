@@ -158,11 +158,11 @@ read_token() {
         if [ "$previous $option" = "--token-file -" ] || [ "$option" = --token-file=- ]; then
             if [ -t 0 ]; then
                 printf 'Paste the token (it is not shown): ' >&2
-                trap 'stty echo; exit 130' INT
+                trap 'stty echo; exit 130' INT TERM HUP
                 stty -echo
                 IFS= read -r token || true
                 stty echo
-                trap - INT
+                trap - INT TERM HUP
                 echo >&2
             else
                 token=$(cat)

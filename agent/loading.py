@@ -123,7 +123,10 @@ class StageLoader:
             self._cache.remove,
         )
         self._had_damage = False
-        loaded = self._run(request, spec, blocks, stage, team)
+        with contextlib.ExitStack() as undo:
+            undo.callback(stage.close)
+            loaded = self._run(request, spec, blocks, stage, team)
+            undo.pop_all()
         self._stages.add(loaded)
         loaded.watch = Watch(contents, partial(self.stop_damaged, loaded))
         return StageLoaded(
