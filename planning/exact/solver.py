@@ -29,7 +29,7 @@ _INTEGRALITY = 1e-5
 
 
 class SolverError(Exception):
-    """The solver is missing, failed, or returned values that are not integral.
+    """The solver is missing, failed, or returned values that are not integral or no numbers.
 
     It says nothing about the program: a plan may exist.
     """
@@ -72,8 +72,10 @@ def run(
     )
     for variable in program.variables() if outcome.values else ():
         value = outcome.values[variable.name]
-        if variable.cat == pulp.LpInteger and abs(value - round(value)) > _INTEGRALITY:
-            raise SolverError(f"{name} returned {value} for the whole number {variable.name}")
+        # Solvers were seen to return NaN as an optimum.
+        is_whole = math.isfinite(value) and abs(value - round(value)) <= _INTEGRALITY
+        if not (is_whole if variable.cat == pulp.LpInteger else math.isfinite(value)):
+            raise SolverError(f"{name} returned {value} for {variable.name}: use another solver")
     return outcome
 
 

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
+import pulp
 import pytest
 
 from planning import planner
@@ -229,3 +231,27 @@ def test_highs_prints_nothing_in_a_fresh_process() -> None:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+NO_NUMBERS = """#!/bin/sh
+while [ $# -gt 1 ]; do
+    [ "$1" = -solution ] && solution=$2
+    shift
+done
+{ echo "Optimal - objective value nan"; echo "0 X0000000 nan 0"; } > "$solution"
+"""
+
+
+@pytest.mark.parametrize("kind", [pulp.LpInteger, pulp.LpContinuous])
+def test_a_solver_that_returns_no_numbers_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    cbc = tmp_path / "cbc"
+    cbc.write_text(NO_NUMBERS)
+    cbc.chmod(0o755)
+    monkeypatch.setattr(pulp.PULP_CBC_CMD, "pulp_cbc_path", str(cbc))
+    program = pulp.LpProblem("plan")
+    variable = program.add_variable("x", 1, 2, kind)
+    program.setObjective(variable)
+    with pytest.raises(SolverError, match="cbc returned nan for x: use another solver"):
+        run(program, time_limit_s=10, solver="cbc")
