@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from agent.hop import Hop, HopCounts
+from agent.hop import Hop
 from agent.links import Link, Measuring
 from agent.meter import StageMeter
 from agent.sequences import Rows, Sequence, Turn
@@ -143,22 +143,7 @@ class EncoderRelay:
 
     def counts(self) -> StageCounts:
         """Return what the stage and its hop have done so far. Nothing is cached."""
-        meter, sent = self._meter, HopCounts() if self._hop is None else self._hop.counts()
-        running_s, running_rows = meter.running()
-        return StageCounts(
-            meter.passes,
-            meter.rows,
-            round(1e6 * meter.compute_s),
-            round(1e6 * meter.waited_s),
-            sent.frames,
-            sent.sent_bytes,
-            round(1e6 * sent.sending_s),
-            round(1e6 * sent.round_trip_s),
-            0,
-            0,
-            round(1e6 * running_s),
-            running_rows,
-        )
+        return self._meter.counts(None if self._hop is None else self._hop.counts())
 
     def traced(self, sequences: tuple[int, ...]) -> tuple[TracedPass, ...]:
         """Return the remembered passes of these numbers, oldest first."""

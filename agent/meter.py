@@ -9,8 +9,9 @@ import time
 from collections import deque
 from collections.abc import Collection
 
+from agent.hop import HopCounts
 from agent.sequences import Rows, Turn
-from wire.messages import TracedPass
+from wire.messages import StageCounts, TracedPass
 
 REMEMBERED_PASSES = 4096
 """About 1 MB, and at most 200 KB in one message."""
@@ -45,6 +46,28 @@ class StageMeter:
         """Return the seconds for which a pass has computed until now, and its rows; or zeros."""
         began = self._began
         return (0.0, 0) if began is None else (time.monotonic() - began[0], began[1])
+
+    def counts(
+        self, sent: HopCounts | None, held_rows: int = 0, most_rows: int = 0, *, busy: bool = False
+    ) -> StageCounts:
+        """Return all counts, with those of the hop, if there is one, and of the KV cache."""
+        sent = sent or HopCounts()
+        running_s, running_rows = self.running()
+        return StageCounts(
+            self.passes,
+            self.rows,
+            round(1e6 * self.compute_s),
+            round(1e6 * self.waited_s),
+            sent.frames,
+            sent.sent_bytes,
+            round(1e6 * sent.sending_s),
+            round(1e6 * sent.round_trip_s),
+            held_rows,
+            most_rows,
+            round(1e6 * running_s),
+            running_rows,
+            busy,
+        )
 
     def ran(self, turns: Collection[Turn], started_s: float, computed_s: float) -> None:
         """Count one forward pass, by the monotonic clock."""

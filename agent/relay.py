@@ -23,7 +23,7 @@ from typing import cast
 import numpy as np
 
 from agent.drafts import History, Pacer
-from agent.hop import Hop, HopCounts
+from agent.hop import Hop
 from agent.links import Link, Measuring
 from agent.mesh import TeamLost
 from agent.meter import StageMeter
@@ -166,25 +166,15 @@ class Relay:
 
     def counts(self) -> StageCounts:
         """Return what the stage and its hop have done so far."""
-        meter, sent = self._meter, HopCounts() if self._hop is None else self._hop.counts()
+        hop = self._hop
         with self._lock:
             held_rows = self._table.held_rows
             busy = self._busy or self._table.waiting
-        running_s, running_rows = meter.running()
-        return StageCounts(
-            meter.passes,
-            meter.rows,
-            round(1e6 * meter.compute_s),
-            round(1e6 * meter.waited_s),
-            sent.frames,
-            sent.sent_bytes,
-            round(1e6 * sent.sending_s),
-            round(1e6 * sent.round_trip_s),
+        return self._meter.counts(
+            None if hop is None else hop.counts(),
             held_rows,
             self._table.most_rows,
-            round(1e6 * running_s),
-            running_rows,
-            busy or (self._hop is not None and self._hop.is_sending),
+            busy=busy or (hop is not None and hop.is_sending),
         )
 
     def traced(self, sequences: tuple[int, ...]) -> tuple[TracedPass, ...]:
