@@ -24,6 +24,8 @@ QUESTION = {
 ID = {"x-request-id": "mine-8"}
 BEGUN = 400
 """The characters after which a client's answer is cut off."""
+END = 2
+"""The token at the end of tiny-opt's answers."""
 
 
 def restart(cluster: Cluster) -> None:
@@ -117,7 +119,8 @@ def chat(client: OpenAI, begun: threading.Event, headers: dict[str, str]) -> tup
         temperature=1.0,
         stream=True,
         extra_headers=headers,
-        extra_body={"ignore_eos": True},
+        # The end token has no text, and may come again and again.
+        extra_body={"ignore_eos": True, "logit_bias": {str(END): -100}},
     )
     text = ""
     with contextlib.suppress(APIConnectionError):
