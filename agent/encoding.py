@@ -213,7 +213,7 @@ class EncoderRelay:
                 self._busy = True
             try:
                 self._run(one)
-            except Exception as error:  # It ends one pass, and the thread serves others.
+            except Exception as error:  # The thread's outermost loop: it ends one pass.
                 self._give_up(one.number, error)
             with self._changed:
                 self._busy = False

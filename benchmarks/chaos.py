@@ -252,7 +252,7 @@ class Shoal(FaultyShoal):
         host = self._chance.choice(stages)
         try:
             self.bed.fault(host, f"slow={SLOW_PERCENT}")
-            time.sleep(NOTICED_S)
+            time.sleep(NOTICED_S)  # The time that passes is the fault.
             with Client(self.url) as client:
                 answer = client.operate("/shoal/v1/rebalance", {"dry_run": False}, lambda _: None)
             return f"{host} slow, " + ("moved" if answer["moves"] else answer["why"])

@@ -181,7 +181,7 @@ class Answer(threading.Thread):
             try:
                 self._ask()
             except httpx.TransportError:
-                time.sleep(AGAIN_S)
+                time.sleep(AGAIN_S)  # As a client that tries again.
                 self.again += 1
 
     def _ask(self) -> None:
@@ -283,7 +283,7 @@ class Matrix:
 
     def _in_prompt(self, fault: Fault) -> tuple[Answer, float, str]:
         victim, answer = self._last(), self._ask()
-        time.sleep(0.1)
+        time.sleep(0.1)  # A running prompt tells no event outside.
         return answer, self._begin(fault, victim), ""
 
     def _in_answer(self, fault: Fault) -> tuple[Answer, float, str]:
@@ -324,7 +324,7 @@ class Matrix:
         fault.begin(self.shoal, victim)
 
         def end() -> None:
-            time.sleep(fault.lasts_s)
+            time.sleep(fault.lasts_s)  # The fault lasts so long.
             fault.end(self.shoal, victim)
             self._ended.set()
 
@@ -373,7 +373,7 @@ def _difference(got: list[int], expected: list[int]) -> tuple[int, int]:
 def _until(holds: Callable[[], object], patience_s: float) -> None:
     deadline_s = time.monotonic() + patience_s
     while not holds() and time.monotonic() < deadline_s:
-        time.sleep(0.02)
+        time.sleep(0.02)  # Other processes tell no event here.
 
 
 def network() -> Network:
@@ -393,14 +393,14 @@ def disks(directory: Path) -> Iterator[None]:
             place.mkdir(parents=True)
             options = ["-o", f"size={DISK_BYTES},mode=700"]
             subprocess.run(  # noqa: S603 - our own command
-                ["mount", "-t", "tmpfs", *options, "shoal-disk", str(place)],  # noqa: S607
+                ["mount", "-t", "tmpfs", *options, "shoal-disk", str(place)],  # noqa: S607 - util-linux, as root
                 check=True,
             )
             mounted.append(place)
         yield
     finally:
         for place in mounted:
-            subprocess.run(["umount", "--lazy", str(place)], check=False)  # noqa: S603, S607
+            subprocess.run(["umount", "--lazy", str(place)], check=False)  # noqa: S603, S607 - as above
 
 
 @contextlib.contextmanager

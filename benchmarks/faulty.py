@@ -84,7 +84,7 @@ class FaultyShoal:
                 devices = []
             if {device["name"] for device in devices} == set(hosts):
                 return True
-            time.sleep(0.2)
+            time.sleep(0.2)  # Joining tells no event here.
         return False
 
     def tracebacks(self) -> list[str]:
@@ -104,7 +104,7 @@ class FaultyShoal:
         for process in self.bed.processes(host):
             os.kill(process, signal.SIGKILL)
         while self.bed.processes(host):
-            time.sleep(0.05)
+            time.sleep(0.05)  # They are no children of this process.
 
     def start_agent(self, host: str) -> None:
         """Start the agent of a host."""

@@ -182,7 +182,7 @@ def run(
     with ThreadPoolExecutor(len(specs)) as pool:
         end = threading.Event()
         runs = {name: pool.submit(repeated, client, name, end) for name in specs}
-        time.sleep(options.together_s)
+        time.sleep(options.together_s)  # Requests are counted in this time.
         end.set()
         for name, found in runs.items():
             seconds[name, "together"] = found.result()

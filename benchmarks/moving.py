@@ -202,7 +202,7 @@ class Trial:
         for process in self._bed.processes(name):
             os.kill(process, signal.SIGTERM)
         while any(one["name"] == name for one in client.get("/shoal/v1/devices")["devices"]):
-            time.sleep(0.2)
+            time.sleep(0.2)  # Leaving tells no event here.
 
     def _start(self, name: str) -> None:
         self._shoal.start_agent(name, AgentSettings(MEMORY_BYTES, STORAGE_BYTES))

@@ -80,7 +80,7 @@ class Mover:
                 if member.lost is not None:
                     raise member.lost.with_traceback(None)
             self._models.require(before)
-        except BaseException:  # Also when cancelled, the new stages must not stay.
+        except BaseException:  # Raised again. Also when cancelled, the new stages must not stay.
             await asyncio.shield(unload(after.devices, after.epoch))
             raise
         self._models.apply(before.name, MovedOver(after, reason))

@@ -115,7 +115,7 @@ class Rebalancer:
             await asyncio.sleep(LOOK_S)
             try:
                 await self.look()
-            except Exception as error:  # A look that failed must not be the last one.
+            except Exception as error:  # The outermost loop: a failed look is not the last one.
                 text = f"{type(error).__name__}: {error}"
                 if text not in told:
                     told.add(text)
