@@ -231,25 +231,34 @@ def plan_text(
     return "\n".join(lines) + "\n"
 
 
-def read_plan(path: Path) -> SavedPlan:
-    """The plan in a file. Raises PlanError with one line: file, place, what was expected."""
+def read_file(path: Path, limit_bytes: int) -> bytes:
+    """The bytes of a file of plans. Raises PlanError with one line."""
     try:
-        data = read_bytes(path, MAX_FILE_BYTES)
+        return read_bytes(path, limit_bytes)
     except OSError as error:
         raise PlanError(f"{path}: {(error.strerror or str(error)).lower()}") from error
     except ValueError as error:
         raise PlanError(f"{path}: {error}") from error
-    return parse_plan(data, str(path))
 
 
-def parse_plan(text: str | bytes, source: str) -> SavedPlan:
-    """The plan in a text; ``source`` names it in messages. Raises PlanError like ``read_plan``."""
+def read_json(text: str | bytes, source: str) -> Any:
+    """The JSON of a text, which ``source`` names. Raises PlanError with one line."""
     try:
-        values = json.loads(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise PlanError(f"{source}:{error.lineno}: not JSON: {error.msg.lower()}") from error
     except (UnicodeDecodeError, RecursionError) as error:
         raise PlanError(f"{source}: not JSON") from error
+
+
+def read_plan(path: Path) -> SavedPlan:
+    """The plan in a file. Raises PlanError with one line: file, place, what was expected."""
+    return parse_plan(read_file(path, MAX_FILE_BYTES), str(path))
+
+
+def parse_plan(text: str | bytes, source: str) -> SavedPlan:
+    """The plan in a text; ``source`` names it in messages. Raises PlanError like ``read_plan``."""
+    values = read_json(text, source)
     try:
         return _read(values, source)
     except PlanError as error:

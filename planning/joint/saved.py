@@ -17,7 +17,14 @@ from model.bounded import read_bytes
 from planning.joint.plan import JointPlan, assess_joint, verify_joint
 from planning.joint.problem import JointProblem
 from planning.plan import PlanError, Proof
-from planning.saved import MAX_FILE_BYTES, SavedPlan, parse_plan, plan_text
+from planning.saved import (
+    MAX_FILE_BYTES,
+    SavedPlan,
+    parse_plan,
+    plan_text,
+    read_file,
+    read_json,
+)
 
 FORMAT = 1
 MAX_MODELS = 16
@@ -93,23 +100,12 @@ def holds_several(path: Path) -> bool:
 
 def read_plans(path: Path) -> SavedPlans:
     """The plans in a file. Raises PlanError with one line: file, place, what was expected."""
-    try:
-        data = read_bytes(path, MAX_MODELS * MAX_FILE_BYTES)
-    except OSError as error:
-        raise PlanError(f"{path}: {(error.strerror or str(error)).lower()}") from error
-    except ValueError as error:
-        raise PlanError(f"{path}: {error}") from error
-    return parse_plans(data, str(path))
+    return parse_plans(read_file(path, MAX_MODELS * MAX_FILE_BYTES), str(path))
 
 
 def parse_plans(text: str | bytes, source: str) -> SavedPlans:
     """The plans in a text, which ``source`` names. Raises PlanError like ``read_plans``."""
-    try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise PlanError(f"{source}:{error.lineno}: not JSON: {error.msg.lower()}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise PlanError(f"{source}: not JSON") from error
+    values = read_json(text, source)
     if not isinstance(values, dict) or "shoal_plans" not in values:
         raise PlanError(f"{source}: shoal_plans: expected {FORMAT}; a file of one plan has none")
     unknown = sorted(set(values) - set(_KEYS))
