@@ -16,8 +16,11 @@ from wire.profile import LinkProfile
 
 Possible = Callable[[PlanningProblem], bool]
 
-MOST_DEVICES = 4
+MOST_DEVICES = 64
 """The most devices of a kind that advice names."""
+
+MOST_COUNTS = 4
+"""So many counts of devices are tried by planning, from the first with bytes enough."""
 
 LEAST_CONTEXT_TOKENS = 128
 
@@ -67,12 +70,23 @@ def kinds(problem: PlanningProblem) -> Iterator[int]:
             yield index
 
 
-def enough_devices(problem: PlanningProblem, possible: Possible) -> tuple[str, int] | None:
-    """The name of a device, and the least number of more like it that are enough."""
+def enough_devices(
+    problem: PlanningProblem, possible: Possible, roomy: Possible
+) -> tuple[str, int] | None:
+    """The name of a device, and the least number of more like it that are enough.
+
+    ``roomy`` is a quick test of bytes that every possible problem passes.
+    """
+    tried = 0
     for count in range(1, MOST_DEVICES + 1):
-        for index in kinds(problem):
-            if possible(with_more(problem, index, count)):
+        more = ((index, with_more(problem, index, count)) for index in kinds(problem))
+        hopeful = [(index, changed) for index, changed in more if roomy(changed)]
+        tried += bool(hopeful)
+        for index, changed in hopeful:
+            if possible(changed):
                 return problem.devices[index].name, count
+        if tried == MOST_COUNTS:
+            return None
     return None
 
 
@@ -95,6 +109,8 @@ def with_context(problem: PlanningProblem, tokens: int) -> PlanningProblem:
 def enough_context(problem: PlanningProblem, possible: Possible) -> int | None:
     """The longest context that fits, of a half, a quarter and so on of the present one."""
     tokens = context_tokens(problem) // 2
+    if tokens < LEAST_CONTEXT_TOKENS or not possible(with_context(problem, LEAST_CONTEXT_TOKENS)):
+        return None
     while tokens >= LEAST_CONTEXT_TOKENS:
         if possible(with_context(problem, tokens)):
             return tokens

@@ -34,6 +34,7 @@ from planning.plan import (
 )
 from planning.problem import ONE_TOKEN, Device, PlanningProblem
 from planning.search.search import Found, search
+from planning.shortage import shortage
 from planning.teams import incidence, refused
 from planning.time_limit import now_s
 from planning.twins import are_twins, twin_sets
@@ -53,6 +54,9 @@ _SAME = 5e-7
 # program closes no gap that the search left. If counts + hops are more than _WRITTEN, writing the
 # program takes seconds.
 SMALL_COUNTS, _CLOSED, _WRITTEN = 600, 2_000, 15_000
+# With more links than this, the search has a part of the time first, whatever the counts. The
+# program alone may find no plan in a minute if nearly every device is needed.
+_FEW_LINKS, _GLANCE = 240, 0.1
 # In place of SMALL_COUNTS, for prompts: the program is slower with the slowest stage in it.
 _SMALL_REQUEST = 100
 _ALONE_SHARE = {"request": 0.3, "throughput": 0.6}
@@ -70,6 +74,8 @@ _BUDGET_ROUNDS = 4
 
 # Advice gets at least this long, even if the search has used up the limit.
 _ADVICE_S = 5.0
+# The least shortage of each device gets this long if one of all together is proved already.
+_SHORTAGE_S = 2.0
 # The plan that shows which links are missing may be this far from the best.
 _LINKS_GAP = 0.05
 _ASSUMED_BYTES_PER_S = 1e9
@@ -102,8 +108,11 @@ def solve(
     reason = _hopeless(problem)
     if reason is None:
         problem = with_teams(problem)
-        first = _without_teams(asked, problem, runner, gap)
-        plan = _best(undominated(problem), runner, gap, report, first)
+        plan = None
+        lacking = shortage(problem)
+        if lacking is None:
+            first = _without_teams(asked, problem, runner, gap)
+            plan = _best(undominated(problem), runner, gap, report, first)
         if plan is not None:
             plan = _settled(problem, plan)
             plan = replace(plan, proof=replace(plan.proof, solve_s=now_s() - started_s))
@@ -111,7 +120,7 @@ def solve(
             return plan
         if runner.failure is not None:
             raise PlanError(f"no plan found, although one may exist: {runner.failure}")
-        if not runner.refused:
+        if lacking is None and not runner.refused:
             lost = "; ".join(map(str, problem.no_links.values()))
             raise PlanError(
                 f"no plan found in {time_limit_s:g} s, although one may exist: allow more time,"
@@ -203,9 +212,10 @@ def _best_of(
     found = Found(None, 0.0)
     plan = None
     enough = math.inf if rival is None else rival.value * (1 - max(gap, _SAME))
-    if searching := size > _small(problem) or gap > 0:
+    large = size > _small(problem) or gap > 0
+    if searching := large or len(problem.links) > _FEW_LINKS:
         report("searching")
-        share = 0.5 if _closable(problem) else 1.0
+        share = (0.5 if _closable(problem) else 1.0) if large else _GLANCE
         found = _search(problem, runner, gap, share=share, rival=rival)
         if found.impossible:
             runner.refused = True
@@ -362,6 +372,8 @@ class _Runner:
         self.solver = solver
         self.refused = False
         """Whether the last problem was proved to have no plan."""
+        self.closed = False
+        """Whether the last program was solved to its end."""
         self.unsure = False
         """Whether any program ended without an answer."""
         self.failure: str | None = None
@@ -386,6 +398,7 @@ class _Runner:
             self.failure = str(error)
             outcome = Outcome("unknown", self.solver or default_solver())
         self.refused = outcome.status == "infeasible"
+        self.closed = outcome.status in ("optimal", "infeasible")
         self.unsure = self.unsure or outcome.status == "unknown"
         return outcome
 
@@ -395,12 +408,18 @@ class _Runner:
             self.unsure = True
             return None
         problem = with_teams(problem)
-        if not writable(problem):
-            self.unsure = True
-            if aim != "any":
-                return None
+        if aim in ("any", "best", "sensitivity") and shortage(problem) is not None:
+            self.refused = True
+            return None
+        if aim == "any" and counts(problem) > _small(problem):
+            # The search finds some plan of many devices sooner than the solver.
             found = _search(problem, self, gap=0.5, share=0.2)
-            return _plan_of(problem, found.choice, Proof("search", 0.0, found.bound))
+            plan = _plan_of(problem, found.choice, Proof("search", 0.0, found.bound))
+            if plan is not None:
+                return plan
+        if not writable(problem) or not self.left_s():
+            self.unsure = True
+            return None
         program = PlanProgram(problem, aim=aim, margin=_LIMIT_MARGIN)
         outcome = self.run(program, gap)
         if outcome.status not in ("optimal", "feasible"):
@@ -555,9 +574,18 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
         return InfeasiblePlan(f"no plan fits: {reason}: start an agent on one")
     memory: Shortage = ()
     storage: Shortage = ()
-    links = _missing_links(problem, runner, problem.no_links) if reason is None else ()
-    if reason is None and not links:  # Before the advice, which may take all the time.
-        memory, storage = _shortage(problem, runner)
+    proved = shortage(with_teams(problem)) if reason is None else None
+    links: tuple[tuple[int, int], ...] = ()
+    soon = runner
+    if reason is None and proved is None:
+        links = _missing_links(problem, runner, problem.no_links)
+    # Before the advice, which may take all the time.
+    if reason is None and not links:
+        if proved is not None:
+            soon = _Runner(min(runner.deadline_s, now_s() + _SHORTAGE_S), runner.solver)
+        memory, storage = _shortage(problem, soon)
+        if not soon.closed and proved is not None:
+            memory, storage = (), ()  # These are far from the least.
     found = replace(
         _advice(problem, reason, runner, links),
         memory_short_bytes=memory,
@@ -566,13 +594,16 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
     if links:
         reason = "; ".join(problem.no_link(*pair) for pair in links)
     ways = _ways(problem, found, links)
+    at_most = "" if soon.closed else "at most "
     lacking = [
-        f"{kind} is short by {_mb(sum(size for _, size in short))} in all"
+        f"{kind} is short by {at_most}{_mb(sum(size for _, size in short))} in all"
         for kind, short in (("memory", memory), ("storage", storage))
         if short
     ]
     if lacking:
         reason = " and ".join(lacking)
+    elif proved is not None:
+        reason = proved
     elif reason is None and not ways and runner.unsure:
         reason = "the time limit passed before a change was found that is enough"
     elif reason is None and not ways and not problem.permitted_hops:
@@ -596,6 +627,9 @@ def _advice(
     def possible(changed: PlanningProblem) -> bool:
         return _hopeless(changed) is None and runner.plan(changed, "any") is not None
 
+    def roomy(changed: PlanningProblem) -> bool:
+        return shortage(changed) is None
+
     room = reason is None and not links
     freed = advice.enough_placement(problem, possible)
     return Advice(
@@ -609,7 +643,7 @@ def _advice(
         missing_links=tuple((problem.devices[i].name, problem.devices[j].name) for i, j in links),
         whole_memory=advice.enough_memory(problem, possible) if room else None,
         context_tokens=advice.enough_context(problem, possible) if room else None,
-        more_devices=advice.enough_devices(problem, possible) if room else None,
+        more_devices=advice.enough_devices(problem, possible, roomy) if room else None,
     )
 
 

@@ -151,7 +151,7 @@ def _enough_context(problem: JointProblem, possible: Possible) -> int | None:
 def _enough_devices(problem: JointProblem, possible: Possible) -> tuple[str, int] | None:
     """The name of a device, and the least number of more like it that are enough."""
     first = problem.problems[0]
-    for count in range(1, advice.MOST_DEVICES + 1):
+    for count in range(1, advice.MOST_COUNTS + 1):
         for index in advice.kinds(first):
             at, more = index, count
             if possible(lambda one, at=at, more=more: advice.with_more(one, at, more)):  # type: ignore[misc]

@@ -12,12 +12,17 @@ import pytest
 
 from model import costs
 from paper.study import opt_350m
+from planning import planner
 from planning.build import DeviceInput, RequestInput, build_problem
+from planning.candidates import with_teams
+from planning.exact.program import PlanProgram
+from planning.exact.solver import run
 from planning.insight.unused import idle_reasons
 from planning.plan import Advice, InfeasiblePlan, PlanError, Proof, assess, verify
 from planning.planner import solve
 from planning.problem import HopFormat, NoLink, Objective, PlanningProblem
-from tests.planning.test_planner import make_device, make_problem
+from planning.shortage import shortage
+from tests.planning.test_planner import make_device, make_problem, random_problem
 from wire.profile import BlockTiming, DeviceProfile, LinkProfile
 
 MB = 1_000_000
@@ -515,3 +520,40 @@ def test_a_device_that_no_link_leads_to_is_left_out_for_that() -> None:
     assert idle_reasons(solve(alone), alone) == [
         "b is left out: no link leads there and on to the rest"
     ]
+
+
+def crowd(devices: int) -> PlanningProblem:
+    """28 layers with embedding and head at 8 bits, and devices that hold one block each."""
+    own = [
+        make_device(f"pi-{number}", 30, 1_000_000, {8: 0.001}, size_per_bit=100_000)
+        for number in range(1, devices + 1)
+    ]
+    return make_problem(28, own, bits=(8,))
+
+
+def test_what_many_devices_lack_is_known_without_a_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "_SHORTAGE_S", 0.0)
+    with pytest.raises(InfeasiblePlan) as caught:
+        solve(crowd(20))
+    assert str(caught.value) == (
+        "no plan fits: all devices together hold at most 20 of 28 layers:"
+        " add 10 more devices like pi-1"
+    )
+    assert caught.value.advice.more_devices == ("pi-1", 10)
+    solve(crowd(30))
+
+
+def test_bytes_that_all_devices_lack_are_a_lower_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Three blocks of 0.8 MB take 2.4 of the first device's 2.4 MB. The head does not fit anywhere.
+    monkeypatch.setattr(planner, "_SHORTAGE_S", 0.0)
+    own = make_device("pi-1", 4, 2_400_000, {8: 0.001}, size_per_bit=100_000)
+    with pytest.raises(InfeasiblePlan, match=r"memory is short by at least 0\.8 MB in all"):
+        solve(make_problem(2, [own], bits=(8,)))
+
+
+@pytest.mark.parametrize("seed", range(0, 200, 5))
+def test_a_shortage_is_proved_only_where_no_plan_exists(seed: int) -> None:
+    problem = random_problem(seed, tightness=0.5 + 0.004 * seed)
+    found = shortage(with_teams(problem))
+    outcome = run(PlanProgram(problem, aim="any").program, time_limit_s=60)
+    assert found is None or outcome.status == "infeasible"
