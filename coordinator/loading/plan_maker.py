@@ -41,6 +41,7 @@ from planning.plan import InfeasiblePlan, Plan, PlanError
 from planning.problem import PlanningProblem
 from planning.request import DEFAULT_CONTEXT_TOKENS, LoadRequest
 from planning.sensitivity import choose_hops
+from wire.profile import BlockTiming
 
 Slowness: TypeAlias = Callable[[PlanningProblem], Mapping[str, float]]
 """Says how many times longer than in a problem its devices take, by their names."""
@@ -182,7 +183,6 @@ class PlanMaker:
         asked: as of ``plan``. With None nothing is measured.
         """
         spec = checkpoint.spec
-        uses = use_of(self._beside(request))
         names = {member.device: member.name for member in members}
         excluded = [member.name for member in members if member.device in request.exclude]
         timings = await measure_blocks(
@@ -198,21 +198,7 @@ class PlanMaker:
             measured = [member for member in members if member.name not in excluded]
             await measure_links(self._roster, measured, self._report, asked=asked)
         errors = await self._weight_errors(request, checkpoint)
-        held, rates = await self._held(request, checkpoint, members)
-        profiles = {
-            one: uses[one.device].left_of(one.profile) if one.device in uses else one.profile
-            for one in members
-        }
-        devices = [
-            DeviceInput(
-                member.name,
-                profiles[member],
-                timings.get(member.name, ()),
-                held.get(member.name, ()),
-                rates.get(member.name, math.inf),
-            )
-            for member in members
-        ]
+        devices = await self._devices(request, checkpoint, members, timings)
         try:
             wanted = RequestInput(
                 spec,
@@ -257,15 +243,34 @@ class PlanMaker:
             self._report,
         )
 
-    async def _held(
-        self, request: LoadRequest, checkpoint: Checkpoint, members: Sequence[Member]
-    ) -> tuple[Mapping[str, Sequence[Collection[int]]], Mapping[str, float]]:
-        """Ask what devices hold and how fast they load, where the objective counts loading."""
-        if request.objective.migration_weight <= 0:
-            return {}, {}
-        artifacts = self._store.known(checkpoint, map(request.format, request.bits))
-        held = await find_held(members, artifacts, checkpoint.spec.block_count)
-        return held, load_rates(self._roster, members)
+    async def _devices(
+        self,
+        request: LoadRequest,
+        checkpoint: Checkpoint,
+        members: Sequence[Member],
+        timings: Mapping[str, Sequence[BlockTiming]],
+    ) -> list[DeviceInput]:
+        """Describe the devices with what other models leave of them.
+
+        Where the objective counts loading, also with what they hold and how fast they load.
+        """
+        held: Mapping[str, Sequence[Collection[int]]] = {}
+        rates: Mapping[str, float] = {}
+        if request.objective.migration_weight > 0:
+            artifacts = self._store.known(checkpoint, map(request.format, request.bits))
+            held = await find_held(members, artifacts, checkpoint.spec.block_count)
+            rates = load_rates(self._roster, members)
+        uses = use_of(self._beside(request))
+        return [
+            DeviceInput(
+                one.name,
+                uses[one.device].left_of(one.profile) if one.device in uses else one.profile,
+                timings.get(one.name, ()),
+                held.get(one.name, ()),
+                rates.get(one.name, math.inf),
+            )
+            for one in members
+        ]
 
     async def _kept(
         self,
