@@ -10,6 +10,7 @@ from tests.words import PACKAGES, ROOT
 
 LINES = 60
 PARAMETERS = 8
+FILE_LINES = 600
 
 KERNEL = "A GPU kernel has no memory but its arguments: pointers, strides and constants."
 OPTIONS = "A table: one option after the other, each with its help."
@@ -52,6 +53,26 @@ WIDE = {
 """Functions with more parameters than PARAMETERS, beside ``self``."""
 
 
+LARGE = {
+    "wire/messages.py": "One table of all messages, which a reader wants to see at once.",
+    "cli/main.py": "One table of all commands with their help.",
+    "cli/service/daemons.py": "Two tables of options, of agent and coordinator, and their start.",
+    "planning/planner.py": "The order in which variants, program and search are tried, and why "
+    "nothing fits. Both read the same few records.",
+    "planning/problem.py": "The records that all of planning reads, with the figures they imply.",
+    "planning/plan.py": "A plan's figures, and the check that recomputes them from the problem.",
+    "planning/exact/program.py": "One integer program: variables, rows, and reading them back.",
+    "coordinator/serving/gateway.py": "One generation from prompt to last token.",
+    "coordinator/roster/members.py": "One device's connection, and the table of all of them.",
+    "coordinator/loading/state.py": "One table of states and events.",
+    "agent/daemon.py": "One handler for each request of a coordinator.",
+    "backends/onnx_cpu.py": "One stage: loading, passes, caches.",
+    "calibration/layers.py": "One bench, and the measurements that are made on it.",
+    "examples/tiny-opt/generate.py": "One table of sentences of the demo's world.",
+}
+"""Files with more lines than FILE_LINES."""
+
+
 @functools.cache
 def functions() -> tuple[tuple[str, int, int], ...]:
     """Each function outside tests: its file and name, its lines, its parameters."""
@@ -88,6 +109,16 @@ def test_a_long_function_has_a_reason_and_no_reason_is_left_over() -> None:
 
 def test_a_function_of_many_parameters_has_a_reason_and_no_reason_is_left_over() -> None:
     assert {name for name, _, count in functions() if count > PARAMETERS} == set(WIDE)
+
+
+def test_a_large_file_has_a_reason_and_no_reason_is_left_over() -> None:
+    found = {
+        str(path.relative_to(ROOT))
+        for package in PACKAGES
+        for path in (ROOT / package).rglob("*.py")
+        if len(path.read_text(encoding="utf-8").splitlines()) > FILE_LINES
+    }
+    assert found == set(LARGE)
 
 
 def test_a_docstring_does_not_count() -> None:
