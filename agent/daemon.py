@@ -419,32 +419,7 @@ class Agent:
             while True:
                 message = clean(connection.receive()[0])  # Heartbeats come every second.
                 self._service.alive()
-                if isinstance(message, FindBlocks):
-                    # At once, because another device waits for it while this one may be loading.
-                    found = self._cache.find(message.sha256s)
-                    connection.send(BlocksFound(message.request, found))
-                elif isinstance(message, Request):
-                    requests.put(message)
-                elif isinstance(message, CancelRequest):
-                    self._cancelled.add(message.request)
-                elif isinstance(message, StartSequence):
-                    relay = self._stages.relay_of(message.epoch)
-                    if relay is None:
-                        reason = "the stage is not loaded"
-                        connection.send(SequenceFailed(message.epoch, message.sequence, reason))
-                    else:
-                        relay.start(message)
-                elif isinstance(message, EncodeTexts):
-                    encode(message, self._stages.relay_of(message.epoch), connection)
-                elif isinstance(message, ReleaseSequence):
-                    relay = self._stages.relay_of(message.epoch)
-                    if relay is not None:
-                        relay.release(message.sequence)
-                elif isinstance(message, DevicesKnown):
-                    self._credentials.learn(message)
-                    self._peers.drop(self._credentials.knows)
-                elif not isinstance(message, Heartbeat):
-                    raise ProtocolError(f"unexpected {type(message).__name__} from coordinator")
+                self._take(message, connection, requests)
         except WireError:
             connection.close()
             requests.put(None)
@@ -461,6 +436,43 @@ class Agent:
             ended.set()
             requests.put(None)
             self._keep_stages()
+
+    def _take(
+        self,
+        message: Message,
+        connection: Connection,
+        requests: queue.Queue[Request | None],
+    ) -> None:
+        """Answer one message of the coordinator, or leave it to the worker.
+
+        Raises WireError, and ProtocolError for a message that a coordinator does not send.
+        """
+        if isinstance(message, FindBlocks):
+            # At once, because another device waits for it while this one may be loading.
+            found = self._cache.find(message.sha256s)
+            connection.send(BlocksFound(message.request, found))
+        elif isinstance(message, Request):
+            requests.put(message)
+        elif isinstance(message, CancelRequest):
+            self._cancelled.add(message.request)
+        elif isinstance(message, StartSequence):
+            relay = self._stages.relay_of(message.epoch)
+            if relay is None:
+                reason = "the stage is not loaded"
+                connection.send(SequenceFailed(message.epoch, message.sequence, reason))
+            else:
+                relay.start(message)
+        elif isinstance(message, EncodeTexts):
+            encode(message, self._stages.relay_of(message.epoch), connection)
+        elif isinstance(message, ReleaseSequence):
+            relay = self._stages.relay_of(message.epoch)
+            if relay is not None:
+                relay.release(message.sequence)
+        elif isinstance(message, DevicesKnown):
+            self._credentials.learn(message)
+            self._peers.drop(self._credentials.knows)
+        elif not isinstance(message, Heartbeat):
+            raise ProtocolError(f"unexpected {type(message).__name__} from coordinator")
 
     def _beat(self, connection: Connection, ended: threading.Event) -> None:
         try:

@@ -406,29 +406,7 @@ class LayerGraph:
         rotary: tuple[Array, Array] | None,
     ) -> str:
         graph, width = self.graph, cached_head_width(layer)
-        padded = width != layer.head_dim
-        q_width, kv_width = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
-        packed = None
-        if layer.qk_norm == "none" and not padded:
-            packed = self._joined(weights, value, ("q", "k", "v"))
-        if packed is not None:
-            queries = [packed, "", ""]
-        else:
-            q, k, v = self._projections(
-                weights, value, ("q", "k", "v"), (q_width, kv_width, kv_width)
-            )
-            if layer.qk_norm == "width":
-                q, k = (
-                    graph.norm(each, weights.vectors[f"{name}_norm.weight"], None, layer.norm_eps)
-                    for name, each in (("q", q), ("k", k))
-                )
-            elif layer.qk_norm == "head":
-                q = self._head_norm(layer, weights.vectors["q_norm.weight"], q, layer.heads)
-                k = self._head_norm(layer, weights.vectors["k_norm.weight"], k, layer.kv_heads)
-            if padded:
-                q = self._pad_heads(layer, q, layer.heads)
-                k, v = (self._pad_heads(layer, each, layer.kv_heads) for each in (k, v))
-            queries = [q, k, v]
+        queries = self._queries(layer, weights, value)
         index = len(self.caches)
         if not index:
             graph.input("seqlens_k", TensorProto.INT32, ("b",))
@@ -467,9 +445,32 @@ class LayerGraph:
         for kind in ("key", "value"):
             name = f"{kind}_{index}"
             graph.output(name, name, TensorProto.FLOAT, ("b", *cache.of(1)[1:]))
-        if padded:
+        if width != layer.head_dim:
             attended = self._unpad_heads(layer, attended)
         return attended
+
+    def _queries(self, layer: LayerSpec, weights: BlockWeights, value: str) -> list[str]:
+        """Return queries, keys and values, normed and padded. Two are "" if they are one value."""
+        graph = self.graph
+        padded = cached_head_width(layer) != layer.head_dim
+        q_width, kv_width = layer.heads * layer.head_dim, layer.kv_heads * layer.head_dim
+        if layer.qk_norm == "none" and not padded:
+            packed = self._joined(weights, value, ("q", "k", "v"))
+            if packed is not None:
+                return [packed, "", ""]
+        q, k, v = self._projections(weights, value, ("q", "k", "v"), (q_width, kv_width, kv_width))
+        if layer.qk_norm == "width":
+            q, k = (
+                graph.norm(each, weights.vectors[f"{name}_norm.weight"], None, layer.norm_eps)
+                for name, each in (("q", q), ("k", k))
+            )
+        elif layer.qk_norm == "head":
+            q = self._head_norm(layer, weights.vectors["q_norm.weight"], q, layer.heads)
+            k = self._head_norm(layer, weights.vectors["k_norm.weight"], k, layer.kv_heads)
+        if padded:
+            q = self._pad_heads(layer, q, layer.heads)
+            k, v = (self._pad_heads(layer, each, layer.kv_heads) for each in (k, v))
+        return [q, k, v]
 
     def _head_norm(self, layer: LayerSpec, scale: Array, value: str, heads: int) -> str:
         graph, width = self.graph, layer.head_dim

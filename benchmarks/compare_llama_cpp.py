@@ -30,11 +30,11 @@ from benchmarks import gguf
 from benchmarks.llama_cpp_process import Worker, worker_command
 from calibration.machine import processor_name
 from calibration.shapes import shape_spec
-from calibration.speed import SpeedOptions, prepared_stage
+from calibration.speed import SpeedOptions, Trial, prepared_stage
 from model.quantize import Format
 
 
-def main() -> None:
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -53,7 +53,33 @@ def main() -> None:
     parser.add_argument("--fast-prompts", action="store_true", help="through a copy in bytes")
     parser.add_argument("--directory", type=Path, help="for 2 GB of weights meanwhile")
     parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def _take_turns(
+    options: argparse.Namespace, trial: Trial, llama: Worker
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Return our tokens per second and llama.cpp's in each round, by what was measured."""
+    ours: dict[str, list[float]] = defaultdict(list)
+    theirs: dict[str, list[float]] = defaultdict(list)
+    for number in range(options.rounds):
+        # The second one finds a warmer machine, so they take turns.
+        for which in (0, 1) if number % 2 else (1, 0):
+            if which:
+                trial.round()
+                continue
+            (seconds,) = llama.ask("prefill", options.prompt)
+            theirs["prefill"].append(options.prompt / seconds)
+            for context in options.contexts:
+                seconds = median(llama.ask("decode", context, options.tokens))
+                theirs[f"decode past {context}"].append(1 / seconds)
+        for name, rate in trial.latest().items():
+            ours[name].append(rate)
+    return ours, theirs
+
+
+def main() -> None:
+    options = _options()
     spec = replace(shape_spec(options.shape), vocab=options.vocab)
     speed = SpeedOptions(
         threads=options.threads,
@@ -63,8 +89,6 @@ def main() -> None:
         fast_prompts=options.fast_prompts,
     )
     context_tokens = max(options.prompt, *options.contexts) + options.tokens
-    ours: dict[str, list[float]] = defaultdict(list)
-    theirs: dict[str, list[float]] = defaultdict(list)
     with ExitStack() as stack:
         home = Path(stack.enter_context(TemporaryDirectory(dir=options.directory)))
         model = home / "model.gguf"
@@ -78,19 +102,7 @@ def main() -> None:
         )
         llama = Worker(process)
         stack.callback(llama.close)
-        for number in range(options.rounds):
-            # The second one finds a warmer machine, so they take turns.
-            for which in (0, 1) if number % 2 else (1, 0):
-                if which:
-                    trial.round()
-                    continue
-                (seconds,) = llama.ask("prefill", options.prompt)
-                theirs["prefill"].append(options.prompt / seconds)
-                for context in options.contexts:
-                    seconds = median(llama.ask("decode", context, options.tokens))
-                    theirs[f"decode past {context}"].append(1 / seconds)
-            for name, rate in trial.latest().items():
-                ours[name].append(rate)
+        ours, theirs = _take_turns(options, trial, llama)
         result = trial.result()
         version = llama.version
     rows = [

@@ -27,6 +27,7 @@ import platform
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,6 +103,34 @@ def spec(layers: int) -> ModelSpec:
     )
 
 
+def _links(
+    rng: random.Random, count: int, kinds: Sequence[tuple[float, float]]
+) -> dict[tuple[int, int], LinkProfile]:
+    """Return the links of ``count`` devices, each with a wire of one of ``kinds``."""
+    wires = [rng.choice(kinds) for _ in range(count)]
+    return {
+        (i, j): LinkProfile(
+            f"d{i}",
+            f"d{j}",
+            (wires[i][0] + wires[j][0]) / 2 * rng.uniform(0.9, 1.2),
+            min(wires[i][1], wires[j][1]) * rng.uniform(0.8, 1.0),
+        )
+        for i, j in itertools.permutations(range(count), 2)
+    }
+
+
+def _losses(rng: random.Random, layers: int) -> list[dict[int, float]]:
+    """Return what each block loses at each width. First and last layers lose the most."""
+    ends = (0, layers + 1)
+    losses = []
+    for k in range(layers + 2):
+        depth = (k - 1) / max(1, layers - 1)
+        shape = 1 + 2 * math.exp(-6 * depth) + 1.5 * math.exp(-8 * (1 - depth))
+        loss = 0.02 * shape * math.exp(rng.gauss(0, 0.5)) * (2 if k in ends else 1)
+        losses.append({b: loss * (4.0 ** (4 - b) if b < 16 else 1e-7) for b in WIDTHS})
+    return losses
+
+
 def instance(
     layers: int, count: int, seed: int, objective: Objective, rule: str = "kl"
 ) -> PlanningProblem:
@@ -142,22 +171,8 @@ def instance(
                 sum_s=SUM_S if together else 0.0,
             )
         )
-    wires = [rng.choice(TEAM_WIRES if together else WIRES) for _ in devices]
-    links = {
-        (i, j): LinkProfile(
-            f"d{i}",
-            f"d{j}",
-            (wires[i][0] + wires[j][0]) / 2 * rng.uniform(0.9, 1.2),
-            min(wires[i][1], wires[j][1]) * rng.uniform(0.8, 1.0),
-        )
-        for i, j in itertools.permutations(range(count), 2)
-    }
-    losses = []
-    for k in range(blocks):
-        depth = (k - 1) / max(1, layers - 1)
-        shape = 1 + 2 * math.exp(-6 * depth) + 1.5 * math.exp(-8 * (1 - depth))
-        loss = 0.02 * shape * math.exp(rng.gauss(0, 0.5)) * (2 if k in ends else 1)
-        losses.append({b: loss * (4.0 ** (4 - b) if b < 16 else 1e-7) for b in WIDTHS})
+    links = _links(rng, count, TEAM_WIRES if together else WIRES)
+    losses = _losses(rng, layers)
     errors = [{b: math.sqrt(row[4]) * 2.0 ** (4 - b) for b in WIDTHS} for row in losses]
     by_loss = rule != "delta"
     return PlanningProblem(

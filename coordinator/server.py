@@ -183,13 +183,7 @@ class Coordinator:
     async def run(self, on_ready: Callable[[Ready], None]) -> None:
         """Serve until interrupted. Raises ConfigError, wire.errors.ConnectFailed."""
         config = self._config
-        try:
-            self._store.prepare()
-            self._keys.make_local()
-        except OSError as error:
-            raise ConfigError(
-                f"state directory {config.state_dir} is not usable: {error.strerror}"
-            ) from error
+        self._prepare()
         asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
         answerer = self._answerer()
         fingerprint = None if answerer is None else answerer.identity.fingerprint
@@ -224,13 +218,7 @@ class Coordinator:
                     self._feed.close()
 
                 self._keeper.resume()
-                tasks = [
-                    asyncio.create_task(self._attend()),
-                    asyncio.create_task(self._keeper.watch_links()),
-                    asyncio.create_task(self._keeper.watch_use()),
-                ]
-                if config.rebalances:
-                    tasks.append(asyncio.create_task(self._rebalancer.follow()))
+                tasks = self._tasks()
                 try:
                     # A task of its own, because uvicorn raises the signal that stopped it again.
                     # So the signal ends this await, and not the first one of the cleaning up.
@@ -242,6 +230,27 @@ class Coordinator:
                         task.cancel()
                     self._service.stopping()
                     on_stop()
+
+    def _prepare(self) -> None:
+        """Make what the state directory must have. Raises ConfigError."""
+        try:
+            self._store.prepare()
+            self._keys.make_local()
+        except OSError as error:
+            raise ConfigError(
+                f"state directory {self._config.state_dir} is not usable: {error.strerror}"
+            ) from error
+
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        """Start the tasks that run until the coordinator stops."""
+        tasks = [
+            asyncio.create_task(self._attend()),
+            asyncio.create_task(self._keeper.watch_links()),
+            asyncio.create_task(self._keeper.watch_use()),
+        ]
+        if self._config.rebalances:
+            tasks.append(asyncio.create_task(self._rebalancer.follow()))
+        return tasks
 
     def _answerer(self) -> Answerer | None:
         """Return what agents must show. Raises ConfigError."""

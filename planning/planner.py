@@ -33,7 +33,8 @@ from planning.plan import (
     verify,
 )
 from planning.problem import ONE_TOKEN, Device, PlanningProblem
-from planning.search.search import Found, search
+from planning.search.base import Found
+from planning.search.search import search
 from planning.shortage import shortage
 from planning.teams import incidence, refused
 from planning.time_limit import now_s

@@ -113,33 +113,12 @@ class Demo:
                 self._start_agents(cluster, memory, ready["control_port"])
                 if not self._joined(client, len(memory), START_TIMEOUT_S):
                     raise CommandFailed("the agents do not reach the coordinator on this machine")
-            request = LoadRequest(
-                model.absolute(),
-                bits=tuple(options.bits or DEFAULT_BITS),
-                hop_bits=None if options.hop_bits is None else tuple(options.hop_bits),
-                scheme=options.scheme,
-                scheme_text=scheme_text_of(options),
-                group_size=options.group_size,
-                **bounds_of(options),
-                adapter=adapter_of(options),
-                context_tokens=options.context,
-                time_limit_s=options.time_limit,
-                **teams_of(options),
-            ).to_dict()
+            request = self._request(model).to_dict()
             with screen.progress() as draw, self._phases(draw) as on_step:
                 loaded = client.operate("/shoal/v1/load", request, on_step)
             devices = client.get("/shoal/v1/devices")
             if not screen.json_output:
-                # The demo's processes disturb each other, so the usual advice does not help.
-                disturbed = [device.pop("noise", None) for device in devices["devices"]]
-                screen.devices(devices)
-                if any(disturbed):
-                    screen.out.print("measured beside the demo's other processes\n")
-                screen.plan(loaded["plan"], f"predicted plan for {loaded['model']}")
-                show_weights(screen, loaded)
-                show_divergence(screen, loaded["plan"], loaded.get("quality"))
-                screen.out.print()
-                screen.out.print(f"[bold]{_literal(prompt)}[/]", soft_wrap=True)
+                self._show_loaded(devices, loaded, prompt)
             result = generate(
                 client,
                 screen,
@@ -160,6 +139,37 @@ class Demo:
             )
         else:
             self._compare(loaded["plan"], result)
+
+    def _request(self, model: Path) -> LoadRequest:
+        """Return what the coordinator is asked to load."""
+        options = self._options
+        return LoadRequest(
+            model.absolute(),
+            bits=tuple(options.bits or DEFAULT_BITS),
+            hop_bits=None if options.hop_bits is None else tuple(options.hop_bits),
+            scheme=options.scheme,
+            scheme_text=scheme_text_of(options),
+            group_size=options.group_size,
+            **bounds_of(options),
+            adapter=adapter_of(options),
+            context_tokens=options.context,
+            time_limit_s=options.time_limit,
+            **teams_of(options),
+        )
+
+    def _show_loaded(self, devices: dict[str, Any], loaded: dict[str, Any], prompt: str) -> None:
+        """Show the devices, the plan, and the prompt whose answer follows."""
+        screen = self._screen
+        # The demo's processes disturb each other, so the usual advice does not help.
+        disturbed = [device.pop("noise", None) for device in devices["devices"]]
+        screen.devices(devices)
+        if any(disturbed):
+            screen.out.print("measured beside the demo's other processes\n")
+        screen.plan(loaded["plan"], f"predicted plan for {loaded['model']}")
+        show_weights(screen, loaded)
+        show_divergence(screen, loaded["plan"], loaded.get("quality"))
+        screen.out.print()
+        screen.out.print(f"[bold]{_literal(prompt)}[/]", soft_wrap=True)
 
     def _speed(self, client: Client, prompt: list[int]) -> dict[str, Any]:
         """Measure the speed of longer answers to the same prompt, which are not shown.

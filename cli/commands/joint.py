@@ -20,6 +20,7 @@ from cli.render import Screen
 
 if TYPE_CHECKING:
     from cli.client import Client
+    from planning.joint.compare import JointExplanation
     from planning.joint.plan import JointPlan
     from planning.joint.problem import JointProblem
     from planning.plan import Plan
@@ -41,12 +42,6 @@ def weights_of(options: argparse.Namespace, count: int) -> tuple[float, ...]:
 def run_offline_joint(options: argparse.Namespace, screen: Screen) -> None:
     """Run ``shoal plan A B --devices LAB.yaml``, without a coordinator. Raises CommandFailed."""
     from model.errors import ModelError
-    from planning.joint.compare import (
-        JointExplanation,
-        better_of,
-        one_after_the_other,
-        shared_devices,
-    )
     from planning.labs.lab import LabError, times_of
     from planning.plan import PlanError
     from planning.request import model_name
@@ -60,16 +55,7 @@ def run_offline_joint(options: argparse.Namespace, screen: Screen) -> None:
         plan = _best(options, screen, problem, described)
         explanation = None
         if options.explain:
-            with screen.progress() as on_step:
-                turns = one_after_the_other(
-                    problem,
-                    time_limit_s=EXPLAIN_LIMIT_S,
-                    on_trial=lambda what, done, total: on_step(
-                        _step("trying orders", what, done, total)
-                    ),
-                )
-            plan = better_of(plan, turns)
-            explanation = JointExplanation(shared_devices(problem, plan), turns)
+            plan, explanation = _explained(screen, problem, plan)
         members = [one.device for own in plan.plans for s in own.stages for one in s.members]
         shown = Shown(
             problem,
@@ -104,6 +90,27 @@ def run_offline_joint(options: argparse.Namespace, screen: Screen) -> None:
             show_joint_explanation(screen, names, explanation, plan)
     except (LabError, ModelError, PlanError, ValueError) as error:
         raise CommandFailed(str(error)) from error
+
+
+def _explained(
+    screen: Screen, problem: JointProblem, plan: JointPlan
+) -> tuple[JointPlan, JointExplanation]:
+    """Compare with plans made one after the other. Return the better plan, and what is shared."""
+    from planning.joint.compare import (
+        JointExplanation,
+        better_of,
+        one_after_the_other,
+        shared_devices,
+    )
+
+    with screen.progress() as on_step:
+        turns = one_after_the_other(
+            problem,
+            time_limit_s=EXPLAIN_LIMIT_S,
+            on_trial=lambda what, done, total: on_step(_step("trying orders", what, done, total)),
+        )
+    plan = better_of(plan, turns)
+    return plan, JointExplanation(shared_devices(problem, plan), turns)
 
 
 def run_live_joint(options: argparse.Namespace, screen: Screen, client: Client) -> None:

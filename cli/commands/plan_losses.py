@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,8 +80,8 @@ def described_losses(
     checkpoint: None if there are no weights.
     """
     from model.loss_estimate import LossUnknown
-    from model.loss_store import Form, LossStore
-    from planning.losses import RawLosses, assumed, estimated
+    from model.loss_store import Form
+    from planning.losses import RawLosses, assumed
     from planning.request import model_name
     from planning.sensitivity import (
         LossSource,
@@ -89,7 +89,6 @@ def described_losses(
         with_assumed_arithmetic,
         with_lossless,
     )
-    from wire.service import default_state_dir
 
     bounds = bounds_of(options)
     if spec.encodes:
@@ -111,16 +110,9 @@ def described_losses(
     if checkpoint is None:
         why = f"{model_name(Path(options.model).absolute())} has no weights here"
     else:
-        form = Form(checkpoint, options.scheme, options.group_size)
-        store = LossStore(default_state_dir("coordinator"))
         try:
-            if budget is None:
-                kept = store.known(form)  # Worth telling, not worth measuring.
-                told = None if kept is None else estimated(kept, arithmetics)
-                return DescribedLosses(told, None)
-            with screen.progress() as on_step:
-                found = store.losses(form, _reporter(on_step, "quality"), lambda: False)
-            return DescribedLosses(estimated(found, arithmetics), budget, form)
+            form = Form(checkpoint, options.scheme, options.group_size)
+            return _estimated(screen, form, arithmetics, budget)
         except LossUnknown as error:
             why = str(error)
     if bounds["quality_budget"] is not None:
@@ -134,6 +126,26 @@ def described_losses(
     if checkpoint is not None:
         raw = replace(raw, rows=with_lossless(raw.rows, checkpoint))
     return DescribedLosses(raw, budget)
+
+
+def _estimated(
+    screen: Screen, form: Form, arithmetics: Sequence[str], budget: float | None
+) -> DescribedLosses:
+    """Return the losses that are measured on the weights, at once or before.
+
+    Without a budget they are worth telling, and not worth measuring. Raises LossUnknown.
+    """
+    from model.loss_store import LossStore
+    from planning.losses import estimated
+    from wire.service import default_state_dir
+
+    store = LossStore(default_state_dir("coordinator"))
+    if budget is None:
+        kept = store.known(form)
+        return DescribedLosses(None if kept is None else estimated(kept, arithmetics), None)
+    with screen.progress() as on_step:
+        found = store.losses(form, _reporter(on_step, "quality"), lambda: False)
+    return DescribedLosses(estimated(found, arithmetics), budget, form)
 
 
 def keep_described(

@@ -13,6 +13,8 @@ from cli.render import Screen, titled_table
 from wire.sizes import format_size
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from model.spec import ModelSpec
     from paper.dilemma import Instance, Solution
     from paper.study import Simulation
@@ -68,6 +70,37 @@ def loss_text(total: float, quality: Mapping[str, Any]) -> str:
 def show_explanation(screen: Screen, explanation: Explanation) -> None:
     """Show where a token's time goes, then one line for each change that was tried."""
     from planning.insight.explain import change_text
+
+    screen.table(_stages_table(explanation))
+    if any(stage.sensitivity is not None for stage in explanation.stages):
+        screen.out.print(
+            "KL counts weights and hops; stages that round activations lose more"
+            " (docs/calibration.md)"
+        )
+    screen.out.print(f"bottleneck: {escape(explanation.bottleneck)}")
+    screen.out.print(f"pipelined: {escape(explanation.pipeline_bottleneck)}")
+    if explanation.prompt_bottleneck:
+        screen.out.print(f"prompt: {escape(explanation.prompt_bottleneck)}")
+    for line in explanation.teams:
+        screen.out.print(escape(line), soft_wrap=True)
+    screen.out.print("\nsolved again with one thing changed:")
+    telling = [item for item in explanation.marginals if item.change != 0.0]
+    for item in telling:
+        screen.out.print(f"  {escape(str(item))}")
+    # Changes without an effect share one line per kind.
+    same: dict[tuple[Kind, str], list[str]] = {}
+    for item in explanation.marginals:
+        if item.change == 0.0:
+            same.setdefault((item.kind, item.nothing), []).append(item.subject)
+    for (kind, verdict), subjects in same.items():
+        subject = subjects[0] if len(subjects) == 1 else f"any one of {', '.join(subjects)}"
+        screen.out.print(f"  {escape(change_text(kind, subject))}: {verdict}")
+    if not explanation.complete:
+        screen.out.print("  (time ended before all changes were tried)")
+
+
+def _stages_table(explanation: Explanation) -> Table:
+    """Return a row for each stage: its times, and its losses and energy where they are known."""
     from planning.plan import bits_text
 
     table = titled_table("where a token's predicted time goes")
@@ -103,32 +136,7 @@ def show_explanation(screen: Screen, explanation: Explanation) -> None:
                 for _, style, values in known
             ),
         )
-    screen.table(table)
-    if any(stage.sensitivity is not None for stage in explanation.stages):
-        screen.out.print(
-            "KL counts weights and hops; stages that round activations lose more"
-            " (docs/calibration.md)"
-        )
-    screen.out.print(f"bottleneck: {escape(explanation.bottleneck)}")
-    screen.out.print(f"pipelined: {escape(explanation.pipeline_bottleneck)}")
-    if explanation.prompt_bottleneck:
-        screen.out.print(f"prompt: {escape(explanation.prompt_bottleneck)}")
-    for line in explanation.teams:
-        screen.out.print(escape(line), soft_wrap=True)
-    screen.out.print("\nsolved again with one thing changed:")
-    telling = [item for item in explanation.marginals if item.change != 0.0]
-    for item in telling:
-        screen.out.print(f"  {escape(str(item))}")
-    # Changes without an effect share one line per kind.
-    same: dict[tuple[Kind, str], list[str]] = {}
-    for item in explanation.marginals:
-        if item.change == 0.0:
-            same.setdefault((item.kind, item.nothing), []).append(item.subject)
-    for (kind, verdict), subjects in same.items():
-        subject = subjects[0] if len(subjects) == 1 else f"any one of {', '.join(subjects)}"
-        screen.out.print(f"  {escape(change_text(kind, subject))}: {verdict}")
-    if not explanation.complete:
-        screen.out.print("  (time ended before all changes were tried)")
+    return table
 
 
 def show_simulation(screen: Screen, simulation: Simulation) -> None:

@@ -358,35 +358,39 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
         state.enter_context(_claimed(options, screen, service))
         if not options.insecure:
             _prepare_token(options)
-        config = CoordinatorConfig(
-            cluster=options.cluster,
-            state_dir=options.state_dir or default_state_dir("coordinator"),
-            control_host=options.bind,
-            control_port=options.port,
-            http_host=options.http.host,
-            http_port=options.http.port,
-            http_hosts=tuple(options.http_host),
-            advertise=not options.no_mdns,
-            insecure=options.insecure,
-            storage_bytes=options.storage,
-            recovery_wait_s=options.recovery_wait,
-            rebalances=options.rebalance == "auto",
-            http_tls=options.http_tls or options.http_cert is not None,
-            http_cert=options.http_cert,
-            http_key=options.http_key,
-            insecure_http=options.insecure_http,
-            cors_origins=tuple(options.cors_origin),
-            most_waiting=options.queue,
-            answer_cache_bytes=options.answer_cache,
-            prefix_cache=not options.no_prefix_cache,
-            drafts=options.speculate,
-        )
+        config = _coordinator_config(options)
         coordinator = Coordinator(config, screen.note, service, LocalMakers())
         asyncio.run(coordinator.run(on_ready))
     except (ConfigError, TokenError, WireError) as error:
         raise CommandFailed(str(error)) from error
     finally:
         state.close()
+
+
+def _coordinator_config(options: argparse.Namespace) -> CoordinatorConfig:
+    return CoordinatorConfig(
+        cluster=options.cluster,
+        state_dir=options.state_dir or default_state_dir("coordinator"),
+        control_host=options.bind,
+        control_port=options.port,
+        http_host=options.http.host,
+        http_port=options.http.port,
+        http_hosts=tuple(options.http_host),
+        advertise=not options.no_mdns,
+        insecure=options.insecure,
+        storage_bytes=options.storage,
+        recovery_wait_s=options.recovery_wait,
+        rebalances=options.rebalance == "auto",
+        http_tls=options.http_tls or options.http_cert is not None,
+        http_cert=options.http_cert,
+        http_key=options.http_key,
+        insecure_http=options.insecure_http,
+        cors_origins=tuple(options.cors_origin),
+        most_waiting=options.queue,
+        answer_cache_bytes=options.answer_cache,
+        prefix_cache=not options.no_prefix_cache,
+        drafts=options.speculate,
+    )
 
 
 def _claimed(options: argparse.Namespace, screen: Screen, service: ServiceManager) -> TextIO:

@@ -213,18 +213,7 @@ def plan_install(options: argparse.Namespace, root: Path) -> Work:
     text = with_settings(before, given)
     work.files.append(File(config, text))
 
-    limits = _limits(options, text, config, _existing(_below(root, drop_ins / "limits.conf")))
-    wanted = {"limits.conf": limits} if limits else {}
-    if options.root is None and _systemd_version() >= GROWING_PAUSES_VERSION:
-        wanted["backoff.conf"] = template("backoff.conf")
-    if kind == "agent":
-        # ``root`` is / unless an image is prepared.
-        hardware = {
-            "coral.conf": bool(corals(root)),
-            "jetson.conf": is_jetson(root),
-            "nvidia.conf": has_nvidia_driver(root),
-        }
-        wanted |= {name: template(name) for name, present in hardware.items() if present}
+    wanted = _wanted_drop_ins(options, root, text)
     for name, content in wanted.items():
         work.files.append(File(drop_ins / name, content))
     for name in ("limits.conf", "backoff.conf", "coral.conf", "jetson.conf", "nvidia.conf"):
@@ -243,6 +232,25 @@ def plan_install(options: argparse.Namespace, root: Path) -> Work:
     if not options.no_start:
         work.commands.append(["systemctl", "restart", unit])
     return work
+
+
+def _wanted_drop_ins(options: argparse.Namespace, root: Path, text: str) -> dict[str, str]:
+    """Return the drop-ins of a unit whose settings are ``text``, by file name."""
+    config = CONFIG / f"{options.kind}.toml"
+    before = UNITS / f"shoal-{options.kind}.service.d" / "limits.conf"
+    limits = _limits(options, text, config, _existing(_below(root, before)))
+    wanted = {"limits.conf": limits} if limits else {}
+    if options.root is None and _systemd_version() >= GROWING_PAUSES_VERSION:
+        wanted["backoff.conf"] = template("backoff.conf")
+    if options.kind == "agent":
+        # ``root`` is / unless an image is prepared.
+        hardware = {
+            "coral.conf": bool(corals(root)),
+            "jetson.conf": is_jetson(root),
+            "nvidia.conf": has_nvidia_driver(root),
+        }
+        wanted |= {name: template(name) for name, present in hardware.items() if present}
+    return wanted
 
 
 def plan_uninstall(options: argparse.Namespace, root: Path) -> Work:

@@ -10,46 +10,41 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import math
-import secrets
-import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeAlias
 
 from coordinator.errors import Busy, LinkFailed, Moved, NotLoaded
 from coordinator.files.artifacts import ArtifactStore
-from coordinator.files.vocabulary import Vocabulary, make_vocabulary
-from coordinator.loading.beside import use_of
+from coordinator.loading.deployer import Deployer
 from coordinator.loading.deployment import (
     Deployment,
     Planned,
-    deploy,
     fetch,
     unload,
     unload_forgotten,
-    wanted_artifacts,
 )
 from coordinator.loading.models import UNLOADED, Models
 from coordinator.loading.moving import Mover
 from coordinator.loading.paces import slowness_of
+from coordinator.loading.plan_maker import (
+    PlanMaker,
+    check_joined,
+    require_idle,
+)
 from coordinator.loading.rebalance import (
     Choice,
     Verdict,
     choice_of,
     judge_alone,
     revalued,
-    slowed,
 )
 from coordinator.loading.record import DeploymentRecord
 from coordinator.loading.recovery import remaining
 from coordinator.loading.several import PlannedTogether, SeveralRequest, plan_together
 from coordinator.loading.slots import Slots
 from coordinator.loading.state import (
-    FilesMended,
     LoadBegan,
     LoadFailed,
     Placed,
@@ -59,48 +54,27 @@ from coordinator.loading.state import (
     deployment_of,
 )
 from coordinator.loading.turns import Turns
-from coordinator.quality.measuring import Losses, QualityFound, QualityMeter
+from coordinator.quality.measuring import QualityFound, QualityMeter
 from coordinator.quality.store import QualityRequest, QualityStore
 from coordinator.roster.measurements import (
     Step,
-    find_held,
-    in_thread,
-    load_rates,
     machines,
     measure_again,
-    measure_blocks,
-    measure_links,
-    try_links,
 )
 from coordinator.roster.members import Member, Roster
-from coordinator.roster.names import NameBook
 from model.checkpoint import Checkpoint
 from model.families import load_spec
 from model.given import require_model
-from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
-from planning.build import DeviceInput, RequestInput, build_problem
 from planning.errors import RequestInvalid
-from planning.joint.beside import solve_beside
 from planning.plan import InfeasiblePlan, Plan, PlanError
 from planning.problem import PlanningProblem
-from planning.request import DEFAULT_CONTEXT_TOKENS, LoadRequest, model_name
-from planning.sensitivity import choose_hops
-from wire.messages import BlockRef, StageLoaded
+from planning.request import LoadRequest, model_name
 
 log = logging.getLogger(__name__)
 
 PLACEMENTS = 6
 """The most plans for one load. Each failed link during a deployment needs another plan."""
-
-
-Slowness: TypeAlias = Callable[[PlanningProblem], Mapping[str, float]]
-"""Says how many times longer than in a problem its devices take, by their names."""
-
-
-def as_measured(problem: PlanningProblem) -> Mapping[str, float]:
-    """Say that each device takes what was measured."""
-    return {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,24 +106,23 @@ class Operations:
         self._models = models
         self._turns = turns
         self._report = turns.report
-        self._store = store
         self._quality_meter = QualityMeter(store, quality)
+        self._maker = PlanMaker(
+            roster, store, models, self._quality_meter, self._beside, self._report
+        )
+        self._deployer = Deployer(roster, store, models, self._report)
         self.mover = Mover(roster, models, self.carry_out)
-        self._vocabularies: list[tuple[Tokenizer, Vocabulary | None]] = []
-        """The vocabularies of the loaded models' tokenizers, and of the last one."""
         self.records: dict[str, DeploymentRecord] = {}
         """Deployments from before a restart whose stages may still be loaded, by model."""
         self._crowded_out: frozenset[str] = frozenset()
         """Broken models that the present attempt leaves no room for."""
-        self._damaged_epochs: set[int] = set()
-        """Epochs that were being loaded when one of their stages was found damaged."""
 
     async def plan(self, request: LoadRequest, on_step: Callable[[Step], None]) -> Planned:
         """Measure missing figures, and plan. Raises CoordinatorError, ModelError, PlanError."""
         async with self._turns.asked(on_step):
             # A plan answers what the devices can do, whatever is loaded now.
             alone = replace(self._identified(request), replaces=True)
-            return await self._plan(alone, asked=True, weights=False)
+            return await self._maker.plan(alone, asked=True, weights=False)
 
     async def load(self, request: LoadRequest, on_step: Callable[[Step], None]) -> Deployment:
         """Plan, then load the model beside the others, or in the place of all of them.
@@ -200,7 +173,7 @@ class Operations:
         self._crowded_out = frozenset(asked.names)
         try:
             parts = [
-                await self._plan(self._identified(request), asked=True, weights=weights)
+                await self._maker.plan(self._identified(request), asked=True, weights=weights)
                 for request in asked.each()
             ]
         finally:
@@ -232,12 +205,10 @@ class Operations:
         try:
             for name, part, tokenizer in zip(names, parts, tokenizers, strict=True):
                 self._phase(part.request, "quantize")
-                blocks = await self._quantize(part)
-                spec = part.checkpoint.spec
-                vocabulary = await asyncio.to_thread(self._vocabulary_of, tokenizer, spec)
+                files = await self._deployer.files(part, tokenizer)
                 self._phase(part.request, "load")
                 members = self._roster.members
-                found.append(await self._deploy(part, tokenizer, blocks, members, vocabulary))
+                found.append(await self._deployer.deploy(part, tokenizer, files, members))
                 self._models.apply(name, Placed(found[-1]))
         except BaseException as error:  # Also when cancelled, the state must say so.
             why = str(error) or "the load was stopped"
@@ -270,7 +241,7 @@ class Operations:
             return error
         stay = f"{' and '.join(others)} {'stays' if len(others) == 1 else 'stay'} loaded"
         try:
-            await self._plan(replace(request, replaces=True), asked=False)
+            await self._maker.plan(replace(request, replaces=True), asked=False)
         except PlanError:
             return InfeasiblePlan(f"{error} ({stay}, but alone it would not fit either)")
         return InfeasiblePlan(
@@ -334,7 +305,7 @@ class Operations:
             slow_now.update({**elsewhere, **slowness_of(deployment, stages, slow)})
             return {member.name: factor for member, factor in slow_now.items()}
 
-        planned = await self._plan(request, asked=False, slowness=slowness, measures=measures)
+        planned = await self._maker.plan(request, asked=False, slowness=slowness, measures=measures)
         choice = choice_of(
             planned.problem,
             deployment.plan,
@@ -351,11 +322,9 @@ class Operations:
         Then answers do not wait for them. The caller holds the turn. Raises CoordinatorError,
         ModelError.
         """
-        blocks = await self._quantize(planned)
-        vocabulary = await asyncio.to_thread(
-            self._vocabulary_of, before.tokenizer, planned.checkpoint.spec
-        )
-        await fetch(planned, blocks, self._roster.members, self._report, vocabulary)
+        files = await self._deployer.files(planned, before.tokenizer)
+        members = self._roster.members
+        await fetch(planned, files.blocks, members, self._report, files.vocabulary)
 
     async def measure(self, name: str, on_step: Callable[[Step], None]) -> Member:
         """Measure the device ``name`` again, and its links to devices without a stage.
@@ -365,7 +334,7 @@ class Operations:
         async with self._turns.asked(on_step):
             members = self._roster.require_members()
             device = self._roster.names.device(name) or name
-            _check_joined((device,), members, self._roster.names)
+            check_joined((device,), members, self._roster.names)
             (member,) = (member for member in members if member.device == device)
             free: list[Member] = []
             for residents in machines(members):
@@ -392,11 +361,11 @@ class Operations:
         Results of earlier runs are kept. Raises CoordinatorError, ModelError.
         """
         async with self._turns.asked(on_step):
-            self._require_idle()
+            require_idle(self._models)
             everybody = members = self._roster.require_members()
             if request.on is not None:
                 device = self._roster.names.device(request.on) or request.on
-                _check_joined((device,), members, self._roster.names)
+                check_joined((device,), members, self._roster.names)
                 members = tuple(member for member in members if member.device == device)
             return await self._quality_meter.calibrate(request, members, everybody, self._report)
 
@@ -434,7 +403,7 @@ class Operations:
     def note_damage(self, epoch: int) -> None:
         """Note that a stage of ``epoch``, which may still be loading, was found damaged."""
         if self._turns.is_taken:
-            self._damaged_epochs.add(epoch)
+            self._deployer.note_damage(epoch)
 
     # ---- steps ----------------------------------------------------------------------------------
 
@@ -446,12 +415,9 @@ class Operations:
         name = model_name(request.model)
         for attempt in itertools.count(1):
             self._phase(request, "plan")
-            planned = await self._plan(request, asked=asked)
+            planned = await self._maker.plan(request, asked=asked)
             self._phase(request, "quantize")
-            blocks = await self._quantize(planned)
-            vocabulary = await asyncio.to_thread(
-                self._vocabulary_of, tokenizer, planned.checkpoint.spec
-            )
+            files = await self._deployer.files(planned, tokenizer)
             if asked:
                 # The new stages may need the memory of the old ones.
                 present = [known for known, _ in self._models.present()]
@@ -461,118 +427,12 @@ class Operations:
             self._phase(request, "load")
             members = self._roster.members
             try:
-                return await self._deploy(planned, tokenizer, blocks, members, vocabulary)
+                return await self._deployer.deploy(planned, tokenizer, files, members)
             except LinkFailed as error:
                 self._fail_link(members, error)
                 if attempt == PLACEMENTS:
                     raise
         raise AssertionError("counting ended")
-
-    async def _plan(
-        self,
-        request: LoadRequest,
-        *,
-        asked: bool,
-        weights: bool = True,
-        slowness: Slowness = as_measured,
-        measures: bool = True,
-    ) -> Planned:
-        """Plan a request.
-
-        asked: a user waits for the best plan, so more of the failed links are tried again.
-        weights: without them, config.json is enough, and losses are assumed.
-        slowness: says how many times longer than measured devices take, by their names.
-        measures: measure what is not known yet.
-        """
-        open_model = Checkpoint.open if weights else Checkpoint.open_to_plan
-        checkpoint = await asyncio.to_thread(self._opened, open_model, request)
-        request = request.for_model(checkpoint.spec)
-        members = self._roster.require_members()
-        names = self._roster.names
-        absent = [device for device in request.exclude if names.device(device) is None]
-        sharing = itertools.chain.from_iterable(request.teams)
-        _check_joined((*absent, *request.pins.values(), *sharing), members, names)
-        losses = await self._quality_meter.losses(
-            checkpoint, request, members, self._report, measure=asked
-        )
-        context_tokens = min(
-            request.context_tokens or DEFAULT_CONTEXT_TOKENS, checkpoint.spec.max_context
-        )
-        failed_before_s = time.monotonic()
-
-        async def make(*, asked: bool) -> PlanningProblem:
-            problem = await self._problem(
-                request,
-                checkpoint,
-                members,
-                context_tokens,
-                losses,
-                asked=asked if measures else None,
-            )
-            return slowed(problem, slowness(problem))
-
-        problem = await make(asked=asked)
-        try:
-            plan = await self._solve(request, problem)
-        except PlanError as error:
-            if not measures or not await self._links_back(error, failed_before_s):
-                raise
-            problem = await make(asked=False)
-            plan = await self._solve(request, problem)
-        measured_kl = None
-        if request.check_quality:
-            self._require_idle()
-            if losses.known is None:
-                raise RequestInvalid(
-                    "check_quality needs sensitivities that this coordinator has: run "
-                    "`shoal calibrate --quality --on auto` first",
-                    "check_quality",
-                )
-            plan, measured_kl = await self._quality_meter.keep_budget(
-                request, checkpoint, members, problem, plan, losses.known, self._report
-            )
-        elif asked and losses.budget is not None and losses.source.kind == "estimated":
-            plan, measured_kl = await self._quality_meter.keep_estimate(
-                request, checkpoint, problem, plan, self._report
-            )
-        return Planned(
-            request,
-            checkpoint,
-            context_tokens,
-            problem,
-            plan,
-            losses.margin,
-            measured_kl,
-            losses.source,
-            {member.name: member.device for member in members},
-        )
-
-    def _opened(
-        self, open_model: Callable[[Path, str | None], Checkpoint], request: LoadRequest
-    ) -> Checkpoint:
-        """The model with the codes that the request's scheme chooses. Raises ModelError."""
-        checkpoint = open_model(request.model, request.adapter)
-        return self._store.prepared(checkpoint, request.scheme, request.scheme_text)
-
-    async def _solve(self, request: LoadRequest, problem: PlanningProblem) -> Plan:
-        self._step("plan", "solving", 0, 0, "")
-        if request.plan is not None:
-            return request.plan.renamed(self._roster.names.name).to_plan(problem)
-        others = [record.plan for record in self._beside(request)]
-        return await asyncio.to_thread(
-            solve_beside, problem, others, time_limit_s=request.time_limit_s
-        )
-
-    async def _links_back(self, error: PlanError, failed_before_s: float) -> bool:
-        """Try failed links that a plan may have lacked. Returns whether one of them works.
-
-        These are the links that the planner names, or every failed link if it names none.
-        """
-        pairs = self._roster.links_to_retry(failed_before_s)
-        if isinstance(error, InfeasiblePlan):
-            wanted = error.advice.missing_links
-            pairs = [pair for pair in pairs if (pair[0].name, pair[1].name) in wanted]
-        return await try_links(self._roster, pairs, self._report)
 
     def _identified(self, request: LoadRequest) -> LoadRequest:
         """``request`` with ids in place of names. Raises RequestInvalid for unknown devices."""
@@ -589,171 +449,7 @@ class Operations:
                     )
         return request.identified(names.device)
 
-    def _require_idle(self) -> None:
-        for name, state in self._models.present():
-            if deployment_of(state) is not None:
-                raise Busy(
-                    f"{name} is loaded, and measuring quality needs the whole device: "
-                    "run `shoal unload` first"
-                )
-
-    async def _problem(
-        self,
-        request: LoadRequest,
-        checkpoint: Checkpoint,
-        members: tuple[Member, ...],
-        context_tokens: int,
-        losses: Losses,
-        *,
-        asked: bool | None,
-    ) -> PlanningProblem:
-        """Measure what is not known yet, and build the planning problem.
-
-        The devices have the memory and storage that other models leave.
-
-        asked: as of ``_plan``. With None nothing is measured.
-        """
-        spec = checkpoint.spec
-        uses = use_of(self._beside(request))
-        names = {member.device: member.name for member in members}
-        excluded = [member.name for member in members if member.device in request.exclude]
-        timings = await measure_blocks(
-            members,
-            spec,
-            request.bits,
-            self._report,
-            names.values() if asked is None else excluded,
-            rows=request.slots > 1,
-            shares=not request.no_teams,
-        )
-        if asked is not None:
-            measured = [member for member in members if member.name not in excluded]
-            await measure_links(self._roster, measured, self._report, asked=asked)
-        errors: tuple[dict[int, float], ...] = ({},) * spec.block_count
-        if request.max_weight_error is not None:
-            if not checkpoint.tensors:
-                raise RequestInvalid(
-                    "max_weight_error compares weights, and the model's are not downloaded yet",
-                    "max_weight_error",
-                )
-            errors = await in_thread(
-                "weight errors",
-                lambda on_step, cancelled: self._store.weight_errors(
-                    checkpoint, map(request.format, request.bits), on_step, cancelled
-                ),
-                self._report,
-            )
-        held: Mapping[str, Sequence[Collection[int]]] = {}
-        rates: Mapping[str, float] = {}
-        if request.objective.migration_weight > 0:
-            artifacts = self._store.known(checkpoint, map(request.format, request.bits))
-            held = await find_held(members, artifacts, spec.block_count)
-            rates = load_rates(self._roster, members)
-        devices = [
-            DeviceInput(
-                member.name,
-                uses[member.device].left_of(member.profile)
-                if member.device in uses
-                else member.profile,
-                timings.get(member.name, ()),
-                held.get(member.name, ()),
-                rates.get(member.name, math.inf),
-            )
-            for member in members
-        ]
-        try:
-            wanted = RequestInput(
-                spec,
-                request.bits,
-                context_tokens,
-                request.slots,
-                formats={bits: request.format(bits) for bits in request.bits},
-                native=checkpoint.native_formats(),
-                weight_errors=errors,
-                max_weight_error=request.max_weight_error,
-                sensitivities=losses.blocks,
-                own_sensitivities=losses.own,
-                quality_budget=losses.budget,
-                objective=request.objective,
-                pins={block: names[device] for block, device in request.pins.items()},
-                excluded=excluded,
-                teams=[[names[device] for device in team] for team in request.teams],
-                no_teams=request.no_teams,
-                hop_formats=choose_hops(request.hop_bits, losses.hops, request.quality_budget),
-            )
-            no_links = [link for link, _ in self._roster.failed_links()]
-            return build_problem(wanted, devices, self._roster.links(), no_links)
-        except ValueError as error:
-            raise RequestInvalid(str(error)) from error
-
     # ---- deploying ------------------------------------------------------------------------------
-
-    async def _quantize(self, planned: Planned) -> dict[str, list[BlockRef]]:
-        """Make the plan's artifacts, and return those of each device by its name in the plan."""
-        names, wanted = zip(*wanted_artifacts(planned), strict=True)
-        refs = await in_thread(
-            "quantize",
-            lambda on_step, cancelled: self._store.quantize(
-                planned.checkpoint, wanted, on_step, cancelled
-            ),
-            self._report,
-        )
-        blocks: dict[str, list[BlockRef]] = {name: [] for name in names}
-        for name, ref in zip(names, refs, strict=True):
-            blocks[name].append(ref)
-        return blocks
-
-    def _vocabulary_of(self, tokenizer: Tokenizer, spec: ModelSpec) -> Vocabulary | None:
-        """The vocabulary of a model, made once for each loaded tokenizer."""
-        for known, vocabulary in self._vocabularies:
-            if known is tokenizer:
-                if vocabulary is not None:
-                    self._store.keep(vocabulary.data)
-                return vocabulary
-        used = [deployment_of(state) for _, state in self._models.present()]
-        loaded = [deployment.tokenizer for deployment in used if deployment is not None]
-        for known, vocabulary in tuple(self._vocabularies):
-            if not any(known is one for one in loaded):
-                self._vocabularies.remove((known, vocabulary))
-                if vocabulary is not None:
-                    vocabulary.close()
-        vocabulary = make_vocabulary(tokenizer, spec, self._store)
-        self._vocabularies.append((tokenizer, vocabulary))
-        return vocabulary
-
-    async def _deploy(
-        self,
-        planned: Planned,
-        tokenizer: Tokenizer,
-        blocks: Mapping[str, Sequence[BlockRef]],
-        members: Sequence[Member],
-        vocabulary: Vocabulary | None = None,
-    ) -> Deployment:
-        self._damaged_epochs.clear()
-        while True:  # This ends, because a device fetches or makes damaged files again.
-            epoch = secrets.randbits(62)  # Hard to guess, and not repeated after a restart.
-            on_loaded = partial(self._on_loaded, model_name(planned.request.model))
-            deployment = await deploy(
-                planned,
-                tokenizer,
-                blocks,
-                members,
-                epoch,
-                self._report,
-                on_loaded,
-                vocabulary,
-                tuple(self._roster.keeps),
-            )
-            if epoch not in self._damaged_epochs:
-                return deployment
-            await asyncio.shield(unload(deployment.devices, epoch))
-
-    def _on_loaded(self, name: str, member: Member, loaded: StageLoaded) -> None:
-        if loaded.damaged_files:
-            self._models.apply(name, FilesMended())
-            log.warning(
-                "%s: %d damaged files were fetched or made again", member.name, loaded.damaged_files
-            )
 
     async def place(self, request: LoadRequest, tokenizer: Tokenizer | None = None) -> Deployment:
         """Deploy an identified ``request``, as far as the living devices can carry it out.
@@ -814,13 +510,10 @@ class Operations:
 
         Raises CoordinatorError, ModelError, PlanError.
         """
-        blocks = await self._quantize(planned)
-        vocabulary = await asyncio.to_thread(
-            self._vocabulary_of, before.tokenizer, planned.checkpoint.spec
-        )
+        files = await self._deployer.files(planned, before.tokenizer)
         members = self._roster.members
         try:
-            deployment = await self._deploy(planned, before.tokenizer, blocks, members, vocabulary)
+            deployment = await self._deployer.deploy(planned, before.tokenizer, files, members)
         except LinkFailed as error:
             self._fail_link(members, error)  # Or the next plan would need it again.
             raise
@@ -834,10 +527,10 @@ class Operations:
         ModelError.
         """
         tokenizer = await asyncio.to_thread(_tokenizer, request.model)
-        checkpoint = await asyncio.to_thread(self._opened, Checkpoint.open, request)
+        checkpoint = await asyncio.to_thread(self._maker.opened, Checkpoint.open, request)
         if checkpoint.fingerprint != record.fingerprint:
             raise NotLoaded("the model's files have changed")
-        vocabulary = await asyncio.to_thread(self._vocabulary_of, tokenizer, checkpoint.spec)
+        vocabulary = await self._deployer.vocabulary(tokenizer, checkpoint.spec)
         teams = record.teams(self._roster.members)
         if teams is None:
             raise NotLoaded("a device was lost")
@@ -887,14 +580,3 @@ def _tokenizer(directory: Path) -> Tokenizer:
 
 def _doubts(tokenizer: Tokenizer, model: Path) -> list[str]:
     return list(tokenizer.doubts(load_spec(model).vocab))
-
-
-def _check_joined(wanted: Iterable[str], members: tuple[Member, ...], names: NameBook) -> None:
-    """Raise RequestInvalid if a device of ``wanted``, which are ids, is not a member."""
-    here = {member.device for member in members}
-    joined_now = ", ".join(member.name for member in members)
-    for device in wanted:
-        if names.device(device) is None:
-            raise RequestInvalid(f"no device is called {device!r}: {joined_now} have joined")
-        if device not in here:
-            raise RequestInvalid(f"{names.name(device)} is not here now: {joined_now} have joined")

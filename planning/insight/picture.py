@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape, quoteattr
 
@@ -378,62 +378,92 @@ def curves_svg(
 
     y begins at 0, or the picture says that it does not.
     """
-    width, height = 640, 400
-    left, right, top, bottom = 76, 20, 66, 58
-    drawing = Drawing(width, height, title)
-    drawing.words(20, 28, clipped(title, width - 40, 16), size=16, bold=True)
-    drawing.words(20, 47, clipped(note, width - 40, 11), size=11, fill=_PALE)
-    low = math.log10(min(x for curve in curves for x, _ in curve.points))
-    high = math.log10(max(x for curve in curves for x, _ in curve.points))
-    span = (high - low) or 1.0
-    heights = [y for curve in curves for _, y in curve.points]
-    heights += [edge for curve in curves for edges in curve.spread for edge in edges]
-    base = 0.0 if from_zero else min(heights)
-    step = _tick(max(heights) - base)
-    floor = step * math.floor(base / step + 1e-9)
-    ceiling = step * max(math.ceil(max(heights) / step - 1e-9), round(floor / step) + 1)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (math.log10(x) - low) / span
-        up = (y - floor) / (ceiling - floor)
-        return left + across * (width - left - right), height - bottom - up * (
-            height - top - bottom
-        )
-
-    for count in range(round((ceiling - floor) / step) + 1):
-        mark = floor + count * step
-        y = place(10**low, mark)[1]
-        drawing.path([(left, y), (width - right, y)], stroke=_LINE, width=1)
-        drawing.words(left - 8, y + 4, f"{mark:g}", size=11, anchor="end")
-    if floor > 0:
+    axes = _Axes.of(curves, from_zero=from_zero)
+    drawing = Drawing(_CURVES_WIDTH, _CURVES_HEIGHT, title)
+    drawing.words(20, 28, clipped(title, _CURVES_WIDTH - 40, 16), size=16, bold=True)
+    drawing.words(20, 47, clipped(note, _CURVES_WIDTH - 40, 11), size=11, fill=_PALE)
+    if axes.floor > 0:
         y_label += " (axis not from 0)"
-    ticks = [10.0**power for power in range(math.ceil(low - 1e-9), math.floor(high + 1e-9) + 1)]
-    if len(ticks) < 3:
-        ticks = sorted({x for curve in curves for x, _ in curve.points})
-    for tick in ticks:
-        x = place(tick, floor)[0]
-        drawing.path([(x, height - bottom), (x, height - bottom + 5)], stroke=_INK, width=1)
-        drawing.words(x, height - bottom + 19, f"{tick:g}", size=11, anchor="middle")
-    drawing.words((left + width - right) / 2, height - 16, x_label, size=12, anchor="middle")
-    drawing.words(20, (top + height - bottom) / 2, y_label, anchor="middle", turned=True)
+    _draw_axes(drawing, axes, {x for curve in curves for x, _ in curve.points}, x_label, y_label)
     for index, curve in enumerate(curves):
-        colour = _CURVE_COLOURS[index % len(_CURVE_COLOURS)]
-        xs = [x for x, _ in curve.points]
-        if curve.spread:
-            upper = [place(x, edge) for x, (_, edge) in zip(xs, curve.spread, strict=True)]
-            lower = [place(x, edge) for x, (edge, _) in zip(xs, curve.spread, strict=True)]
-            drawing.path(
-                [*upper, *reversed(lower)], stroke="none", fill=colour, opacity=0.15, width=0
-            )
-        line = [place(x, y) for x, y in curve.points]
-        drawing.path(line, stroke=colour, width=2)
-        for x, y in line:
-            drawing.dot(x, y, colour)
-        across = width - right - 190
-        drawing.box(across, top + 6 + 18 * index, 12, 4, fill=colour)
-        label = clipped(curve.label, width - right - across - 18, 11)
-        drawing.words(across + 18, top + 12 + 18 * index, label, size=11)
+        _draw_curve(drawing, axes, curve, index)
     return drawing.text()
+
+
+_CURVES_WIDTH, _CURVES_HEIGHT = 640, 400
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76, _CURVES_WIDTH - 20, 66, _CURVES_HEIGHT - 58
+"""Where the area of the curves ends, in the picture's units."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Axes:
+    """The ranges of a picture of curves.
+
+    low, high: the decimal logarithms of the least and the greatest x.
+    floor, ceiling: the least and the greatest y.
+    step: between marks on the y axis.
+    """
+
+    low: float
+    high: float
+    floor: float
+    ceiling: float
+    step: float
+
+    @staticmethod
+    def of(curves: Sequence[Curve], *, from_zero: bool) -> _Axes:
+        low = math.log10(min(x for curve in curves for x, _ in curve.points))
+        high = math.log10(max(x for curve in curves for x, _ in curve.points))
+        heights = [y for curve in curves for _, y in curve.points]
+        heights += [edge for curve in curves for edges in curve.spread for edge in edges]
+        base = 0.0 if from_zero else min(heights)
+        step = _tick(max(heights) - base)
+        floor = step * math.floor(base / step + 1e-9)
+        ceiling = step * max(math.ceil(max(heights) / step - 1e-9), round(floor / step) + 1)
+        return _Axes(low, high, floor, ceiling, step)
+
+    def place(self, x: float, y: float) -> tuple[float, float]:
+        """Return the point of the picture that shows (x, y)."""
+        across = (math.log10(x) - self.low) / ((self.high - self.low) or 1.0)
+        up = (y - self.floor) / (self.ceiling - self.floor)
+        return _LEFT + across * (_RIGHT - _LEFT), _BOTTOM - up * (_BOTTOM - _TOP)
+
+
+def _draw_axes(
+    drawing: Drawing, axes: _Axes, points: Collection[float], x_label: str, y_label: str
+) -> None:
+    """Draw lines across at marks of y, and ticks at powers of ten, or at ``points`` if few."""
+    for count in range(round((axes.ceiling - axes.floor) / axes.step) + 1):
+        mark = axes.floor + count * axes.step
+        y = axes.place(10**axes.low, mark)[1]
+        drawing.path([(_LEFT, y), (_RIGHT, y)], stroke=_LINE, width=1)
+        drawing.words(_LEFT - 8, y + 4, f"{mark:g}", size=11, anchor="end")
+    powers = range(math.ceil(axes.low - 1e-9), math.floor(axes.high + 1e-9) + 1)
+    ticks = [10.0**power for power in powers] if len(powers) > 2 else sorted(points)
+    for tick in ticks:
+        x = axes.place(tick, axes.floor)[0]
+        drawing.path([(x, _BOTTOM), (x, _BOTTOM + 5)], stroke=_INK, width=1)
+        drawing.words(x, _BOTTOM + 19, f"{tick:g}", size=11, anchor="middle")
+    drawing.words((_LEFT + _RIGHT) / 2, _CURVES_HEIGHT - 16, x_label, size=12, anchor="middle")
+    drawing.words(20, (_TOP + _BOTTOM) / 2, y_label, anchor="middle", turned=True)
+
+
+def _draw_curve(drawing: Drawing, axes: _Axes, curve: Curve, index: int) -> None:
+    """Draw a curve with its spread, and its label as number ``index`` of the legend."""
+    colour = _CURVE_COLOURS[index % len(_CURVE_COLOURS)]
+    xs = [x for x, _ in curve.points]
+    if curve.spread:
+        upper = [axes.place(x, edge) for x, (_, edge) in zip(xs, curve.spread, strict=True)]
+        lower = [axes.place(x, edge) for x, (edge, _) in zip(xs, curve.spread, strict=True)]
+        drawing.path([*upper, *reversed(lower)], stroke="none", fill=colour, opacity=0.15, width=0)
+    line = [axes.place(x, y) for x, y in curve.points]
+    drawing.path(line, stroke=colour, width=2)
+    for x, y in line:
+        drawing.dot(x, y, colour)
+    across = _RIGHT - 190
+    drawing.box(across, _TOP + 6 + 18 * index, 12, 4, fill=colour)
+    label = clipped(curve.label, _RIGHT - across - 18, 11)
+    drawing.words(across + 18, _TOP + 12 + 18 * index, label, size=11)
 
 
 def _tick(peak: float) -> float:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from planning.search.base import FINISHED, WIDTHS, Found, Make
 from planning.search.beam import beam
 from planning.search.bounds import Priced, Separate
-from planning.search.search import _FINISHED, _WIDTHS, Found, _Cheapest
+from planning.search.sums import Cheapest
 from planning.search.tables import Floats, Span, Tables
 
 _NARROW = 0.4
@@ -42,14 +43,16 @@ class _Interval:
     rest: float
     """Lower bound of the objective without the slowest stage."""
     level: int = 0
-    """Index in _WIDTHS of the next beam."""
+    """Index in WIDTHS of the next beam."""
 
 
-class Prompted(_Cheapest):
+class Prompted(Cheapest):
     """The search for a request. Its bounds take the fastest width for the slowest stage."""
 
-    def __init__(self, tables: Tables, until_s: tuple[float, float], gap: float) -> None:
-        super().__init__(tables, until_s, gap)
+    def __init__(
+        self, tables: Tables, until_s: tuple[float, float], gap: float, make: Make
+    ) -> None:
+        super().__init__(tables, until_s, gap, make)
         self.least_s = self._least_turns()
         usable = np.isfinite(tables.turn)
         self.varied = bool((np.where(usable, tables.turn, 0.0).max(2) > tables.turn.min(2)).any())
@@ -76,7 +79,7 @@ class Prompted(_Cheapest):
         """Least bound of the intervals that no wider beam can improve."""
         while waiting and waiting[0].bound < self._target() and not self._late():
             least = heapq.heappop(waiting)
-            if least.level == len(_WIDTHS):
+            if least.level == len(WIDTHS):
                 closed = min(closed, least.bound)
                 continue
             for one in self._narrower(least):
@@ -93,7 +96,7 @@ class Prompted(_Cheapest):
             priced = self._limited(limit_s, target)
             if self._late() or priced.bound >= target:
                 break
-            self._walk([priced], target, _WIDTHS[0], most=20)
+            self._walk([priced], target, WIDTHS[0], most=20)
         if self.value >= self.at_hand and not self._done():
             self._try_other()
 
@@ -150,7 +153,7 @@ class Prompted(_Cheapest):
         rest = max(whole.rest, priced.bound)
         found = self._interval(rest, low_s, high_s)
         if rest < target:
-            self._walk([priced], target, _WIDTHS[0], most=8)
+            self._walk([priced], target, WIDTHS[0], most=8)
         return found
 
     def _limited(self, high_s: float, target: float) -> Priced:
@@ -203,7 +206,7 @@ class Prompted(_Cheapest):
         return Separate(segments, priced.min(0, initial=math.inf), tables.back)
 
     def _walk(
-        self, relaxations: Sequence[Priced], target: float, width: int, most: int = _FINISHED
+        self, relaxations: Sequence[Priced], target: float, width: int, most: int = FINISHED
     ) -> tuple[float, bool]:
         """Finish the walks that a beam finds below ``target``.
 
@@ -231,8 +234,8 @@ class Prompted(_Cheapest):
             arcs = self._arcs(mu, whole.high_s)
             paid = mu * (self.tables.budget or 0.0)
             chosen.append(self.pricer.relaxation(arcs, paid, self.prices))
-        rest, full = self._walk(chosen, target, _WIDTHS[whole.level])
-        level = whole.level + 1 if full else len(_WIDTHS)
+        rest, full = self._walk(chosen, target, WIDTHS[whole.level])
+        level = whole.level + 1 if full else len(WIDTHS)
         return [self._interval(max(whole.rest, rest), whole.low_s, whole.high_s, level)]
 
     def _widths(self, spans: Sequence[Span], charged: Tables | None = None) -> float:

@@ -21,8 +21,9 @@ from coordinator.loading import operations
 from coordinator.loading.deployment import Deployment, Planned, wanted_artifacts
 from coordinator.loading.keeper import Keeper
 from coordinator.loading.models import Models
-from coordinator.loading.operations import Operations, Slowness, as_measured
+from coordinator.loading.operations import Operations
 from coordinator.loading.paces import Paces, slow_devices
+from coordinator.loading.plan_maker import PlanMaker, Slowness, as_measured
 from coordinator.loading.recovery import LoadedFile
 from coordinator.loading.turns import Turns
 from coordinator.quality.store import QualityStore
@@ -124,12 +125,14 @@ def block_timings(bits: int) -> list[BlockTiming]:
     return [BlockTiming(kind, 0, bits, 0.1, 0.1, rows_s=(0.1,) * len(TIMED_ROWS)) for kind in kinds]
 
 
-class PlansGiven(Operations):
-    """Operations with plans from a list in place of the planner."""
+class Given(PlanMaker):
+    """Gives the plans of operations in place of the planner's."""
 
-    plans: list[Plan]
+    def __init__(self, operations: PlansGiven) -> None:
+        vars(self).update(vars(operations._maker))
+        self._operations = operations
 
-    async def _plan(
+    async def plan(
         self,
         request: LoadRequest,
         *,
@@ -138,6 +141,19 @@ class PlansGiven(Operations):
         slowness: Slowness = as_measured,
         measures: bool = True,
     ) -> Planned:
+        return self._operations.next(request)
+
+
+class PlansGiven(Operations):
+    """Operations with plans from a list in place of the planner's."""
+
+    plans: list[Plan]
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self._maker = Given(self)
+
+    def next(self, request: LoadRequest) -> Planned:
         if not self.plans:
             raise PlanError("no plan is left")
         joined = [member.name for member in self._roster.members]
@@ -494,11 +510,10 @@ def test_a_member_that_left_before_is_named(run: Run) -> None:
             while len(shoal.roster.members) == len(NAMES):
                 await changed.wait()
                 changed.clear()
-        blocks = await shoal.operations._quantize(left)
+        tokenizer = Tokenizer.load(MODEL)
+        files = await shoal.operations._deployer.files(left, tokenizer)
         with pytest.raises(AgentLost, match=r"c: device lost \(it left while the plan was made"):
-            await shoal.operations._deploy(
-                left, Tokenizer.load(MODEL), blocks, shoal.roster.members
-            )
+            await shoal.operations._deployer.deploy(left, tokenizer, files, shoal.roster.members)
 
     run(test)
 

@@ -293,7 +293,7 @@ def test_broken_models_give_way_where_not_all_fit(
     async def test(shoal: Shoal) -> None:
         await load(shoal, MODEL, ON_A_AND_D)
         await load(shoal, other, ON_B_AND_D)
-        plan = shoal.operations._plan
+        plan = shoal.operations._maker.plan
 
         async def crowded(request: LoadRequest, **options: Any) -> object:
             beside = [record.epoch for record in shoal.operations._beside(request)]
@@ -302,7 +302,7 @@ def test_broken_models_give_way_where_not_all_fit(
                 raise InfeasiblePlan("too little memory")
             return await plan(request, **options)
 
-        monkeypatch.setattr(shoal.operations, "_plan", crowded)
+        monkeypatch.setattr(shoal.operations._maker, "plan", crowded)
         shoal.operations.plans = [plan_of(ON_C)]
         shoal.kill("d")
         await shoal.until(lambda: shoal.models.all_serving and len(besides) >= 3)

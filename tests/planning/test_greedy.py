@@ -13,6 +13,7 @@ from planning import planner, twins
 from planning.plan import Proof, assess, verify
 from planning.planner import solve
 from planning.problem import BlockOption, Device, HopFormat, Objective, PlanningProblem
+from planning.search import base, slowest, sums
 from planning.search import search as plan_search
 from planning.search.beam import beam as real
 from planning.search.greedy import fill
@@ -110,13 +111,13 @@ def test_fillings_are_what_they_say() -> None:
     assert plans > within > 50
 
 
-@pytest.mark.parametrize(("kind", "name"), [("latency", "_Cheapest"), ("throughput", "_Fastest")])
+@pytest.mark.parametrize(("kind", "name"), [("latency", "Cheapest"), ("throughput", "Fastest")])
 def test_each_search_finishes_the_walks_of_the_other(
     kind: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where its own beam finds nothing, and nothing is made at once."""
     problem = wide_problem(6, 4, 0, kind)
-    monkeypatch.setattr(plan_search, "fill", lambda *_: [])
+    monkeypatch.setattr(base, "fill", lambda *_: [])
     owners: list[bool] = []
 
     def beam(tables: Tables, *arguments: object, **settings: object) -> object:
@@ -124,7 +125,8 @@ def test_each_search_finishes_the_walks_of_the_other(
         owners.append(own)
         return ([], 0.0) if own else real(tables, *arguments, **settings)  # type: ignore[arg-type] # as called
 
-    monkeypatch.setattr(plan_search, "beam", beam)
+    monkeypatch.setattr(sums, "beam", beam)
+    monkeypatch.setattr(slowest, "beam", beam)
     assert name in vars(plan_search)
     plan = solve(problem, gap=0.5, time_limit_s=5.0)
     verify(plan, problem)

@@ -29,8 +29,9 @@ from planning.problem import (
     ObjectiveKind,
     PlanningProblem,
 )
-from planning.search import search as plan_search
-from planning.search.search import Found, search
+from planning.search import base
+from planning.search.base import Found
+from planning.search.search import search
 from wire.profile import LinkProfile
 
 SOLVERS: list[SolverName] = ["cbc"]
@@ -621,7 +622,7 @@ def test_a_plan_is_looked_for_even_when_the_limit_has_passed(
     kind: ObjectiveKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a slow machine: bounds take all the time there is, and no plan is made at once."""
-    monkeypatch.setattr(plan_search, "fill", lambda *_: [])
+    monkeypatch.setattr(base, "fill", lambda *_: [])
     problem = replace(hard_problem(), objective=Objective(kind))
     found = search(problem, deadline_s=0.0, gap=0.01, last_resort_s=time.monotonic() + 60)
     assert found.choice is not None

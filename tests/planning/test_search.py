@@ -15,7 +15,7 @@ from benchmarks.planner import instance
 from planning.plan import InfeasiblePlan, verify
 from planning.planner import solve
 from planning.problem import HopFormat, Objective, ObjectiveKind, PlanningProblem
-from planning.search import search as plan_search
+from planning.search import slowest
 from planning.search.bounds import Joint, Pricer, Separate
 from planning.search.orders import Orders
 from planning.search.search import search
@@ -138,7 +138,7 @@ def test_many_devices_are_planned_in_part_and_bounded_as_a_whole(
 ) -> None:
     problem = instance(8, 8, seed, Objective("throughput"))
     exact = solve(problem, gap=1e-3, time_limit_s=60)
-    monkeypatch.setattr(plan_search, "_MANY", 5)
+    monkeypatch.setattr(slowest, "_MANY", 5)
     found = search(problem, deadline_s=time.monotonic() + 60, gap=0.01)
     assert found.choice is not None
     assert 0 < found.bound <= exact.value * (1 + 1e-9)

@@ -20,7 +20,8 @@ from planning.exact.solver import Outcome, SolverError, SolverName, default_solv
 from planning.plan import InfeasiblePlan, PlanError, Proof, assess, verify
 from planning.planner import solve
 from planning.problem import Objective, PlanningProblem
-from planning.search.search import Found, search
+from planning.search.base import Found
+from planning.search.search import search
 from tests.planning.test_planner import (
     SOLVERS,
     exhaustive_s,
