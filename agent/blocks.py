@@ -22,8 +22,9 @@ from model.artifact import SHA256, file_sha256
 from model.durable import remove
 from model.errors import CheckpointError
 from model.partial import PartialFile
+from wire import limits
 from wire.connection import Connection
-from wire.errors import ProtocolError
+from wire.errors import ConnectionLost, ProtocolError
 from wire.hygiene import clean
 from wire.introduction import Caller
 from wire.messages import (
@@ -218,16 +219,39 @@ class BlockCache:
         on_progress: Callable[[int], None],
         *,
         is_last: bool = False,
+        patience_s: float | None = None,
     ) -> None:
         """Fetch one artifact; ``on_progress`` gets the bytes that are here.
 
-        Raises ArrivedDamaged, WireError, OSError.
+        patience_s: the longest time for each FILE_CHUNK_BYTES. Raises ArrivedDamaged, WireError,
+        OSError.
         """
         part = self._directory / f"{ref.sha256}.part"
         if part.is_dir():
             remove(part)
+        arrive = partial(
+            self._arrives, connection, ref, on_progress, is_last=is_last, patience_s=patience_s
+        )
+        # The bytes of an earlier source may be the damaged ones. So this one sends all of them.
+        if not arrive() and not arrive():
+            raise ArrivedDamaged(f"{ref} arrived damaged (its hash differs)")
+
+    def _arrives(
+        self,
+        connection: Connection,
+        ref: FileRef,
+        on_progress: Callable[[int], None],
+        *,
+        is_last: bool,
+        patience_s: float | None,
+    ) -> bool:
+        """Fetch the rest of an artifact. False if earlier bytes were there and its hash differs.
+
+        Nothing of it is here then. Raises ArrivedDamaged if the connection has sent all of it.
+        """
         with PartialFile(self.path(ref.sha256), ref.size_bytes) as arriving:
-            connection.send(FetchBlock(ref.sha256, arriving.offset))
+            began_s, before = time.monotonic(), arriving.offset
+            connection.send(FetchBlock(ref.sha256, before))
             while not arriving.complete:
                 chunk, payload = connection.receive()
                 if not is_last and isinstance(chunk, BlockChunk) and chunk.total != ref.size_bytes:
@@ -239,8 +263,14 @@ class BlockCache:
                     raise ProtocolError(f"{ref}: unexpected answer to a download")
                 arriving.write(payload)
                 on_progress(arriving.offset)
-            if not arriving.finish():
+                chunks = 1 + (arriving.offset - before) / limits.FILE_CHUNK_BYTES
+                if patience_s is not None and time.monotonic() - began_s > patience_s * chunks:
+                    raise ConnectionLost(f"{connection.peer} sends too slowly")
+            if arriving.finish():
+                return True
+            if before == 0:
                 raise ArrivedDamaged(f"{ref} arrived damaged (its hash differs)")
+            return False
 
     def _evict(self, keep: set[str], needed_bytes: int) -> None:
         """Remove the files used longest ago, except ``keep``, until ``needed_bytes`` are free."""

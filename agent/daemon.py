@@ -180,7 +180,7 @@ class Agent:
         self._listener = Listener(
             config.bind_host, config.data_port, answerer=self._credentials.of_others()
         )
-        self._peers = PeerServer(self._device, self._listener)
+        self._peers = PeerServer(self._device, self._listener, self._credentials.contacts)
         self._peers.files = self._cache.held
         self._stages = Stages(self._peers)
         self._loader = StageLoader(
@@ -442,7 +442,6 @@ class Agent:
                         relay.release(message.sequence)
                 elif isinstance(message, DevicesKnown):
                     self._credentials.learn(message)
-                    self._peers.drop(self._credentials.knows)
                 elif not isinstance(message, Heartbeat):
                     raise ProtocolError(f"unexpected {type(message).__name__} from coordinator")
         except WireError:
@@ -605,6 +604,7 @@ class Agent:
             request.device,
             request.endpoints,
             caller=self._credentials.to_device(request.device),
+            contacts=self._credentials.contacts,
             hop_key=request.hop_key if isinstance(request, ConnectStage) else b"",
             team_key=request.team_key if isinstance(request, ConnectTeam) else b"",
         )

@@ -172,8 +172,13 @@ class StageLoader:
 
     def _connect(self, holder: Holder) -> Connection:
         """Connect to a device that has files. Raises WireError."""
-        caller = self._credentials.to_device(holder.device)
-        return connect_peer(self._device, holder.device, holder.endpoints, caller=caller)
+        return connect_peer(
+            self._device,
+            holder.device,
+            holder.endpoints,
+            caller=self._credentials.to_device(holder.device),
+            contacts=self._credentials.contacts,
+        )
 
     def _run(
         self, request: LoadStage, spec: ModelSpec, blocks: range, stage: Stage, team: Team | None

@@ -362,7 +362,8 @@ class Coordinator:
             if isinstance(hello, AgentHello):
                 await self.roster.serve(hello, connection)
             elif isinstance(hello, BlocksHello):
-                await self._serve_files(hello.device, connection)
+                with self.roster.beside(connection):
+                    await self._serve_files(hello.device, connection)
         except AuthFailed as error:
             cause = error.refusal or "refused"
             self._rare_log.warning(cause, "connection refused: %s", error)

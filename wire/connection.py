@@ -89,6 +89,7 @@ class Connection:
         self._opened_s = time.monotonic()
         self._deadline_s: float | None = None
         self._timeout_s: float | None = None
+        self._message_s: float | None = None
         self._is_refusing = False
         self._send_lock = threading.Lock()
 
@@ -146,6 +147,13 @@ class Connection:
         except OSError as error:
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
 
+    def limit_message(self, seconds: float | None) -> None:
+        """Let each ``receive`` last so long at most, however steadily bytes drip. None: for ever.
+
+        ``set_receive_timeout`` limits only the silence between two bytes.
+        """
+        self._message_s = seconds
+
     def send(self, message: Message, payload: Buffer = b"") -> None:
         """Send one frame. Header and payload leave in one call."""
         head = encode(message, len(payload))
@@ -163,7 +171,12 @@ class Connection:
         """
         if self._framer.is_proving:
             self._prove()
-        return self._until(self._framer.next_frame)
+        if self._message_s is None:
+            return self._until(self._framer.next_frame)
+        self._deadline_s = time.monotonic() + self._message_s
+        frame = self._until(self._framer.next_frame)
+        self._deadline_s = None
+        return frame
 
     # A thread that serves several connections polls them, and uses the next three methods.
 
@@ -218,6 +231,13 @@ class Connection:
         if self._lobby is not None and not self._lobby.leave(self):
             raise ConnectionLost(f"{self.peer} was closed to make room for others")
         return message
+
+    def cut(self) -> None:
+        """End the stream under a user in another thread, which sees a loss and closes it.
+
+        The descriptor stays until then, because that thread may poll it.
+        """
+        self._transport.cut()
 
     def close(self) -> None:
         """Close at once and wake a thread that is blocked in ``receive``. Idempotent."""
@@ -279,7 +299,10 @@ class Connection:
         """Let the next receive end at the deadline."""
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
-            raise self._framer.lost(" took too long to say who it is")
+            is_named = self._message_s is not None and not self._framer.is_proving
+            raise self._framer.lost(
+                " sent a message too slowly" if is_named else " took too long to say who it is"
+            )
         self._transport.set_receive_timeout(max(left_s, 1e-3))
 
     def _flush(self) -> None:

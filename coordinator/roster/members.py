@@ -8,7 +8,7 @@ import itertools
 import logging
 import time
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import astuple, dataclass, field, replace
 from typing import TypeVar
 
@@ -23,6 +23,7 @@ from model.spec import ModelSpec
 from planning.problem import NoLink
 from wire import hygiene, limits
 from wire.addresses import is_loopback, is_shared
+from wire.claim import Fingerprint
 from wire.connection import AsyncConnection
 from wire.errors import ProtocolError, WireError
 from wire.hygiene import (
@@ -340,6 +341,8 @@ class Roster:
         book: the devices that may join by TLS. None without TLS.
         """
         self._book = book
+        self._beside: set[AsyncConnection] = set()
+        """The connections of devices that carry files."""
         self._tellings: set[asyncio.Task[None]] = set()
         self.names = names or NameBook()
         self._cluster = cluster
@@ -510,6 +513,15 @@ class Roster:
             heartbeat.cancel()
             self._lose(member, AgentLost(member.name, "its connection ended"))
 
+    @contextlib.contextmanager
+    def beside(self, connection: AsyncConnection) -> Iterator[None]:
+        """Serve a device's connection that carries files. It ends when the device is revoked."""
+        self._beside.add(connection)
+        try:
+            yield
+        finally:
+            self._beside.discard(connection)
+
     def tell_known(self) -> None:
         """Tell all members which devices may call them, if that has changed. Drop the revoked ones.
 
@@ -523,9 +535,12 @@ class Roster:
         except BadBook as error:
             self._rare_log.warning("book", "%s", error)
             return
-        devices = {item.device for item in known.devices}
+        may_join = {(item.device, item.fingerprint) for item in known.devices}
+        for connection in tuple(self._beside):
+            if _is_revoked(connection, may_join):
+                connection.close()
         for member in tuple(self._members.values()):
-            if member.device not in devices:
+            if _is_revoked(member.connection, may_join):
                 self._lose(member, AgentLost(member.name, "it was revoked"))
             elif member.told != known:
                 member.told = known
@@ -704,6 +719,12 @@ class Roster:
             return f"the device id {hello.device!r} is another device's name"
         wrong = implausible_profile(hello.profile)
         return None if wrong is None else f"its profile has {wrong}"
+
+
+def _is_revoked(connection: AsyncConnection, may_join: Set[tuple[str, Fingerprint]]) -> bool:
+    """Whether the caller has introduced itself by a key that may not join any more."""
+    claim = connection.claim
+    return claim is not None and (claim.device, claim.fingerprint) not in may_join
 
 
 def _addresses(source: Member, target: Member) -> tuple[str, ...]:
