@@ -71,6 +71,8 @@ class BlockCache:
     """Artifacts and prepared weights under ``directory``, together at most ``limit_bytes``."""
 
     def __init__(self, directory: Path, limit_bytes: int) -> None:
+        self.in_use: Callable[[], Collection[str]] = frozenset
+        """Returns the hashes of the artifacts that stages are loaded from. They are not evicted."""
         self._directory = directory
         self._prepared = directory / "prepared"
         self._limit_bytes = limit_bytes
@@ -112,7 +114,8 @@ class BlockCache:
             if not SHA256.fullmatch(ref.sha256) or ref.size_bytes <= 0:
                 raise CacheError(f"{ref} has no valid address")
         total = sum(ref.size_bytes for ref in wanted.values())
-        needed_bytes = total + self._held_bytes(set(keep) - set(wanted))
+        keep = {*keep, *self.in_use()}
+        needed_bytes = total + self._held_bytes(keep - wanted.keys())
         if needed_bytes > self._limit_bytes:
             raise CacheError(
                 f"the blocks need {format_size(needed_bytes)}, and the storage limit is "
@@ -145,17 +148,15 @@ class BlockCache:
             raise CacheError(f"block cache {self._directory}: {error.strerror}") from error
         return sum(ref.size_bytes for ref in missing)
 
-    def prepare(
-        self, blocks: Sequence[FileRef], size_bytes: int, keep: Collection[str] = ()
-    ) -> Path | None:
+    def prepare(self, blocks: Sequence[FileRef], size_bytes: int) -> Path | None:
         """Return a folder for ``size_bytes`` that a backend makes from ``blocks``, which are here.
 
-        The same blocks have the same folder. Artifacts whose hashes are in ``keep`` stay, too. None
-        if the limit leaves no room for all.
+        The same blocks have the same folder. None if the limit leaves no room for all.
         """
         wanted = {ref.sha256: ref.size_bytes for ref in blocks}
         home = self._prepared / hashlib.sha256("".join(wanted).encode()).hexdigest()
-        needed_bytes = sum(wanted.values()) + size_bytes
+        keep = set(self.in_use())
+        needed_bytes = sum(wanted.values()) + size_bytes + self._held_bytes(keep - wanted.keys())
         if needed_bytes > self._limit_bytes:
             return None
         try:

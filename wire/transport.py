@@ -104,10 +104,10 @@ class TcpTransport(Transport):
     def send(self, head: Buffer, payload: Buffer = b"") -> None:
         sent = self._socket.sendmsg((head, payload) if len(payload) else (head,))
         if sent < len(head) + len(payload):
-            self._send_all(head[sent:])
-            self._send_all(memoryview(payload)[max(sent - len(head), 0) :])
+            self._send_steadily(head[sent:])
+            self._send_steadily(memoryview(payload)[max(sent - len(head), 0) :])
 
-    def _send_all(self, data: Buffer) -> None:
+    def _send_steadily(self, data: Buffer) -> None:
         """Send all of it. Raises TimeoutError if the peer takes it slower than anybody would.
 
         The kernel's limit is for silence alone, and a peer may read a byte now and then.
