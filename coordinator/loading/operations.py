@@ -157,11 +157,8 @@ class Operations:
         Raises CoordinatorError, ModelError, PlanError.
         """
         async with self._turns.asked(on_step):
-            tokenizer = await asyncio.to_thread(_tokenizer, request.model)
-            request = self._identified(request)
-            for doubt in await asyncio.to_thread(_doubts, tokenizer, request.model):
-                log.warning("%s", doubt)
-            return await self._load(request, tokenizer)
+            tokenizer = await _checked_tokenizer(request)
+            return await self._load(self._identified(request), tokenizer)
 
     async def plan_several(
         self, asked: SeveralRequest, on_step: Callable[[Step], None]
@@ -178,9 +175,7 @@ class Operations:
         Raises CoordinatorError, ModelError, PlanError.
         """
         async with self._turns.asked(on_step):
-            tokenizers = [
-                await asyncio.to_thread(_tokenizer, request.model) for request in asked.requests
-            ]
+            tokenizers = [await _checked_tokenizer(request) for request in asked.requests]
             for attempt in itertools.count(1):
                 together = await self._plan_several(asked, weights=True)
                 present = [known for known, _ in self._models.present()]
@@ -883,6 +878,14 @@ def _tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of a model's directory. Raises ModelError."""
     require_model(directory)
     return Tokenizer.load(directory)
+
+
+async def _checked_tokenizer(request: LoadRequest) -> Tokenizer:
+    """The tokenizer of a request's model. What is doubtful of it is logged. Raises ModelError."""
+    tokenizer = await asyncio.to_thread(_tokenizer, request.model)
+    for doubt in await asyncio.to_thread(_doubts, tokenizer, request.model):
+        log.warning("%s", doubt)
+    return tokenizer
 
 
 def _doubts(tokenizer: Tokenizer, model: Path) -> list[str]:

@@ -383,3 +383,14 @@ def test_tokens_are_timed_by_sequences_in_flight_and_without_guesses(
         assert tempo.token_s(epoch) == {}  # It has ended.
 
     run(test)
+
+
+def test_a_model_that_was_unloaded_is_forgotten(run: Callable[[Test], None]) -> None:
+    async def test(world: World) -> None:
+        await world.look(LOOK_S)
+        assert list(world.loop._watched) == [world.served.name]
+        await world.operations.unload()
+        await world.loop.look()
+        assert not world.loop._watched
+
+    run(test)
