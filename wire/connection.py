@@ -21,6 +21,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Executor
 from functools import partial
 from types import TracebackType
 from typing import TypeVar
@@ -451,10 +452,13 @@ class AsyncConnection:
             raise ConnectionLost(f"{self.peer} was closed to make room for others")
         return message
 
-    async def prove(self) -> None:
-        """Complete the handshake within HANDSHAKE_TIMEOUT_S. Raises AuthFailed, WireError."""
+    async def prove(self, executor: Executor | None = None) -> None:
+        """Complete the handshake within HANDSHAKE_TIMEOUT_S. Raises AuthFailed, WireError.
+
+        executor: has the threads that prove. None: the event loop does, and waits for files.
+        """
         if self._framer.is_proving:
-            await self._until(self._framer.prove, limits.HANDSHAKE_TIMEOUT_S)
+            await self._until(self._framer.prove, limits.HANDSHAKE_TIMEOUT_S, executor)
 
     def close(self) -> None:
         """Close at once. Idempotent."""
@@ -462,10 +466,15 @@ class AsyncConnection:
             self._lobby.leave(self)
         self._writer.close()
 
-    async def _until(self, step: Callable[[], Result | None], timeout_s: float | None) -> Result:
+    async def _until(
+        self,
+        step: Callable[[], Result | None],
+        timeout_s: float | None,
+        executor: Executor | None = None,
+    ) -> Result:
         """Receive bytes until ``step`` returns something. Closes the connection at any error."""
         try:
-            return await within(self._take_in(step), timeout_s)
+            return await within(self._take_in(step, executor), timeout_s)
         except (OSError, asyncio.TimeoutError) as error:
             how = f": {reason(error)}"
             if timeout_s is not None and isinstance(error, asyncio.TimeoutError):
@@ -477,10 +486,15 @@ class AsyncConnection:
             await self._part()
             raise
 
-    async def _take_in(self, step: Callable[[], Result | None]) -> Result:
+    async def _take_in(
+        self, step: Callable[[], Result | None], executor: Executor | None
+    ) -> Result:
         framer = self._framer
         deadline_s: float | None = None
-        while (result := step()) is None:
+        loop = asyncio.get_running_loop()
+        while (
+            result := step() if executor is None else await loop.run_in_executor(executor, step)
+        ) is None:
             if framer.outgoing:
                 await self._flush()
             if framer.is_refusing:
@@ -546,11 +560,13 @@ async def serve(
     handle: Callable[[AsyncConnection], Awaitable[None]],
     *,
     answerer: Answerer | None = None,
+    executor: Executor | None = None,
 ) -> tuple[asyncio.Server, int]:
     """Accept AsyncConnections on an address, and return the server and its port.
 
     With an Answerer, connections are encrypted, and only callers that it admits get to ``handle``.
-    The others are logged. A peer of another version is logged once, not at each attempt. Raises
+    The others are logged. A peer of another version is logged once, not at each attempt.
+    ``executor`` has the threads that admit callers. Raises
     ConnectFailed if the address is taken.
     """
     listening = bind(host, port)
@@ -570,7 +586,7 @@ async def serve(
         connection = AsyncConnection(reader, writer, lobby, make_handshake(), channel)
         lobby.enter(connection, connection.peer_host, connection.close)
         try:
-            await connection.prove()
+            await connection.prove(executor)
             await handle(connection)
         except VersionMismatch as error:
             if str(error) not in told and len(told) < MAX_TOLD:
