@@ -281,11 +281,13 @@ class Member:
         )
 
     def take_better(self, changed: FiguresChanged) -> None:
-        """Store figures that the agent measured again by itself. Raises AgentFailed.
+        """Store figures that the agent measured again by itself, and how much memory it has now.
 
+        Raises AgentFailed.
         Times are stored only for blocks and widths that it was asked for before.
         """
         self.take_figures(changed.profile)
+        self.profile = replace(self.profile, memory_bytes=changed.profile.memory_bytes)
         if not all(map(is_plausible, changed.timings)):
             raise AgentFailed(self.name, "reported an impossible time")
         if not changed.spec:
