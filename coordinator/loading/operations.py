@@ -336,6 +336,7 @@ class Operations:
             planned.plan,
             deployment.load_s,
             is_wished=request.plan is not None or _breaks_pins(deployment, request),
+            others=[record.plan for record in self._beside(request)],
         )
         present = revalued(deployment.plan, planned.problem)
         return Compared(planned, present, choice, slow_now)
