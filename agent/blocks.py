@@ -22,8 +22,9 @@ from model.artifact import SHA256, file_sha256
 from model.durable import remove
 from model.errors import CheckpointError
 from model.partial import PartialFile
+from wire import limits
 from wire.connection import Connection
-from wire.errors import ProtocolError
+from wire.errors import ConnectionLost, ProtocolError
 from wire.hygiene import clean
 from wire.introduction import Caller
 from wire.messages import (
@@ -70,6 +71,8 @@ class BlockCache:
     """Artifacts and prepared weights under ``directory``, together at most ``limit_bytes``."""
 
     def __init__(self, directory: Path, limit_bytes: int) -> None:
+        self.in_use: Callable[[], Collection[str]] = frozenset
+        """Returns the hashes of the artifacts that stages are loaded from. They are not evicted."""
         self._directory = directory
         self._prepared = directory / "prepared"
         self._limit_bytes = limit_bytes
@@ -111,7 +114,8 @@ class BlockCache:
             if not SHA256.fullmatch(ref.sha256) or ref.size_bytes <= 0:
                 raise CacheError(f"{ref} has no valid address")
         total = sum(ref.size_bytes for ref in wanted.values())
-        needed_bytes = total + self._held_bytes(set(keep) - set(wanted))
+        keep = {*keep, *self.in_use()}
+        needed_bytes = total + self._held_bytes(keep - wanted.keys())
         if needed_bytes > self._limit_bytes:
             raise CacheError(
                 f"the blocks need {format_size(needed_bytes)}, and the storage limit is "
@@ -144,17 +148,15 @@ class BlockCache:
             raise CacheError(f"block cache {self._directory}: {error.strerror}") from error
         return sum(ref.size_bytes for ref in missing)
 
-    def prepare(
-        self, blocks: Sequence[FileRef], size_bytes: int, keep: Collection[str] = ()
-    ) -> Path | None:
+    def prepare(self, blocks: Sequence[FileRef], size_bytes: int) -> Path | None:
         """Return a folder for ``size_bytes`` that a backend makes from ``blocks``, which are here.
 
-        The same blocks have the same folder. Artifacts whose hashes are in ``keep`` stay, too. None
-        if the limit leaves no room for all.
+        The same blocks have the same folder. None if the limit leaves no room for all.
         """
         wanted = {ref.sha256: ref.size_bytes for ref in blocks}
         home = self._prepared / hashlib.sha256("".join(wanted).encode()).hexdigest()
-        needed_bytes = sum(wanted.values()) + size_bytes
+        keep = set(self.in_use())
+        needed_bytes = sum(wanted.values()) + size_bytes + self._held_bytes(keep - wanted.keys())
         if needed_bytes > self._limit_bytes:
             return None
         try:
@@ -218,16 +220,39 @@ class BlockCache:
         on_progress: Callable[[int], None],
         *,
         is_last: bool = False,
+        patience_s: float | None = None,
     ) -> None:
         """Fetch one artifact; ``on_progress`` gets the bytes that are here.
 
-        Raises ArrivedDamaged, WireError, OSError.
+        patience_s: the longest time for each FILE_CHUNK_BYTES. Raises ArrivedDamaged, WireError,
+        OSError.
         """
         part = self._directory / f"{ref.sha256}.part"
         if part.is_dir():
             remove(part)
+        arrive = partial(
+            self._arrives, connection, ref, on_progress, is_last=is_last, patience_s=patience_s
+        )
+        # The bytes of an earlier source may be the damaged ones. So this one sends all of them.
+        if not arrive() and not arrive():
+            raise ArrivedDamaged(f"{ref} arrived damaged (its hash differs)")
+
+    def _arrives(
+        self,
+        connection: Connection,
+        ref: FileRef,
+        on_progress: Callable[[int], None],
+        *,
+        is_last: bool,
+        patience_s: float | None,
+    ) -> bool:
+        """Fetch the rest of an artifact. False if earlier bytes were there and its hash differs.
+
+        Nothing of it is here then. Raises ArrivedDamaged if the connection has sent all of it.
+        """
         with PartialFile(self.path(ref.sha256), ref.size_bytes) as arriving:
-            connection.send(FetchBlock(ref.sha256, arriving.offset))
+            began_s, before = time.monotonic(), arriving.offset
+            connection.send(FetchBlock(ref.sha256, before))
             while not arriving.complete:
                 chunk, payload = connection.receive()
                 if not is_last and isinstance(chunk, BlockChunk) and chunk.total != ref.size_bytes:
@@ -239,8 +264,14 @@ class BlockCache:
                     raise ProtocolError(f"{ref}: unexpected answer to a download")
                 arriving.write(payload)
                 on_progress(arriving.offset)
-            if not arriving.finish():
+                chunks = 1 + (arriving.offset - before) / limits.FILE_CHUNK_BYTES
+                if patience_s is not None and time.monotonic() - began_s > patience_s * chunks:
+                    raise ConnectionLost(f"{connection.peer} sends too slowly")
+            if arriving.finish():
+                return True
+            if before == 0:
                 raise ArrivedDamaged(f"{ref} arrived damaged (its hash differs)")
+            return False
 
     def _evict(self, keep: set[str], needed_bytes: int) -> None:
         """Remove the files used longest ago, except ``keep``, until ``needed_bytes`` are free."""

@@ -11,6 +11,7 @@ import threading
 from dataclasses import dataclass
 
 from agent.config import AgentConfig, ConfigError
+from agent.contacts import NOT_KNOWN, Contacts
 from wire.claim import FINGERPRINT_BYTES, Claim, Fingerprint
 from wire.errors import AuthFailed, ConnectFailed
 from wire.identity import Identity, IdentityError, own_identity
@@ -25,7 +26,6 @@ NEEDS_INVITE = (
     "a token is needed to join: `shoal token create` makes one where the coordinator runs; give it "
     "by --token-file FILE or SHOAL_TOKEN"
 )
-NOT_KNOWN = "the device that was called does not know this one: it has not joined, or was revoked"
 
 
 class Credentials:
@@ -38,6 +38,8 @@ class Credentials:
         self._tls = None if config.insecure else self._chosen(config)
         self._known: dict[str, Fingerprint] = {}
         self._told = threading.Condition()
+        self.contacts = Contacts(self._knows)
+        """The open connections to other devices. None are noted with --insecure."""
 
     def _chosen(self, config: AgentConfig) -> _Tls:
         """Take the coordinator of the token, else the one that was joined before."""
@@ -100,18 +102,18 @@ class Credentials:
         new.replace(self._path)
 
     def learn(self, message: DevicesKnown) -> None:
-        """Take the list of devices that may call from now on."""
+        """Take the list of devices that may be connected from now on, and cut off all others."""
         with self._told:
             self._known = {item.device: item.fingerprint for item in message.devices}
             self._told.notify_all()
+        self.contacts.cut()
 
-    def knows(self, claim: Claim) -> bool:
-        """Whether a device that has introduced itself may still be connected."""
-        return self._known.get(claim.device) == claim.fingerprint
+    def _knows(self, device: str, fingerprint: Fingerprint) -> bool:
+        return self._known.get(device) == fingerprint
 
     def _admit(self, claim: Claim) -> None:
         self._await(claim.device)
-        if not self.knows(claim):
+        if not self._knows(claim.device, claim.fingerprint):
             raise AuthFailed(NOT_KNOWN, NOT_KNOWN)
 
     def _await(self, device: str) -> Fingerprint | None:

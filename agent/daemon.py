@@ -30,6 +30,7 @@ from agent.gauges import Gauges
 from agent.links import Link, Measuring
 from agent.loaded import encode
 from agent.loading import Source, StageLoader
+from agent.memory import FreeMemory
 from agent.peers import PeerServer, connect_peer, measure_link_steadily
 from agent.quality import StreamedModel, measure_quality
 from agent.quiet import Cancelled, Figures, QuietMoments
@@ -42,6 +43,7 @@ from calibration.layers import measure_call, measure_model
 from calibration.machine import is_wireless
 from calibration.trial import Trials
 from model.errors import ModelError
+from model.memory import memory_bytes
 from model.spec import ModelSpec
 from wire import limits
 from wire.addresses import is_everywhere, is_loopback, is_own, reachable_addresses
@@ -88,6 +90,7 @@ from wire.messages import (
     TraceTaken,
     UnloadStage,
 )
+from wire.profile import DeviceProfile
 from wire.service import ServiceManager
 from wire.versions import Stranger, shoal_version
 
@@ -163,6 +166,7 @@ class Agent:
             exact=config.exact,
         )
         self._figures = Figures(config, profile)
+        self._free_memory = self._followed_memory(profile)
         self._gauges = Gauges()
         self._call_s = 0.0
         """The call overhead, if it was measured later than the profile for lack of files."""
@@ -180,7 +184,7 @@ class Agent:
         self._listener = Listener(
             config.bind_host, config.data_port, answerer=self._credentials.of_others()
         )
-        self._peers = PeerServer(self._device, self._listener)
+        self._peers = PeerServer(self._device, self._listener, self._credentials.contacts)
         self._peers.files = self._cache.held
         self._stages = Stages(self._peers)
         self._loader = StageLoader(
@@ -229,6 +233,20 @@ class Agent:
     def _backend(self) -> Backend:
         """The backend, imported at first use. An idle agent holds no accelerator library."""
         return backend_class(self._config.backend)()
+
+    def _followed_memory(self, profile: DeviceProfile) -> FreeMemory | None:
+        """Return what follows the machine's memory. That of an accelerator is not followed."""
+        if profile.memory_total_bytes != memory_bytes()[1]:
+            return None
+        return FreeMemory(
+            profile.memory_bytes, self._config.memory_bytes, lambda: memory_bytes()[0]
+        )
+
+    def _memory_limit(self) -> int | None:
+        """The bytes that stages may take, or None if a request is under way that may take some."""
+        if self._free_memory is None or self._carrying_out:
+            return None
+        return self._free_memory.look(tuple(stage.epoch for stage in self._stages))
 
     # ---- stages without a coordinator -----------------------------------------------------------
 
@@ -397,6 +415,7 @@ class Agent:
             self._measuring,
             lambda: not (self._stages or self._carrying_out) and requests.empty(),
             connection.send,
+            self._memory_limit,
         )
         threads = [
             threading.Thread(target=self._beat, args=(connection, ended), name="heartbeat"),
@@ -470,7 +489,6 @@ class Agent:
                 relay.release(message.sequence)
         elif isinstance(message, DevicesKnown):
             self._credentials.learn(message)
-            self._peers.drop(self._credentials.knows)
         elif not isinstance(message, Heartbeat):
             raise ProtocolError(f"unexpected {type(message).__name__} from coordinator")
 
@@ -617,6 +635,7 @@ class Agent:
             request.device,
             request.endpoints,
             caller=self._credentials.to_device(request.device),
+            contacts=self._credentials.contacts,
             hop_key=request.hop_key if isinstance(request, ConnectStage) else b"",
             team_key=request.team_key if isinstance(request, ConnectTeam) else b"",
         )

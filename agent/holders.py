@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 from agent.blocks import ArrivedDamaged
 from wire.connection import Connection
@@ -20,6 +21,15 @@ SILENCE_S = 5.0
 
 Connect = Callable[[Holder], Connection]
 """Connects to another device. Raises WireError."""
+
+
+class Download(Protocol):
+    """Fetches a file. Raises WireError, ArrivedDamaged.
+
+    patience_s: the longest time for each FILE_CHUNK_BYTES. None: any.
+    """
+
+    def __call__(self, connection: Connection, *, patience_s: float | None) -> None: ...
 
 
 class Holders:
@@ -43,7 +53,7 @@ class Holders:
         """Take the coordinator's answer: who has which files, the nearest first."""
         self._holders = list(holders)
 
-    def obtain(self, ref: FileRef, download: Callable[[Connection], None]) -> bool:
+    def obtain(self, ref: FileRef, download: Download) -> bool:
         """Have ``download`` fetch a file from the nearest device that has it.
 
         Returns False if none has it, or all of them failed. Those are not asked again. Errors of
@@ -51,7 +61,7 @@ class Holders:
         """
         for holder in self._of(ref):
             try:
-                download(self._connected(holder))
+                download(self._connected(holder), patience_s=SILENCE_S)
             except (WireError, ArrivedDamaged) as error:
                 log.warning("%s is not fetched from device %s: %s", ref, holder.device, error)
                 self._leave(holder)
@@ -67,7 +77,7 @@ class Holders:
         connection = self._connections.get(holder.device)
         if connection is None:
             connection = self._connections[holder.device] = self._connect(holder)
-            connection.set_receive_timeout(SILENCE_S)
+            connection.limit_message(SILENCE_S)
         return connection
 
     def _leave(self, holder: Holder) -> None:

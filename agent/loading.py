@@ -82,6 +82,9 @@ class StageLoader:
         self._credentials = credentials
         self._stages = stages
         self._report = report
+        self._wanted: frozenset[str] = frozenset()
+        """The hashes of the files of a load that runs. A backend may fetch others beside them."""
+        cache.in_use = lambda: self._stages.files | self._wanted
         self._had_damage = False
         """Whether a damaged file has stopped a stage. Then the next load hashes all files."""
 
@@ -116,12 +119,18 @@ class StageLoader:
             started_s = time.perf_counter()
 
         team = Team(request, self._device, spec, self._report) if request.team else None
-        stage = load_whole(
-            contents,
-            fetch,
-            lambda: self._load_stage(backend, request, spec, contents.hashed, source.waiting, team),
-            self._cache.remove,
-        )
+        self._wanted = frozenset(ref.sha256 for ref in files)
+        try:
+            stage = load_whole(
+                contents,
+                fetch,
+                lambda: self._load_stage(
+                    backend, request, spec, contents.hashed, source.waiting, team
+                ),
+                self._cache.remove,
+            )
+        finally:
+            self._wanted = frozenset()
         self._had_damage = False
         with contextlib.ExitStack() as undo:
             undo.callback(stage.close)
@@ -164,7 +173,6 @@ class StageLoader:
                 self._device,
                 source.fetched,
                 caller=self._credentials.to_coordinator("blocks"),
-                keep=self._stages.files,
                 hashed=came,
                 holders=holders,
             )
@@ -172,8 +180,13 @@ class StageLoader:
 
     def _connect(self, holder: Holder) -> Connection:
         """Connect to a device that has files. Raises WireError."""
-        caller = self._credentials.to_device(holder.device)
-        return connect_peer(self._device, holder.device, holder.endpoints, caller=caller)
+        return connect_peer(
+            self._device,
+            holder.device,
+            holder.endpoints,
+            caller=self._credentials.to_device(holder.device),
+            contacts=self._credentials.contacts,
+        )
 
     def _run(
         self, request: LoadStage, spec: ModelSpec, blocks: range, stage: Stage, team: Team | None
@@ -245,10 +258,7 @@ class StageLoader:
         if self._config.exact or factor == 0:
             return None, 0
         size_bytes = int(factor * sum(ref.size_bytes for ref in request.blocks))
-        keep = set(self._stages.files)
-        if request.vocabulary is not None:
-            keep.add(request.vocabulary.sha256)
-        return self._cache.prepare(request.blocks, size_bytes, keep), size_bytes
+        return self._cache.prepare(request.blocks, size_bytes), size_bytes
 
 
 def _contiguous(refs: Sequence[BlockRef], spec: ModelSpec) -> range:

@@ -14,13 +14,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from agent.contacts import Contacts
 from agent.links import LinkFigures, summary_s
 from agent.team import Team
 from calibration.disturbance import Patience, spread_of, steady
 from wire import limits
 from wire.addresses import own_last
 from wire.chunks import file_chunks
-from wire.claim import Claim
 from wire.codec import Prefix
 from wire.conditions import Conditions
 from wire.connection import Connection, Listener
@@ -79,6 +79,7 @@ def connect_peer(
     endpoints: Sequence[Endpoint],
     *,
     caller: Caller | None = None,
+    contacts: Contacts | None = None,
     hop_key: bytes = b"",
     team_key: bytes = b"",
 ) -> Connection:
@@ -86,14 +87,18 @@ def connect_peer(
 
     ``hop_key`` admits rows to its stage, and ``team_key`` admits to its team. Without a key, only
     the link can be measured. Addresses of this machine come last, because the other machine may
-    have the same ones. Raises ConnectFailed, which names every address that was tried.
+    have the same ones. ``contacts`` notes the connection. Raises ConnectFailed, which names every
+    address that was tried.
     """
     failures: list[str] = []
     for endpoint in own_last(endpoints):
         try:
             connection = Connection.connect(endpoint, caller=caller)
             try:
+                if caller is not None and contacts is not None:
+                    contacts.add(connection, expected, caller.answerer)
                 connection.set_receive_timeout(HELLO_TIMEOUT_S)
+                connection.limit_message(HELLO_TIMEOUT_S)
                 connection.send(PeerHello(device, expected, hop_key, team_key))
                 answer = clean(connection.receive()[0])
                 if isinstance(answer, JoinRefused):
@@ -106,6 +111,7 @@ def connect_peer(
         except WireError as error:
             failures.append(str(error))
         else:
+            connection.limit_message(None)
             connection.set_receive_timeout(None)
             return connection
     raise ConnectFailed("; ".join(failures) or "the peer has no address")
@@ -135,7 +141,8 @@ class PeerServer:
     A connection's hello decides what it may send, for as long as it lasts.
     """
 
-    def __init__(self, device: str, listener: Listener) -> None:
+    def __init__(self, device: str, listener: Listener, contacts: Contacts | None = None) -> None:
+        """``contacts`` notes the callers that have introduced themselves."""
         self.entrances: tuple[Entrance, ...] = ()
         """Admit peers to the loaded stages. Any thread may set it."""
         self.teams: tuple[Team, ...] = ()
@@ -144,6 +151,7 @@ class PeerServer:
         """Finds a file that other devices may fetch, by its hash. Set before ``start``."""
         self._device = device
         self._listener = listener
+        self._contacts = contacts
         self._connections: set[Connection] = set()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -166,15 +174,6 @@ class PeerServer:
         for thread in threads:
             if thread is not threading.current_thread():
                 thread.join(timeout=5)
-
-    def drop(self, is_known: Callable[[Claim], bool]) -> None:
-        """Close the connections of devices that are not known any more."""
-        with self._lock:
-            connections = list(self._connections)
-        for connection in connections:
-            claim = connection.claim
-            if claim is not None and not is_known(claim):
-                connection.close()
 
     def _accept(self) -> None:
         while (connection := self._listener.accept()) is not None:
@@ -202,6 +201,9 @@ class PeerServer:
             hello = connection.receive_hello({PeerHello: limits.MAX_HELLO_BYTES})
             if isinstance(hello, PeerHello) and hello.expected == self._device:
                 _require_introduced(hello, connection)
+                claim = connection.claim
+                if claim is not None and self._contacts is not None:
+                    self._contacts.add(connection, claim.device, claim.fingerprint)
                 if hello.team_key:
                     self._join_team(hello, connection)
                     is_given_away = True

@@ -39,6 +39,7 @@ from wire.conditions import Conditions
 from wire.errors import WireError
 from wire.messages import FiguresChanged, Message
 from wire.profile import BlockTiming, DeviceProfile
+from wire.sizes import format_size
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ class Figures:
     def measure_device(self, check: Callable[[], None]) -> DeviceProfile:
         """Return the profile with those new figures that are better. ``check`` may raise to end it.
 
-        Limits of memory and storage stay as they were at the start. Raises BackendError.
+        Limits of memory and storage stay as they are. Raises BackendError.
         """
         config = self._config
         new = profile_in_child(
@@ -141,6 +142,14 @@ class Figures:
         """Return the profile, and count it as told to the coordinator."""
         self._told_profile = self.profile
         return self.profile
+
+    def take_limit(self, memory_bytes: int | None) -> bool:
+        """Take the bytes that stages may take now. Returns whether they have changed."""
+        if memory_bytes in (None, self.profile.memory_bytes):
+            return False
+        log.info("stages may take %s of memory now", format_size(memory_bytes or 0))
+        self.profile = replace(self.profile, memory_bytes=memory_bytes or 0)
+        return True
 
     def told(self, spec: ModelSpec, timings: tuple[BlockTiming, ...]) -> None:
         """Remember the timings that the coordinator has been told of a model."""
@@ -225,8 +234,13 @@ class QuietMoments:
         measuring: Measuring,
         is_idle: Callable[[], bool],
         send: Callable[[Message], None],
+        memory_limit: Callable[[], int | None] = lambda: None,
     ) -> None:
-        """``is_idle`` is true while the agent has no request and no stage."""
+        """``is_idle`` is true while the agent has no request and no stage.
+
+        memory_limit: returns the bytes that stages may take now, or None if that is not known.
+        """
+        self._memory_limit = memory_limit
         self._figures = figures
         self._measuring = measuring
         self._is_idle = is_idle
@@ -263,7 +277,8 @@ class QuietMoments:
         if not self._measuring.try_begin(self._given_up.set):
             return
         try:
-            for change in self._figures.news():
+            has_changed = self._figures.take_limit(self._memory_limit())
+            for change in self._figures.news(whole=has_changed):
                 self._send(change)
             quiet = self._quiet_since_s is not None and now_s - self._quiet_since_s >= QUIET_S
             if quiet and now_s >= self._next_s:

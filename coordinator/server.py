@@ -7,8 +7,9 @@ import contextlib
 import errno
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import uvicorn
@@ -17,6 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from coordinator.config import ConfigError, CoordinatorConfig
+from coordinator.disk import Disk
 from coordinator.errors import CoordinatorError
 from coordinator.files.artifacts import ArtifactStore
 from coordinator.files.compiled import Makers, Workshop
@@ -141,8 +143,11 @@ class Coordinator:
         self._store = ArtifactStore(config.state_dir, config.storage_bytes)
         self._story = Story()
         self._book = None if config.insecure else DeviceBook(config.state_dir)
-        self.roster = Roster(config.cluster, NameBook(config.state_dir), self._story, self._book)
+        self._disk = disk = Disk()
+        names = NameBook(config.state_dir, disk)
+        self.roster = Roster(config.cluster, names, self._story, self._book, disk)
         self._models, turns = Models(self._story), Turns()
+        turns.settle = disk.flush
         self._models.progress = lambda: turns.progress
         self._operations = Operations(
             self.roster, self._store, QualityStore(config.state_dir), self._models, turns
@@ -152,7 +157,7 @@ class Coordinator:
             self._models,
             turns,
             self._operations,
-            LoadedFile(config.state_dir),
+            LoadedFile(config.state_dir, disk),
             config.recovery_wait_s,
         )
         self._paces = Paces(self.roster, self._models, self._story)
@@ -198,7 +203,11 @@ class Coordinator:
         tune(http_socket, CLIENT_STALL_S)
         with http_socket:
             control, control_port = await serve(
-                config.control_host, config.control_port, self._handle, answerer=answerer
+                config.control_host,
+                config.control_port,
+                self._handle,
+                answerer=answerer,
+                executor=self._disk.executor,
             )
             self._feed.control_port = control_port
             ready = Ready(control_port, config.http_host, http_socket.getsockname()[1])
@@ -230,6 +239,7 @@ class Coordinator:
                         task.cancel()
                     self._service.stopping()
                     on_stop()
+                    self._disk.close()
 
     def _prepare(self) -> None:
         """Make what the state directory must have. Raises ConfigError."""
@@ -244,12 +254,13 @@ class Coordinator:
     def _tasks(self) -> list[asyncio.Task[None]]:
         """Start the tasks that run until the coordinator stops."""
         tasks = [
-            asyncio.create_task(self._attend()),
-            asyncio.create_task(self._keeper.watch_links()),
-            asyncio.create_task(self._keeper.watch_use()),
+            _endless(self._attend()),
+            _endless(self._follow_book()),
+            _endless(self._keeper.watch_links()),
+            _endless(self._keeper.watch_use()),
         ]
         if self._config.rebalances:
-            tasks.append(asyncio.create_task(self._rebalancer.follow()))
+            tasks.append(_endless(self._rebalancer.follow()))
         return tasks
 
     def _answerer(self) -> Answerer | None:
@@ -263,17 +274,20 @@ class Coordinator:
         purposes: frozenset[Purpose] = frozenset(("control", "blocks"))
         return Answerer(identity, COORDINATOR, purposes, self._book.admit)
 
-    def _inviting(self, fingerprint: Fingerprint | None) -> Callable[[], str] | None:
+    def _inviting(self, fingerprint: Fingerprint | None) -> Callable[[], Awaitable[str]] | None:
         """Return what makes a token for one device, or None with --insecure."""
         book = self._book
         if book is None or fingerprint is None:
             return None
-        return lambda: book.invite(fingerprint).text
+
+        async def invite() -> str:
+            return (await self._disk.run(partial(book.invite, fingerprint))).text
+
+        return invite
 
     async def _attend(self) -> None:
         """Tell the service manager that the event loop runs, and what it serves."""
         while True:
-            self.roster.tell_known()
             count = len(self.roster.members)
             present = [
                 name if isinstance(state, Serving) else f"{name}, {describe(state)}"
@@ -284,6 +298,12 @@ class Coordinator:
                 + ("; ".join(present) or "no model")
             )
             self._service.alive()
+            await asyncio.sleep(limits.HEARTBEAT_S)
+
+    async def _follow_book(self) -> None:
+        """See which devices may join. Other programs change the file, and a disk may be slow."""
+        while True:
+            await self.roster.tell_known()
             await asyncio.sleep(limits.HEARTBEAT_S)
 
     def _on_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
@@ -371,7 +391,8 @@ class Coordinator:
             if isinstance(hello, AgentHello):
                 await self.roster.serve(hello, connection)
             elif isinstance(hello, BlocksHello):
-                await self._serve_files(hello.device, connection)
+                with self.roster.beside(connection):
+                    await self._serve_files(hello.device, connection)
         except AuthFailed as error:
             cause = error.refusal or "refused"
             self._rare_log.warning(cause, "connection refused: %s", error)
@@ -451,6 +472,19 @@ class Coordinator:
             await connection.send(RequestFailed(0, str(error)))
         else:
             await connection.send(Done(0))
+
+
+def _endless(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    """Run work that should not end before the coordinator. If it fails, the log says so at once."""
+
+    def ended(task: asyncio.Task[None]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.error("a part of the coordinator has ended: restart it", exc_info=error)
+
+    task = asyncio.create_task(work)
+    task.add_done_callback(ended)
+    return task
 
 
 def guarded(app: ASGIApp, config: CoordinatorConfig, keys: KeyBook) -> ASGIApp:

@@ -21,6 +21,7 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Executor
 from functools import partial
 from types import TracebackType
 from typing import TypeVar
@@ -89,6 +90,7 @@ class Connection:
         self._opened_s = time.monotonic()
         self._deadline_s: float | None = None
         self._timeout_s: float | None = None
+        self._message_s: float | None = None
         self._is_refusing = False
         self._send_lock = threading.Lock()
 
@@ -146,6 +148,13 @@ class Connection:
         except OSError as error:
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
 
+    def limit_message(self, seconds: float | None) -> None:
+        """Let each ``receive`` last so long at most, however steadily bytes drip. None: for ever.
+
+        ``set_receive_timeout`` limits only the silence between two bytes.
+        """
+        self._message_s = seconds
+
     def send(self, message: Message, payload: Buffer = b"") -> None:
         """Send one frame. Header and payload leave in one call."""
         head = encode(message, len(payload))
@@ -163,7 +172,12 @@ class Connection:
         """
         if self._framer.is_proving:
             self._prove()
-        return self._until(self._framer.next_frame)
+        if self._message_s is None:
+            return self._until(self._framer.next_frame)
+        self._deadline_s = time.monotonic() + self._message_s
+        frame = self._until(self._framer.next_frame)
+        self._deadline_s = None
+        return frame
 
     # A thread that serves several connections polls them, and uses the next three methods.
 
@@ -218,6 +232,13 @@ class Connection:
         if self._lobby is not None and not self._lobby.leave(self):
             raise ConnectionLost(f"{self.peer} was closed to make room for others")
         return message
+
+    def cut(self) -> None:
+        """End the stream under a user in another thread, which sees a loss and closes it.
+
+        The descriptor stays until then, because that thread may poll it.
+        """
+        self._transport.cut()
 
     def close(self) -> None:
         """Close at once and wake a thread that is blocked in ``receive``. Idempotent."""
@@ -279,7 +300,10 @@ class Connection:
         """Let the next receive end at the deadline."""
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
-            raise self._framer.lost(" took too long to say who it is")
+            is_named = self._message_s is not None and not self._framer.is_proving
+            raise self._framer.lost(
+                " sent a message too slowly" if is_named else " took too long to say who it is"
+            )
         self._transport.set_receive_timeout(max(left_s, 1e-3))
 
     def _flush(self) -> None:
@@ -428,10 +452,13 @@ class AsyncConnection:
             raise ConnectionLost(f"{self.peer} was closed to make room for others")
         return message
 
-    async def prove(self) -> None:
-        """Complete the handshake within HANDSHAKE_TIMEOUT_S. Raises AuthFailed, WireError."""
+    async def prove(self, executor: Executor | None = None) -> None:
+        """Complete the handshake within HANDSHAKE_TIMEOUT_S. Raises AuthFailed, WireError.
+
+        executor: has the threads that prove. None: the event loop does, and waits for files.
+        """
         if self._framer.is_proving:
-            await self._until(self._framer.prove, limits.HANDSHAKE_TIMEOUT_S)
+            await self._until(self._framer.prove, limits.HANDSHAKE_TIMEOUT_S, executor)
 
     def close(self) -> None:
         """Close at once. Idempotent."""
@@ -439,10 +466,15 @@ class AsyncConnection:
             self._lobby.leave(self)
         self._writer.close()
 
-    async def _until(self, step: Callable[[], Result | None], timeout_s: float | None) -> Result:
+    async def _until(
+        self,
+        step: Callable[[], Result | None],
+        timeout_s: float | None,
+        executor: Executor | None = None,
+    ) -> Result:
         """Receive bytes until ``step`` returns something. Closes the connection at any error."""
         try:
-            return await within(self._take_in(step), timeout_s)
+            return await within(self._take_in(step, executor), timeout_s)
         except (OSError, asyncio.TimeoutError) as error:
             how = f": {reason(error)}"
             if timeout_s is not None and isinstance(error, asyncio.TimeoutError):
@@ -454,10 +486,15 @@ class AsyncConnection:
             await self._part()
             raise
 
-    async def _take_in(self, step: Callable[[], Result | None]) -> Result:
+    async def _take_in(
+        self, step: Callable[[], Result | None], executor: Executor | None
+    ) -> Result:
         framer = self._framer
         deadline_s: float | None = None
-        while (result := step()) is None:
+        loop = asyncio.get_running_loop()
+        while (
+            result := step() if executor is None else await loop.run_in_executor(executor, step)
+        ) is None:
             if framer.outgoing:
                 await self._flush()
             if framer.is_refusing:
@@ -523,11 +560,13 @@ async def serve(
     handle: Callable[[AsyncConnection], Awaitable[None]],
     *,
     answerer: Answerer | None = None,
+    executor: Executor | None = None,
 ) -> tuple[asyncio.Server, int]:
     """Accept AsyncConnections on an address, and return the server and its port.
 
     With an Answerer, connections are encrypted, and only callers that it admits get to ``handle``.
-    The others are logged. A peer of another version is logged once, not at each attempt. Raises
+    The others are logged. A peer of another version is logged once, not at each attempt.
+    ``executor`` has the threads that admit callers. Raises
     ConnectFailed if the address is taken.
     """
     listening = bind(host, port)
@@ -547,7 +586,7 @@ async def serve(
         connection = AsyncConnection(reader, writer, lobby, make_handshake(), channel)
         lobby.enter(connection, connection.peer_host, connection.close)
         try:
-            await connection.prove()
+            await connection.prove(executor)
             await handle(connection)
         except VersionMismatch as error:
             if str(error) not in told and len(told) < MAX_TOLD:

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
+import fcntl
 import os
 import re
 import ssl
@@ -29,6 +31,9 @@ MAX_CERTIFICATE_BYTES = 512
 """The largest certificate of a peer. One that is made here has about 300 bytes."""
 
 MAX_IDENTITY_FILE_BYTES = 16 << 10
+
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+"""How a file system says that it has no hard links, as FAT and exFAT of a USB stick."""
 
 _BEGIN = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 _END = datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.timezone.utc)
@@ -80,12 +85,23 @@ def own_identity(path: Path) -> Identity:
         if not path.exists():
             _make(path)
         if path.stat().st_mode & 0o077:
-            raise IdentityError(f"others can read the key in {path}: run `chmod 600 {path}`")
+            raise IdentityError(f"others can read the key in {path}: {_advice(path)}")
         data = path.read_bytes()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise IdentityError(f"cannot read the key in {path}: {reason}") from error
     return _read(path, data)
+
+
+def _advice(path: Path) -> str:
+    """Return how to keep others from reading the file. FAT and exFAT have no permissions."""
+    with contextlib.suppress(OSError), tempfile.TemporaryFile(dir=path.parent) as probe:
+        if os.fstat(probe.fileno()).st_mode & 0o077:
+            return (
+                "its file system keeps no permissions; use a --state-dir on another one, or mount "
+                "it with umask=077"
+            )
+    return f"run `chmod 600 {path}`"
 
 
 def _read(path: Path, data: bytes) -> Identity:
@@ -100,7 +116,7 @@ def _read(path: Path, data: bytes) -> Identity:
             raise TypeError("the key is of another kind")
         if x509.load_der_x509_certificate(certificate).public_key() != key.public_key():
             raise ValueError("key and certificate do not belong together")
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
         raise IdentityError(
             f"{path} is damaged: restore it from a backup, or remove it and join again"
         ) from error
@@ -136,7 +152,24 @@ def _make(path: Path) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        with contextlib.suppress(FileExistsError):
-            os.link(new, path)
+        _name(new, path)
     finally:
-        new.unlink()
+        new.unlink(missing_ok=True)
+
+
+def _name(new: Path, path: Path) -> None:
+    """Give a whole file its name, unless another process was first. Raises OSError."""
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        return
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        directory = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:  # Without links, one process after the other looks whether it is the first.
+            fcntl.flock(directory, fcntl.LOCK_EX)
+            if not path.exists():
+                new.replace(path)
+        finally:
+            os.close(directory)

@@ -70,6 +70,9 @@ MAX_PROBE_BYTES = 4 << 20
 SEND_TIMEOUT_S = 10.0
 """The time after which a peer that accepts no byte counts as dead."""
 
+LEAST_BYTES_PER_S = 16 << 10
+"""A peer that takes a frame slower than this, beyond SEND_TIMEOUT_S, holds a thread up."""
+
 HEARTBEAT_S = 1.0
 """The interval at which an agent says that it is alive."""
 

@@ -261,11 +261,11 @@ class TlsTransport(TcpTransport):
     def send(self, head: Buffer, payload: Buffer = b"") -> None:
         skip = 0
         if self._tail or self._owed:
-            self._socket.sendall(self._tail)
+            self._send_steadily(self._tail)
             self._tail = memoryview(b"")
             skip = self._settle(len(head) + len(payload))
         for piece in _pieces(head, payload, skip):
-            self._socket.sendall(self._channel.seal(piece))
+            self._send_steadily(self._channel.seal(piece))
 
     def receive_into(self, view: memoryview, whole: bool) -> int | None:
         count = self._channel.read_into(view)

@@ -14,6 +14,7 @@ import socket
 import ssl
 import struct
 import termios
+import time
 from abc import ABC, abstractmethod
 
 from wire import limits
@@ -80,6 +81,10 @@ class Transport(ABC):
     def finish_sending(self) -> None:
         """Tell the peer that nothing more comes. Receiving goes on."""
 
+    def cut(self) -> None:
+        """End the stream and wake threads that are blocked in a call. Its user closes it later."""
+        self.close()
+
     @abstractmethod
     def close(self) -> None:
         """Close at once and wake a thread that is blocked in a call. Idempotent."""
@@ -99,8 +104,21 @@ class TcpTransport(Transport):
     def send(self, head: Buffer, payload: Buffer = b"") -> None:
         sent = self._socket.sendmsg((head, payload) if len(payload) else (head,))
         if sent < len(head) + len(payload):
-            self._socket.sendall(head[sent:])
-            self._socket.sendall(memoryview(payload)[max(sent - len(head), 0) :])
+            self._send_steadily(head[sent:])
+            self._send_steadily(memoryview(payload)[max(sent - len(head), 0) :])
+
+    def _send_steadily(self, data: Buffer) -> None:
+        """Send all of it. Raises TimeoutError if the peer takes it slower than anybody would.
+
+        The kernel's limit is for silence alone, and a peer may read a byte now and then.
+        """
+        rest = memoryview(data)
+        limit_s = limits.SEND_TIMEOUT_S + len(rest) / limits.LEAST_BYTES_PER_S
+        deadline_s = time.monotonic() + limit_s
+        while rest:
+            rest = rest[self._socket.send(rest) :]
+            if rest and time.monotonic() > deadline_s:
+                raise TimeoutError
 
     def receive_into(self, view: memoryview, whole: bool) -> int | None:
         return self._socket.recv_into(view, 0, socket.MSG_WAITALL if whole else 0)
@@ -136,9 +154,12 @@ class TcpTransport(Transport):
     def finish_sending(self) -> None:
         self._socket.shutdown(socket.SHUT_WR)
 
-    def close(self) -> None:
+    def cut(self) -> None:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self.cut()
         self._socket.close()
 
 

@@ -8,6 +8,7 @@ key. So they join the new machine without a new token. Models and quantized bloc
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -23,6 +24,8 @@ from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 from cli.service.running import FILE as RUNNING_FILE
 from cli.service.running import running_in
+from coordinator.claim import claim
+from coordinator.config import ConfigError
 from coordinator.keys import LOCAL_FILE
 from coordinator.roster.book import BadBook, DeviceBook
 from model.bounded import read_bytes
@@ -45,6 +48,7 @@ FOLDERS = ("quality", "losses")
 
 LARGEST_FILE_BYTES = 16 << 20
 LARGEST_ARCHIVE_BYTES = 256 << 20
+MOST_FILES = 16384
 STREAM = Path("-")
 
 _NAME = re.compile(rf"(?:(?:{'|'.join(FOLDERS)})/)?[A-Za-z0-9_][A-Za-z0-9_.-]{{0,200}}")
@@ -127,13 +131,12 @@ def run_import(options: argparse.Namespace, screen: Screen) -> None:
         else:
             data = read_bytes(options.file, LARGEST_ARCHIVE_BYTES)
         files = _unpacked(data)
-        if running_in(directory) is not None:
-            raise CommandFailed("a coordinator runs with this state directory: stop it first")
         identity = _checked(files)
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not options.replace:
-            _require_free(directory, identity)
-        _write(directory, files)
+        with _claimed(directory):
+            if not options.replace:
+                _require_free(directory, identity)
+            _write(directory, files)
     screen.note(
         f"this machine's coordinator has the key {shown(identity.fingerprint)} now; start it, and "
         "never the old one again; models must be at the same paths as there"
@@ -154,6 +157,22 @@ def _reporting(directory: Path) -> Iterator[None]:
         raise CommandFailed(str(error)) from error
 
 
+@contextmanager
+def _claimed(directory: Path) -> Iterator[None]:
+    """Keep coordinators from starting with this state directory. Raises CommandFailed."""
+    try:
+        lock = claim(directory)
+    except ConfigError as error:
+        raise CommandFailed(str(error)) from error
+    if lock is None:
+        raise CommandFailed("a coordinator runs with this state directory: stop it first")
+    with lock:
+        if os.geteuid() == 0:
+            owner = directory.stat()
+            os.fchown(lock.fileno(), owner.st_uid, owner.st_gid)
+        yield
+
+
 def _files(directory: Path) -> Iterator[tuple[str, bytes]]:
     """The names and contents of all files that belong into an archive."""
     for folder in ("", *FOLDERS):
@@ -165,7 +184,8 @@ def _files(directory: Path) -> Iterator[tuple[str, bytes]]:
 
 
 def _packed(files: Mapping[str, bytes]) -> bytes:
-    manifest = json.dumps({"version": VERSION, "shoal": shoal_version()}).encode()
+    listed = {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    manifest = json.dumps({"version": VERSION, "shoal": shoal_version(), "files": listed}).encode()
     made = io.BytesIO()
     with tarfile.open(fileobj=made, mode="w") as archive:
         for name, data in {MANIFEST: manifest, **files}.items():
@@ -183,21 +203,45 @@ def _unpacked(data: bytes) -> dict[str, bytes]:
     try:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
             for member in archive:
-                content = archive.extractfile(member)
-                if not _NAME.fullmatch(member.name) or not member.isreg() or content is None:
-                    raise ValueError(f"it has {member.name!r:.60}")
-                files[member.name] = content.read()
+                files[member.name] = _content(archive, member, files)
         manifest = json.loads(files.pop(MANIFEST))
         if manifest["version"] != VERSION:
             raise ValueError(f"it is of version {manifest['version']!r:.20}")
         if IDENTITY not in files:
             raise ValueError("it has no key")
-    except (tarfile.TarError, ValueError, KeyError, TypeError, EOFError) as error:
+        # The end of a file that was cut looks like the end of an archive.
+        for name, sha256 in manifest.get("files", {}).items():
+            if name not in files or hashlib.sha256(files[name]).hexdigest() != sha256:
+                raise ValueError(f"its {name!r:.60} is not whole")
+    except (
+        tarfile.TarError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        RecursionError,
+    ) as error:
         reason = "it has no list" if isinstance(error, KeyError) else str(error)
         raise ValueError(
             f"this is no whole archive of `shoal coordinator export` of this version ({reason})"
         ) from error
     return {name: content for name, content in files.items() if name not in LEFT_OUT}
+
+
+def _content(
+    archive: tarfile.TarFile, member: tarfile.TarInfo, before: Mapping[str, bytes]
+) -> bytes:
+    """The content of a member that a state directory may have. Raises ValueError, TarError."""
+    is_plain = member.type in (tarfile.REGTYPE, tarfile.AREGTYPE) and not member.issparse()
+    if not _NAME.fullmatch(member.name) or member.name in FOLDERS or not is_plain:
+        raise ValueError(f"it has {member.name!r:.60}")
+    if member.name in before:
+        raise ValueError(f"it has {member.name!r:.60} twice")
+    if not 0 <= member.size <= LARGEST_FILE_BYTES or len(before) >= MOST_FILES:
+        raise ValueError(f"its {member.name!r:.60} is too large, or one of too many")
+    content = archive.extractfile(member)
+    return b"" if content is None else content.read()
 
 
 def _checked(files: Mapping[str, bytes]) -> Identity:
@@ -231,13 +275,21 @@ def _write(directory: Path, files: Mapping[str, bytes]) -> None:
         if os.geteuid() == 0:
             os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
-    for name in dict(_files(directory)).keys() - files.keys():
-        if "/" not in name:  # What else this machine knew, such as a loaded model.
-            (directory / name).unlink()
-    for name in sorted(files, key=lambda name: name == IDENTITY):
-        path = directory / name
-        if not path.parent.exists():
-            path.parent.mkdir(mode=0o750)
-            if os.geteuid() == 0:
-                os.chown(path.parent, owner.st_uid, owner.st_gid)
-        replace_bytes(path, files[name], prepare=give)
+    for name in files:
+        if (directory / name).is_dir():
+            raise ValueError(f"{directory / name} is a folder, and the archive has a file: move it")
+    others = dict(_files(directory)).keys() - files.keys()
+    # Whatever fails, such as a full disk, fails before anything is changed.
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".import-") as staged:
+        for index, content in enumerate(files.values()):
+            replace_bytes(Path(staged, str(index)), content, prepare=give)
+        for folder in {path.parent for path in map(directory.joinpath, files)}:
+            if not folder.exists():
+                folder.mkdir(mode=0o750)
+                if os.geteuid() == 0:
+                    os.chown(folder, owner.st_uid, owner.st_gid)
+        for name in others:
+            if "/" not in name:  # What else this machine knew, such as a loaded model.
+                (directory / name).unlink()
+        for index, name in sorted(enumerate(files), key=lambda item: item[1] == IDENTITY):
+            Path(staged, str(index)).replace(directory / name)

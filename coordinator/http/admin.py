@@ -97,7 +97,7 @@ class AdminRoutes:
         ]
 
     async def devices(self, request: Request) -> Response:
-        return JSONResponse(self._devices())
+        return JSONResponse(await self._devices())
 
     async def measure(self, request: Request) -> Response:
         name = (await read_json(request)).get("device")
@@ -106,7 +106,7 @@ class AdminRoutes:
 
         async def work(emit: Emit) -> dict[str, Any]:
             await self._operations.measure(name, _emitter(emit))
-            return self._devices()
+            return await self._devices()
 
         return json_lines(work)
 
@@ -116,16 +116,16 @@ class AdminRoutes:
         if not isinstance(name, str):
             raise RequestInvalid("name the device to revoke", "device")
         try:
-            gone = self._roster.revoke(name)
+            gone = await self._roster.revoke(name)
         except (BadBook, OSError) as error:
             raise RequestInvalid(str(error), "device") from error
         self._story.tell("revoked", gone.name or gone.device, "")
         return JSONResponse({"revoked": gone.name or gone.device, "device": gone.device})
 
-    def _devices(self) -> dict[str, Any]:
+    async def _devices(self) -> dict[str, Any]:
         now_s = time.monotonic()
         links = self._roster.links()
-        known, here = self._known(), {member.device for member in self._roster.members}
+        known, here = await self._known(), {member.device for member in self._roster.members}
         keys = {item.device: _shown_key(item) for item in known}
         return {
             "cluster": self._cluster,
@@ -156,10 +156,10 @@ class AdminRoutes:
             ],
         }
 
-    def _known(self) -> tuple[Device, ...]:
+    async def _known(self) -> tuple[Device, ...]:
         """The devices that may join. None if the list of them is damaged, which the log says."""
         try:
-            return self._roster.known()
+            return await self._roster.known()
         except BadBook:
             return ()
 

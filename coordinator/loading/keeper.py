@@ -48,6 +48,7 @@ from coordinator.loading.turns import Turns
 from coordinator.roster.measurements import try_links
 from coordinator.roster.members import Member, Roster
 from model.errors import ModelError
+from model.families import load_spec
 from planning.errors import RequestInvalid
 from planning.request import model_name
 from wire.messages import Message, PeerLost, StageDamaged
@@ -106,6 +107,8 @@ class Keeper:
             self._forget_stages(name)
         for request, devices in kept:
             names, name = tuple(map(self._roster.names.name, devices)), model_name(request.model)
+            with contextlib.suppress(ModelError, OSError):  # Loading it will say what is wrong.
+                self._models.note_kind(name, load_spec(request.model))
             if request.keep_s is not None and name not in self._records:
                 self._models.apply(name, Slept(request))
             else:

@@ -30,6 +30,7 @@ from coordinator.loading.state import (
 )
 from coordinator.story import Story
 from coordinator.watching import Signal
+from model.spec import ModelSpec
 
 UNLOADED = "the model was unloaded"
 
@@ -68,6 +69,8 @@ class Models:
         self._story = story
         self._states: dict[str, State] = {}
         """In the order in which the models were loaded, the last one at the end."""
+        self._output_kinds: dict[str, str | None] = {}
+        """The kinds of what models return that have slept, as of ``named``."""
         self._handlers: dict[type[Any], Callable[[Any], None]] = {}
         self._followers: dict[type[Any], list[Callable[[Any], None]]] = {}
         self.changed = Signal()
@@ -89,6 +92,11 @@ class Models:
         if isinstance(before, Nothing):
             self._states.pop(name, None)
         self._states[name] = after
+        was = deployment_of(before)
+        if isinstance(after, Asleep) and was is not None:
+            self.note_kind(name, was.spec)
+        elif isinstance(after, Nothing):
+            self._output_kinds.pop(name, None)
         if _is_news(before, event, after):
             is_replacement = isinstance(event, states.Placed) and deployment_of(before) is not None
             kind = "replaced" if is_replacement else _KINDS[type(event)]
@@ -133,12 +141,18 @@ class Models:
         return tuple(state.deployment for _, state in self.present() if isinstance(state, Serving))
 
     def is_busy_beside(self, deployment: Deployment) -> bool:
-        """Whether another model answers now on a device of this deployment."""
+        """Whether another model answers or encodes now on a device of this deployment."""
         devices = set(deployment.devices)
         return any(
-            other is not deployment and other.slots.used and not devices.isdisjoint(other.devices)
+            other is not deployment
+            and not other.slots.is_idle
+            and not devices.isdisjoint(other.devices)
             for other in self.all_serving
         )
+
+    def note_kind(self, name: str, spec: ModelSpec) -> None:
+        """Note the kind of what a model returns. It may be asleep since before a restart."""
+        self._output_kinds[name] = None if spec.output is None else spec.output.kind
 
     def named(self, name: object, *kinds: str | None) -> str:
         """The name of the model that a request means, or empty if none is here.
@@ -151,8 +165,17 @@ class Models:
         present = self.present()
         if any(known == name for known, _ in present):
             return str(name)
-        meant = [known for known, state in present if not kinds or _kind(state) in kinds]
+        meant = [
+            known for known, state in present if not kinds or self._kind(known, state) in kinds
+        ]
         return next(iter((*meant, *(known for known, _ in present))), "")
+
+    def _kind(self, name: str, state: State) -> str | None:
+        """The kind of what a model returns. One that is loaded for the first time has none."""
+        deployment = deployment_of(state)
+        if deployment is None:
+            return self._output_kinds.get(name, "")
+        return None if deployment.spec.output is None else deployment.spec.output.kind
 
     def of_epoch(self, epoch: int) -> Deployment | None:
         """The present deployment with this epoch, whether it serves or was broken."""
@@ -237,13 +260,6 @@ class Models:
     def is_suspect(self, deployment: Deployment) -> bool:
         """Whether tokens from ``deployment`` may be wrong, because files were damaged."""
         return deployment.epoch in past_of(self[deployment.name]).suspect
-
-
-def _kind(state: State) -> str | None:
-    """The kind of what a model returns. A model that is still being loaded has none."""
-    deployment = deployment_of(state)
-    output = None if deployment is None else deployment.spec.output
-    return "" if deployment is None else None if output is None else output.kind
 
 
 def _continues(state: State, deployment: Deployment) -> bool:

@@ -130,11 +130,8 @@ class Operations:
         Raises CoordinatorError, ModelError, PlanError.
         """
         async with self._turns.asked(on_step):
-            tokenizer = await asyncio.to_thread(_tokenizer, request.model)
-            request = self._identified(request)
-            for doubt in await asyncio.to_thread(_doubts, tokenizer, request.model):
-                log.warning("%s", doubt)
-            return await self._load(request, tokenizer)
+            tokenizer = await _checked_tokenizer(request)
+            return await self._load(self._identified(request), tokenizer)
 
     async def plan_several(
         self, asked: SeveralRequest, on_step: Callable[[Step], None]
@@ -151,9 +148,7 @@ class Operations:
         Raises CoordinatorError, ModelError, PlanError.
         """
         async with self._turns.asked(on_step):
-            tokenizers = [
-                await asyncio.to_thread(_tokenizer, request.model) for request in asked.requests
-            ]
+            tokenizers = [await _checked_tokenizer(request) for request in asked.requests]
             for attempt in itertools.count(1):
                 together = await self._plan_several(asked, weights=True)
                 present = [known for known, _ in self._models.present()]
@@ -312,6 +307,7 @@ class Operations:
             planned.plan,
             deployment.load_s,
             is_wished=request.plan is not None or _breaks_pins(deployment, request),
+            others=[record.plan for record in self._beside(request)],
         )
         present = revalued(deployment.plan, planned.problem)
         return Compared(planned, present, choice, slow_now)
@@ -576,6 +572,14 @@ def _tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of a model's directory. Raises ModelError."""
     require_model(directory)
     return Tokenizer.load(directory)
+
+
+async def _checked_tokenizer(request: LoadRequest) -> Tokenizer:
+    """The tokenizer of a request's model. What is doubtful of it is logged. Raises ModelError."""
+    tokenizer = await asyncio.to_thread(_tokenizer, request.model)
+    for doubt in await asyncio.to_thread(_doubts, tokenizer, request.model):
+        log.warning("%s", doubt)
+    return tokenizer
 
 
 def _doubts(tokenizer: Tokenizer, model: Path) -> list[str]:

@@ -12,10 +12,11 @@ A move costs answers a pause, and figures lie now and then. So a better plan is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
+from planning.joint.beside import seconds_beside
 from planning.plan import Placement, Plan, assess, of_plan
 from planning.problem import BlockOption, Device, PlanningProblem
 
@@ -202,18 +203,20 @@ def choice_of(
     load_s: float = 0.0,
     *,
     is_wished: bool = False,
+    others: Sequence[Plan] = (),
 ) -> Choice:
     """Compare the present plan with another one of ``problem``, which has the present figures.
 
     load_s: how long stages take to load blocks that their devices have.
     is_wished: the present plan is not as the user asked for.
+    others: of other models on these devices. What a plan takes of their time counts, too.
     Raises PlanError if the present plan needs a device or link that is not there.
     """
     now = revalued(present, problem)
     return Choice(
         frozenset(other.placements),
-        _without_loading(now),
-        _without_loading(other),
+        _without_loading(now, others),
+        _without_loading(other, others),
         now.total_sensitivity,
         other.total_sensitivity,
         other.load_s + load_s,
@@ -260,5 +263,7 @@ def _slowed(device: Device, factor: float) -> Device:
     return replace(device, options=options)
 
 
-def _without_loading(plan: Plan) -> float:
+def _without_loading(plan: Plan, others: Sequence[Plan]) -> float:
+    if others and plan.objective.kind != "energy":
+        return seconds_beside(plan, others)
     return plan.value - plan.objective.migration_weight * plan.load_s

@@ -123,6 +123,8 @@ class Rebalancer:
 
     async def look(self) -> None:
         """Look at every model that answers once."""
+        names = {name for name, _ in self._models.present()}
+        self._watched = {name: one for name, one in self._watched.items() if name in names}
         for _, state in self._models.present():
             if isinstance(state, Serving) and not self._turns.is_taken:
                 await self._look(state.deployment)

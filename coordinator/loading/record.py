@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coordinator.disk import Disk, write
 from coordinator.loading.deployment import Deployment, Team
 from coordinator.roster.members import Member
 from model.bounded import read_json
-from model.durable import replace_text
 from planning.json_codec import from_plain, to_plain
 from planning.plan import Plan, PlanError
 from wire.messages import StageLoaded, TeamMeasured
@@ -81,8 +81,10 @@ class DeploymentRecord:
 class RecordFile:
     """The records by model in ``deployment.json``, in the coordinator's state directory."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, disk: Disk | None = None) -> None:
+        """``disk`` writes the file. Without one, each change returns when it is written."""
         self._path = directory / "deployment.json"
+        self._write_text = write if disk is None else disk.replace
         self._records: dict[str, Any] | None = None
         """The contents of the file. None: it was not read yet."""
 
@@ -128,15 +130,12 @@ class RecordFile:
 
     def _write(self, records: dict[str, Any]) -> None:
         self._records = records
-        try:
-            if records:
-                replace_text(self._path, json.dumps(records))
-            else:
-                self._path.unlink(missing_ok=True)
-        except OSError as error:
-            log.warning("%s: %s: a restart will load models again", self._path, error.strerror)
-            with contextlib.suppress(OSError):
-                self._path.unlink(missing_ok=True)
+        self._write_text(self._path, json.dumps(records) if records else None, self._not_written)
+
+    def _not_written(self, error: OSError) -> None:
+        log.warning("%s: %s: a restart will load models again", self._path, error.strerror)
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
 
 
 def _check(record: DeploymentRecord) -> None:

@@ -16,11 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from coordinator.disk import Disk, write
 from coordinator.errors import CoordinatorError
 from coordinator.loading.record import RecordFile
 from coordinator.roster.members import Roster
 from model.bounded import read_json
-from model.durable import replace_text
 from model.errors import ModelError
 from planning.errors import RequestInvalid
 from planning.plan import PlanError
@@ -75,9 +75,11 @@ class LoadedFile:
     perhaps names with their ids beside them.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, disk: Disk | None = None) -> None:
+        """``disk`` writes the files. Without one, each change returns when it is written."""
         self._path = directory / "loaded.json"
-        self.record = RecordFile(directory)
+        self._write_text = write if disk is None else disk.replace
+        self.record = RecordFile(directory, disk)
         """The file beside it that says where the stages of the models are."""
         self._kept: dict[str, Any] | None = None
         """The entries of the file, by model, in the order of the loads. None: not read yet."""
@@ -139,13 +141,11 @@ class LoadedFile:
 
     def _write(self, kept: dict[str, Any]) -> None:
         self._kept = kept
-        try:
-            if kept:
-                replace_text(self._path, json.dumps({"models": kept}))
-            else:
-                self._path.unlink(missing_ok=True)
-        except OSError as error:
-            log.warning("%s: %s: a restart will load what it has now", self._path, error.strerror)
+        text = json.dumps({"models": kept}) if kept else None
+        self._write_text(self._path, text, self._not_written)
+
+    def _not_written(self, error: OSError) -> None:
+        log.warning("%s: %s: a restart will load what it has now", self._path, error.strerror)
 
 
 def _read_entry(entry: Mapping[str, Any]) -> tuple[LoadRequest, tuple[str, ...]]:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from coordinator.errors import Busy
 from coordinator.roster.measurements import OnStep, Step
+
+
+async def _nothing() -> None:
+    """Have nothing to await."""
 
 
 class Turns:
     """Gives one operation at a time the devices, and passes its progress on."""
 
     def __init__(self) -> None:
+        self.settle: Callable[[], Awaitable[None]] = _nothing
+        """Is awaited at the end of an operation, before anybody hears of it."""
         self._lock = asyncio.Lock()
         self._unasked = ""
         """The coordinator's own operation in words, or empty."""
@@ -58,6 +64,7 @@ class Turns:
             self._on_step = on_step
             try:
                 yield
+                await self.settle()
             finally:
                 self._on_step = None
                 self._steps.clear()
@@ -69,6 +76,7 @@ class Turns:
             self._unasked = what
             try:
                 yield
+                await self.settle()
             finally:
                 self._unasked = ""
                 self._steps.clear()

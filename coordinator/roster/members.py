@@ -8,10 +8,12 @@ import itertools
 import logging
 import time
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import astuple, dataclass, field, replace
+from functools import partial
 from typing import TypeVar
 
+from coordinator.disk import Disk
 from coordinator.errors import AgentFailed, AgentLost, NoAgents
 from coordinator.roster.book import BadBook, Device, DeviceBook
 from coordinator.roster.links import Failure, Links
@@ -23,6 +25,7 @@ from model.spec import ModelSpec
 from planning.problem import NoLink
 from wire import hygiene, limits
 from wire.addresses import is_loopback, is_shared
+from wire.claim import Fingerprint
 from wire.connection import AsyncConnection
 from wire.errors import ProtocolError, WireError
 from wire.hygiene import (
@@ -115,6 +118,7 @@ _REPORTS = (
 """The messages that answer no request, for the subscribers of members."""
 
 Answer = TypeVar("Answer", bound=Message)
+Result = TypeVar("Result")
 OnProgress = Callable[[Progress], None]
 OnResult = Callable[[QualityMeasured | HopMeasured], None]
 
@@ -277,11 +281,13 @@ class Member:
         )
 
     def take_better(self, changed: FiguresChanged) -> None:
-        """Store figures that the agent measured again by itself. Raises AgentFailed.
+        """Store figures that the agent measured again by itself, and how much memory it has now.
 
+        Raises AgentFailed.
         Times are stored only for blocks and widths that it was asked for before.
         """
         self.take_figures(changed.profile)
+        self.profile = replace(self.profile, memory_bytes=changed.profile.memory_bytes)
         if not all(map(is_plausible, changed.timings)):
             raise AgentFailed(self.name, "reported an impossible time")
         if not changed.spec:
@@ -334,12 +340,17 @@ class Roster:
         names: NameBook | None = None,
         story: Story | None = None,
         book: DeviceBook | None = None,
+        disk: Disk | None = None,
     ) -> None:
         """Without ``names``, names last as long as this roster.
 
         book: the devices that may join by TLS. None without TLS.
+        disk: writes the files of both. None: they are written at once.
         """
+        self._disk = disk
         self._book = book
+        self._beside: set[AsyncConnection] = set()
+        """The connections of devices that carry files."""
         self._tellings: set[asyncio.Task[None]] = set()
         self.names = names or NameBook()
         self._cluster = cluster
@@ -470,14 +481,15 @@ class Roster:
             await connection.send(JoinRefused(refusal))
             return
         hello = typing.cast("AgentHello", clean(hello))
-        if not await self._replaces(hello, connection):
+        name = await self._named(hello, connection)
+        if name is None:
             return
         kept = {
             stage.epoch: stage.newest_sequence for stage in hello.kept if stage.epoch in self.keeps
         }
         member = Member(
             device=hello.device,
-            name=self.names.assign(hello.device, hello.name, self._members.keys()),
+            name=name,
             version=hello.version,
             endpoints=hello.endpoints,
             profile=hello.profile,
@@ -494,8 +506,8 @@ class Roster:
         try:
             await connection.send(CoordinatorWelcome(self._cluster, member.name, tuple(kept)))
             if self._book is not None:
-                self._name_in(self._book, member)
-                self.tell_known()
+                await self._name_in(self._book, member)
+                await self.tell_known()
             log.info("%s joined from %s", member.name, connection.peer)
             self._story.tell("joined", member.name, f"from {connection.peer}")
             self.changed.fire()
@@ -510,7 +522,37 @@ class Roster:
             heartbeat.cancel()
             self._lose(member, AgentLost(member.name, "its connection ended"))
 
-    def tell_known(self) -> None:
+    @contextlib.contextmanager
+    def beside(self, connection: AsyncConnection) -> Iterator[None]:
+        """Serve a device's connection that carries files. It ends when the device is revoked."""
+        self._beside.add(connection)
+        try:
+            yield
+        finally:
+            self._beside.discard(connection)
+
+    async def _named(self, hello: AgentHello, connection: AsyncConnection) -> str | None:
+        """The name of an agent that may join, once it is on the disk, or None if it may not.
+
+        Others may join meanwhile. So this looks again.
+        """
+        while await self._replaces(hello, connection):
+            name = self.names.assign(hello.device, hello.name, self._members.keys())
+            if self._disk is not None:
+                await self._disk.flush()
+            refusal = self._refusal(hello)
+            if refusal is not None:
+                await connection.send(JoinRefused(refusal))
+                return None
+            if hello.device not in self._members:
+                return name
+        return None
+
+    async def _at_disk(self, work: Callable[[], Result]) -> Result:
+        """Do work on the book's file."""
+        return work() if self._disk is None else await self._disk.run(work)
+
+    async def tell_known(self) -> None:
         """Tell all members which devices may call them, if that has changed. Drop the revoked ones.
 
         The messages leave in tasks of their own, because a member may be slow to take one. A member
@@ -519,13 +561,16 @@ class Roster:
         if self._book is None:
             return
         try:
-            known = self._book.known()
+            known = await self._at_disk(self._book.known)
         except BadBook as error:
             self._rare_log.warning("book", "%s", error)
             return
-        devices = {item.device for item in known.devices}
+        may_join = {(item.device, item.fingerprint) for item in known.devices}
+        for connection in tuple(self._beside):
+            if _is_revoked(connection, may_join):
+                connection.close()
         for member in tuple(self._members.values()):
-            if member.device not in devices:
+            if _is_revoked(member.connection, may_join):
                 self._lose(member, AgentLost(member.name, "it was revoked"))
             elif member.told != known:
                 member.told = known
@@ -533,24 +578,24 @@ class Roster:
                 self._tellings.add(task)
                 task.add_done_callback(self._tellings.discard)
 
-    def known(self) -> tuple[Device, ...]:
+    async def known(self) -> tuple[Device, ...]:
         """All devices that may join, oldest first. None without TLS. Raises BadBook."""
-        return () if self._book is None else self._book.devices()
+        return () if self._book is None else await self._at_disk(self._book.devices)
 
-    def revoke(self, name: str) -> Device:
+    async def revoke(self, name: str) -> Device:
         """Let a device of this name or id join no more, and drop it. Raises BadBook, OSError."""
         if self._book is None:
             raise BadBook(
                 "this coordinator runs with --insecure: any device may join, so none can be revoked"
             )
-        gone = self._book.revoke_device(name)
-        self.tell_known()
+        gone = await self._at_disk(partial(self._book.revoke_device, name))
+        await self.tell_known()
         return gone
 
-    def _name_in(self, book: DeviceBook, member: Member) -> None:
+    async def _name_in(self, book: DeviceBook, member: Member) -> None:
         """Note a member's name, by which people revoke it."""
         try:
-            book.named(member.device, member.name)
+            await self._at_disk(partial(book.named, member.device, member.name))
         except (BadBook, OSError) as error:
             self._rare_log.warning("book", "cannot note the name of %s: %s", member.name, error)
 
@@ -704,6 +749,12 @@ class Roster:
             return f"the device id {hello.device!r} is another device's name"
         wrong = implausible_profile(hello.profile)
         return None if wrong is None else f"its profile has {wrong}"
+
+
+def _is_revoked(connection: AsyncConnection, may_join: Set[tuple[str, Fingerprint]]) -> bool:
+    """Whether the caller has introduced itself by a key that may not join any more."""
+    claim = connection.claim
+    return claim is not None and (claim.device, claim.fingerprint) not in may_join
 
 
 def _addresses(source: Member, target: Member) -> tuple[str, ...]:

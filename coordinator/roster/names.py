@@ -13,8 +13,8 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
+from coordinator.disk import Disk, write
 from model.bounded import read_json
-from model.durable import replace_text
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +29,12 @@ VERSION = 1
 class NameBook:
     """The names of devices, on disk. No name is the id or the name of another device."""
 
-    def __init__(self, directory: Path | None = None) -> None:
-        """Read the names in ``directory``. Without one, names last as long as this object."""
+    def __init__(self, directory: Path | None = None, disk: Disk | None = None) -> None:
+        """Read the names in ``directory``. Without one, names last as long as this object.
+
+        disk: writes the file. Without one, ``assign`` returns when it is written.
+        """
+        self._write_text = write if disk is None else disk.replace
         self._path = None if directory is None else directory / "names.json"
         self._names: dict[str, tuple[str, str]] = {}
         """Device id -> its name and the name it asked for. The device that joined last is last."""
@@ -74,10 +78,10 @@ class NameBook:
         if self._path is None:
             return
         content = {"version": VERSION, "devices": self._names}
-        try:
-            replace_text(self._path, json.dumps(content, indent=1))
-        except OSError as error:
-            log.warning("%s: %s: a restart may rename devices", self._path, error.strerror)
+        self._write_text(self._path, json.dumps(content, indent=1), self._not_written)
+
+    def _not_written(self, error: OSError) -> None:
+        log.warning("%s: %s: a restart may rename devices", self._path, error.strerror)
 
 
 def _candidates(wished: str) -> itertools.chain[str]:

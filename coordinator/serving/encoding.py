@@ -253,7 +253,9 @@ class Encoders:
         try:
             try:
                 self._models.require(line.deployment)
-                one.spread(await self._result(line, number, one))
+                # Whoever asked may have gone, and the stages are busy all the same.
+                with line.deployment.slots.in_use():
+                    one.spread(await self._result(line, number, one))
             except CoordinatorError as error:
                 for text in one.texts:
                     if not text.result.done():

@@ -534,7 +534,9 @@ class Gateway:
                 yield event
         finally:
             del self._flights[number]
-            if not self._of(deployment):
+            # Stages that were taken over have another deployment of the same epoch.
+            epochs = {other.deployment.epoch for other in self._flights.values()}
+            if deployment.epoch not in epochs:
                 del self._told[deployment.epoch]
             await asyncio.shield(_release(deployment, number))
 

@@ -75,6 +75,12 @@ class Standstills:
         if not self._gateway.waits(deployment):
             self._quiet.pop(epoch, None)
             return
+        if epoch not in self._quiet:  # Others may have ended.
+            self._quiet = {
+                known: one
+                for known, one in self._quiet.items()
+                if self._models.of_epoch(known) is not None
+            }
         quiet = self._quiet.setdefault(epoch, _Quiet())
         quiet.take(member, counts, time.monotonic())
         stands = quiet.quiet_s >= STANDSTILL_S and all(

@@ -6,6 +6,7 @@ counted here: as in a joint plan, the mean time of a request of all models is mi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -58,6 +59,18 @@ def solve_beside(
     except PlanError:  # The solver's rounding broke a limit.
         return first
     return best
+
+
+def seconds_beside(plan: Plan, others: Sequence[Plan]) -> float:
+    """The seconds of a request, and those by which it delays a request of each other model.
+
+    So plans of one model can be compared that leave the others where they are. Loading does not
+    count. All plans take the objective of ``plan``, which is not energy.
+    """
+    uses = [_use(plan), *(_use(replace(one, objective=plan.objective)) for one in others)]
+    own_s, *others_s = settled(uses)
+    delays_s = (s - use.alone_s for s, use in zip(others_s, uses[1:], strict=True))
+    return own_s + math.fsum(delays_s)
 
 
 def _planned(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from agent import daemon
+from agent import daemon, memory
 from agent import quiet as moments
 from agent.config import NAME, AgentConfig, ConfigError, default_name
 from agent.daemon import Agent
@@ -22,6 +22,7 @@ from backends.registry import backend_class
 from calibration.layers import kept_timings
 from calibration.store import CalibrationStore
 from model.checkpoint import Checkpoint
+from model.memory import memory_bytes
 from tests.figures import FIGURES, leave_figures
 from wire import conditions
 from wire.conditions import Conditions
@@ -476,6 +477,25 @@ def spoil(store: CalibrationStore) -> None:
         content["conditions"][key] = list(astuple(BUSY))
         content["entries"][key] = [100 * value for value in content["entries"][key]]
     store.path.write_text(json.dumps(content))
+
+
+@pytest.mark.usefixtures("quiet")
+def test_memory_that_another_program_gives_back_is_told(
+    coordinator: Coordinator, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [1 << 30]
+    total = memory_bytes()[1]
+    monkeypatch.setattr("agent.daemon.memory_bytes", lambda: (free[0], total))
+    monkeypatch.setattr(memory, "STEADY_S", 0.1)
+    with running_agent(tmp_path, Endpoint("127.0.0.1", coordinator.listener.port), said):
+        before = coordinator.welcome().profile.memory_bytes
+        free[0] += before
+        for change in iter(coordinator.answer, None):
+            assert isinstance(change, FiguresChanged)
+            after = change.profile.memory_bytes
+            if after > before:
+                break
+    assert after == before + int(memory.SHARE * before)
 
 
 @pytest.mark.usefixtures("agent", "quiet")

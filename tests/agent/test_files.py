@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -227,3 +228,23 @@ def test_waiting_ends_when_nobody_waits(
     coordinator.serve(answering(Heartbeat()))
     with pytest.raises(Cancelled):
         exchange(coordinator, tmp_path, progress=cancelled).supply("chip", SPEC, [block])
+
+
+def test_files_for_a_backend_evict_none_that_a_stage_is_loaded_from(
+    coordinator: Coordinator, tmp_path: Path, block: tuple[int, Path]
+) -> None:
+    """The limit has room for either, and the stage was there first."""
+    loaded, other = b"of a stage" * 50, b"of no stage" * 50
+    made = b"made" * 100
+    exchanged = exchange(coordinator, tmp_path, len(loaded) + len(made) + 100)
+    cache = exchanged.cache
+    for content in (loaded, other):
+        cache.path(ref(content).sha256).parent.mkdir(exist_ok=True)
+        cache.path(ref(content).sha256).write_bytes(content)
+    os.utime(cache.path(ref(loaded).sha256), (1, 1))
+    cache.in_use = lambda: {ref(loaded).sha256}
+    answers = answering(FilesMade(0, (ref(made),)))
+    coordinator.serve(answers, sending(made))
+    (path,) = exchanged.supply("chip", SPEC, [block])
+    assert path.read_bytes() == made
+    assert cache.find([ref(loaded).sha256, ref(other).sha256]) == (ref(loaded).sha256,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import threading
@@ -16,6 +17,7 @@ from agent.blocks import BlockCache
 from agent.holders import Holders
 from agent.peers import MOST_FETCHING, PeerServer, connect_peer
 from wire.chunks import file_chunks
+from wire.codec import encode
 from wire.connection import Connection, Listener
 from wire.errors import ConnectionLost, WireError
 from wire.messages import (
@@ -34,6 +36,7 @@ from wire.messages import (
 )
 
 SIZE = 1 << 20
+DRIPS = 200
 
 
 @dataclass
@@ -219,6 +222,74 @@ def test_a_silent_device_and_one_that_is_not_there_are_left(
     ended.set()
     thread.join()
     listener.close()
+
+
+@pytest.mark.parametrize("how", ["small chunks", "one chunk"])
+def test_a_device_that_drips_is_left(
+    how: str, shoal: Shoal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is never silent, and would hold the download for days."""
+    monkeypatch.setattr(holders_module, "SILENCE_S", 0.3)
+    ref = shoal.file()
+    listener, ended = Listener("127.0.0.1", 0), threading.Event()
+    data = (shoal.coordinator.directory / ref.sha256).read_bytes()
+
+    def drip(connection: Connection) -> None:
+        if how == "small chunks":
+            for offset in range(DRIPS):
+                connection.send(BlockChunk(offset, SIZE), data[offset : offset + 1])
+                ended.wait(0.05)
+        else:
+            frame = encode(BlockChunk(0, SIZE), SIZE // 4) + data
+            for offset in range(DRIPS):
+                connection._transport.send(frame[offset : offset + 1])
+                ended.wait(0.05)
+
+    def serve() -> None:
+        connection = listener.accept()
+        assert connection is not None
+        with connection, contextlib.suppress(WireError, OSError):
+            connection.receive()
+            connection.send(PeerWelcome("drips"))
+            connection.receive()
+            drip(connection)
+            dripped.append(DRIPS)
+
+    dripped: list[int] = []
+    thread = threading.Thread(target=serve)
+    thread.start()
+    shoal.holder("drips", listener.port, ref)
+    shoal.device("honest", ref)
+    assert shoal.fetch(ref) == (SIZE, SIZE)
+    ended.set()
+    thread.join()
+    listener.close()
+    assert (shoal.fetched, dripped) == (["drips", "honest"], [])
+
+
+def test_the_source_behind_a_liar_is_not_blamed(shoal: Shoal) -> None:
+    """The liar sends a damaged beginning and goes. The next device sends the rest, and all of it
+    when the hash differs."""
+    ref, listener = shoal.file(), Listener("127.0.0.1", 0)
+
+    def serve() -> None:
+        connection = listener.accept()
+        assert connection is not None
+        with connection:
+            connection.receive()
+            connection.send(PeerWelcome("liar"))
+            connection.receive()
+            connection.send(BlockChunk(0, SIZE), bytes(1000))
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    shoal.holder("liar", listener.port, ref)
+    shoal.device("honest", ref)
+    assert shoal.fetch(ref) == (SIZE, SIZE)
+    thread.join()
+    listener.close()
+    assert shoal.coordinator.sent == []
+    assert shoal.fetched == ["liar", "honest"]
 
 
 def test_for_small_files_nobody_is_asked(shoal: Shoal, monkeypatch: pytest.MonkeyPatch) -> None:

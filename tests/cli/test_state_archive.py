@@ -6,6 +6,8 @@ import io
 import json
 import os
 import stat
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -44,7 +46,7 @@ def state(directory: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(directory)): path.read_bytes()
         for path in directory.rglob("*")
-        if path.is_file() and path.name != "devices.lock"
+        if path.is_file() and path.suffix != ".lock"
     }
 
 
@@ -116,10 +118,25 @@ def test_a_running_coordinator_is_left_alone(old: Path, tmp_path: Path, capsys: 
         assert export(old, file) == 0
         assert "it runs: stop it" in capsys.readouterr().err
     before = state(new)
-    with told(new, Running(os.getpid(), "", 7420, "shoal", "", "")):
+    # Its own lock says so. The file of a killed one may name another process.
+    (new / "running.json").write_text("nonsense")
+    code = (
+        "import sys; from coordinator.claim import *; "
+        "lock = claim(Path(sys.argv[1])); print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(
+        [*command, str(new)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as runs:
+        assert runs.stdout is not None
+        runs.stdout.readline()
         assert take(new, file) == 1
         assert "stop it first" in capsys.readouterr().err
+        runs.communicate(b"\n")
+    (new / "running.json").unlink()
     assert state(new) == before
+    with told(new, Running(os.getpid(), "", 7420, "shoal", "", "")):
+        assert take(new, file) == 0
     assert export(old, file) == 1  # It never overwrites a file.
     assert "exists already" in capsys.readouterr().err
 
@@ -168,3 +185,66 @@ def test_an_archive_that_is_cut_or_damaged_changes_nothing(
     assert not (tmp_path / "new").exists()
     assert export(tmp_path / "nowhere", tmp_path / "y.tar") == 1
     assert "has no coordinator's key" in capsys.readouterr().err
+
+
+def parts(old: Path) -> list[tuple[str, bytes, bytes]]:
+    """An archive's list and key, as members."""
+    manifest = json.dumps({"version": VERSION}).encode()
+    key = (old / "identity.pem").read_bytes()
+    return [(MANIFEST, tarfile.REGTYPE, manifest), ("identity.pem", tarfile.REGTYPE, key)]
+
+
+def test_an_archive_cannot_fill_the_memory(old: Path, tmp_path: Path, capsys: Capture) -> None:
+    """A sparse file of a few bytes says that it has a terabyte of zeros."""
+    file = tmp_path / "x.tar"
+    with tarfile.open(file, "w", format=tarfile.PAX_FORMAT) as made:
+        for name, _, content in parts(old):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            made.addfile(member, io.BytesIO(content))
+        sparse = tarfile.TarInfo("loaded.json")
+        sparse.pax_headers = {
+            "GNU.sparse.major": "0",
+            "GNU.sparse.minor": "1",
+            "GNU.sparse.map": "0,0",
+            "GNU.sparse.size": str(64 << 20),
+        }
+        made.addfile(sparse)
+    assert take(tmp_path / "new", file) == 1
+    assert "it has 'loaded.json'" in capsys.readouterr().err
+    large = [("loaded.json", tarfile.REGTYPE, bytes((16 << 20) + 1))]
+    assert take(tmp_path / "new", archive(file, *parts(old), *large)) == 1
+    assert "its 'loaded.json' is too large" in capsys.readouterr().err
+    twice = [("loaded.json", tarfile.REGTYPE, b"{}")] * 2
+    assert take(tmp_path / "new", archive(file, *parts(old), *twice)) == 1
+    assert "it has 'loaded.json' twice" in capsys.readouterr().err
+    deep = [(MANIFEST, tarfile.REGTYPE, b"[" * 200_000), parts(old)[1]]
+    assert take(tmp_path / "new", archive(file, *deep)) == 1
+    assert "this is no whole archive" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_archive_that_lacks_its_end_is_not_taken(
+    old: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """It is cut between two files, so each of those that are there is whole."""
+    file = tmp_path / "old.tar"
+    assert export(old, file) == 0
+    with tarfile.open(file) as made:
+        last = made.getmembers()[-1]
+    file.write_bytes(file.read_bytes()[: last.offset])
+    assert take(tmp_path / "new", file) == 1
+    assert f"its {last.name!r} is not whole" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_nothing_is_half_imported(old: Path, tmp_path: Path, capsys: Capture) -> None:
+    """The archive has a file where this machine has a folder."""
+    new = coordinator(tmp_path / "new")
+    (new / "artifacts").mkdir()
+    before = state(new)
+    for name in ("artifacts", "quality"):
+        wrong = archive(tmp_path / "x.tar", *parts(old), (name, tarfile.REGTYPE, b"x"))
+        assert take(new, wrong) == 1
+        assert "error:" in capsys.readouterr().err
+        assert state(new) == before

@@ -14,7 +14,17 @@ import pytest
 from coordinator.errors import AgentFailed, AgentLied, AgentLost, NotLoaded, TextsWait
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.idling import Idling
-from coordinator.loading.state import Asleep, LoadBegan, Lost, Place, Placed, Serving, Unloaded
+from coordinator.loading.state import (
+    Asleep,
+    LoadBegan,
+    Lost,
+    Place,
+    Placed,
+    Rest,
+    Serving,
+    Slept,
+    Unloaded,
+)
 from coordinator.loading.turns import Turns
 from coordinator.serving import encoding
 from coordinator.serving.encoding import Encoders, Result, TextTokens
@@ -260,6 +270,55 @@ def test_a_request_without_a_name_means_a_model_that_can_answer_it(
         assert models.named("minilm", None) == "minilm"
         assert models.named("unknown", "vector") == "minilm"
         assert models.named(None, "span") in ("minilm", "llama")
+
+    run(test)
+
+
+def test_an_encoder_that_sleeps_is_still_one(run: Callable[..., None]) -> None:
+    async def test(texts: Texts) -> None:
+        models = texts.cluster.models
+        models.carry_out(Rest, lambda action: None)
+        texts.cluster.deploy(epoch=EPOCH + 1)  # It generates.
+        texts.deploy(keep_s=60.0)
+        models.apply("minilm", Slept(texts.deployment.request))
+        assert isinstance(models["minilm"], Asleep)
+        assert models.named(None, "vector") == "minilm"
+        assert models.named(None, None) == "llama"
+
+    run(test)
+
+
+def test_an_encoder_at_work_is_busy_beside_a_model_of_its_devices(
+    run: Callable[..., None],
+) -> None:
+    async def test(texts: Texts) -> None:
+        models = texts.cluster.models
+        texts.cluster.deploy(epoch=EPOCH + 1)
+        generates = next(one for one in models.all_serving if one.name == "llama")
+        assert not models.is_busy_beside(generates)
+        task = texts.ask(3)
+        order = await texts.order()
+        assert models.is_busy_beside(generates)
+        await texts.answer(order)
+        await task
+        assert not models.is_busy_beside(generates)
+
+    run(test)
+
+
+def test_a_pass_counts_as_work_although_its_request_was_cancelled(
+    run: Callable[..., None],
+) -> None:
+    async def test(texts: Texts) -> None:
+        task = texts.ask(3)
+        order = await texts.order()
+        task.cancel()
+        await asyncio.wait({task})
+        assert not texts.deployment.slots.is_idle
+        (passes,) = texts.encoders._tasks
+        await texts.answer(order)
+        await passes
+        assert texts.deployment.slots.is_idle
 
     run(test)
 

@@ -205,3 +205,26 @@ def test_after_two_failures_the_pause_between_moves_doubles() -> None:
     memory = memory.rolled_back(SLOW, 0.0)
     assert memory.pause_s == 2 * PAUSE_S
     assert memory.kept().pause_s == PAUSE_S
+
+
+def alone_on(problem: PlanningProblem, name: str) -> Plan:
+    """All blocks on one device."""
+    index = [device.name for device in problem.devices].index(name)
+    return assess(problem, [(index, 0, [8] * problem.spec.block_count)], Proof("", 0.0, 0.0))
+
+
+def test_the_time_of_other_models_counts() -> None:
+    """Two devices are alike, and another model answers on the first one."""
+    problem = problem_of(bits=(8,))
+    first, second = alone_on(problem, "pi-1"), alone_on(problem, "pi-2")
+    assert choice_of(problem, first, second).gain == pytest.approx(0.0)
+    assert choice_of(problem, first, second, others=[first]).is_better
+    assert not choice_of(problem, second, first, others=[first]).is_better
+    # A faster device is no better if the other model needs it.
+    faster = slowed(problem, {"pi-2": 1.3})
+    first, second = revalued(first, faster), revalued(second, faster)
+    assert choice_of(faster, second, first).is_better
+    assert not choice_of(faster, second, first, others=[first]).is_better
+    # One that answers elsewhere changes nothing.
+    free = choice_of(faster, second, first, others=[alone_on(problem, "pi-2")])
+    assert free.is_better

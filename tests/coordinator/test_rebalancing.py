@@ -34,6 +34,7 @@ from tests.coordinator.test_teams import (
     planned,
 )
 from wire.messages import (
+    FiguresChanged,
     MeasureLink,
     MeasureModel,
     Message,
@@ -381,5 +382,38 @@ def test_tokens_are_timed_by_sequences_in_flight_and_without_guesses(
         await world.shoal.load(plan_of(ALONE))
         await world.tokens("d", 0.1, 1)
         assert tempo.token_s(epoch) == {}  # It has ended.
+
+    run(test)
+
+
+def test_a_model_that_was_unloaded_is_forgotten(run: Callable[[Test], None]) -> None:
+    async def test(world: World) -> None:
+        await world.look(LOOK_S)
+        assert list(world.loop._watched) == [world.served.name]
+        await world.operations.unload()
+        await world.loop.look()
+        assert not world.loop._watched
+
+    run(test)
+
+
+def test_memory_that_returns_makes_a_new_plan(run: Callable[[Test], None]) -> None:
+    """The usual rule says whether the model moves to it, and how often."""
+
+    async def test(world: World) -> None:
+        await world.look(LOOK_S)
+        world.operations.gain = 0.5
+        looked, c = world.operations.looked, world.shoal.member("c")
+        for memory_bytes in (2 << 30, 1 << 30, 2 << 30):
+            profile = replace(c.profile, memory_bytes=memory_bytes)
+            await world.shoal.said("c", FiguresChanged(profile, {}, ()))
+            await c.lives()
+            await world.look(LOOK_S)
+            assert c.profile.memory_bytes == memory_bytes
+            looked += 1
+            assert world.operations.looked == looked
+        await world.look(STEADY_S + LOOK_S)
+        assert world.served.where == "c"
+        assert world.told("moved") == ["moved"]
 
     run(test)

@@ -22,7 +22,14 @@ from tests.coordinator.test_teams import (
     plan_of,
     run,
 )
-from wire.messages import LoadStage, PeerLost, StartSequence, TokenSampled, UnloadStage
+from wire.messages import (
+    LoadStage,
+    PeerLost,
+    Sampling,
+    StartSequence,
+    TokenSampled,
+    UnloadStage,
+)
 
 __all__ = ["run"]
 
@@ -184,5 +191,36 @@ def test_a_model_that_was_unloaded_as_a_device_joined_is_placed_no_more(run: Run
         async with shoal.turns.unasked("what comes after it"):
             assert shoal.models.serving is after
             assert not shoal.of(UnloadStage)
+
+    run(test)
+
+
+def test_a_slow_reader_of_before_does_not_reset_the_counts_of_now(run: Run) -> None:
+    """The stages are taken over, so both have one epoch. It tells whose rows are lost."""
+
+    async def test(shoal: Shoal) -> None:
+        before = await shoal.load(plan_of(ALONE))
+        slow = shoal.gateway.generate(before, (1, 2), Sampling(4, ()))
+        first = asyncio.ensure_future(anext(slow))
+        await shoal.until(lambda: shoal.of(StartSequence))
+        number = shoal.of(StartSequence)[0][1].sequence
+        await shoal.said("d", TokenSampled(before.epoch, number, 0, 5, ""))
+        await first  # Nobody takes the rest for now.
+        await lose(shoal, "d")
+        await shoal.join("d", kept=[(before.epoch, number)])
+        after = await serving_after(shoal, before)
+        shoal.told.clear()
+        quick = shoal.gateway.generate(after, (3, 4), Sampling(4, ()))
+        first = asyncio.ensure_future(anext(quick))
+        await shoal.until(lambda: shoal.of(StartSequence))
+        number = shoal.of(StartSequence)[0][1].sequence
+        await shoal.said("d", TokenSampled(after.epoch, number, 0, 5, ""))
+        await first
+        told = shoal.gateway._told[after.epoch]
+        await slow.aclose()
+        assert (after.epoch, shoal.gateway._told[after.epoch]) == (before.epoch, told)
+        assert told > 0
+        await quick.aclose()
+        assert after.epoch not in shoal.gateway._told
 
     run(test)

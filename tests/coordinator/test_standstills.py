@@ -10,6 +10,7 @@ import pytest
 
 from coordinator.errors import RowsLost
 from coordinator.loading.deployment import Deployment
+from coordinator.loading.state import Lost
 from coordinator.serving import gateway, standstills
 from coordinator.serving.standstills import LEAST_BEATS, Standstills
 from tests.coordinator.test_teams import (
@@ -143,5 +144,30 @@ def test_an_answer_that_the_others_pass_runs_again(
         assert starts(shoal)[2].sequence > fast > slow
         for answer in answers:
             answer.cancel()
+
+    run(test)
+
+
+def test_nothing_is_remembered_of_deployments_that_have_ended(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each one ends while an answer waits."""
+    monkeypatch.setattr(standstills, "STANDSTILL_S", 60.0)
+
+    async def test(shoal: Shoal) -> None:
+        watch = Standstills(shoal.roster, shoal.models, shoal.gateway)
+        deployment = await shoal.load(plan_of(ALONE))
+        answer = asyncio.ensure_future(collect(shoal))
+        for number in range(1, 4):
+            await shoal.until(lambda number=number: len(starts(shoal)) == number)
+            await beat(shoal, deployment)
+            assert list(watch._quiet) == [deployment.epoch]
+            shoal.operations.plans = [plan_of(ALONE)]
+            shoal.models.apply(deployment.name, Lost(RowsLost()))
+            ended = deployment
+            await shoal.until(lambda ended=ended: shoal.models.serving not in (None, ended))
+            assert shoal.models.serving is not None
+            deployment = shoal.models.serving
+        answer.cancel()
 
     run(test)

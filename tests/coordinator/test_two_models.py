@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -16,8 +17,9 @@ from coordinator.loading.beside import Use, use_of
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.paces import token_s
 from coordinator.loading.record import DeploymentRecord
+from coordinator.loading.several import PlannedTogether, SeveralRequest
 from coordinator.loading.state import Replacing, Serving, State
-from planning.plan import InfeasiblePlan
+from planning.plan import InfeasiblePlan, PlanError
 from planning.request import LoadRequest
 from tests.coordinator.test_teams import (
     BLOCKS,
@@ -324,3 +326,25 @@ def test_paces_and_counts_of_two_models_are_apart(run: Run, other: Path) -> None
         assert (token_s(first, member), token_s(second, member)) == (0.5, 0.25)
 
     run(test)
+
+
+def test_models_that_are_loaded_together_tell_what_is_doubtful(
+    run: Run, other: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = {"chat_template": "{{ nothing.at.all }}"}
+    (other / "tokenizer_config.json").write_text(json.dumps(template))
+
+    async def no_plan(asked: SeveralRequest, *, weights: bool) -> PlannedTogether:
+        raise PlanError("no plan is left")
+
+    async def test(shoal: Shoal) -> None:
+        monkeypatch.setattr(shoal.operations, "_plan_several", no_plan)
+        requests = tuple(LoadRequest(model) for model in (MODEL, other))
+        with pytest.raises(PlanError):
+            await shoal.operations.load_several(
+                SeveralRequest(requests, (1.0, 1.0)), shoal.steps.append
+            )
+
+    run(test)
+    (line,) = [one for one in caplog.messages if "chat completions will fail" in one]
+    assert "chat completions will fail, plain ones work" in line

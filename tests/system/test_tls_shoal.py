@@ -11,13 +11,33 @@ import pytest
 
 from tests.system.cluster import TINY_OPT, Cluster, last_json, shoal, wait_for
 from wire.claim import shown
+from wire.connection import Connection
+from wire.errors import ConnectionLost
 from wire.identity import own_identity
+from wire.introduction import COORDINATOR, Caller
+from wire.messages import BlocksHeld, BlocksHello, Endpoint, FindHolders
 
+ANSWER_S = 20.0
 PROMPT = "The lamp is in the attic. Where is the lamp?"
 
 
 def says(cluster: Cluster, name: str, text: str) -> bool:
     return text in cluster.log(name)
+
+
+def files_of(cluster: Cluster, name: str) -> Connection:
+    """A connection for files, as this agent makes it. The coordinator waits for a request."""
+    home = cluster.directory / name
+    own = own_identity(cluster.directory / "coordinator" / "identity.pem")
+    device = (home / "device-id").read_text().strip()
+    identity = own_identity(home / "identity.pem")
+    caller = Caller(identity, own.fingerprint, "blocks", device, COORDINATOR)
+    connection = Connection.connect(Endpoint("127.0.0.1", cluster.control_port), caller=caller)
+    connection.set_receive_timeout(ANSWER_S)
+    connection.send(BlocksHello(device))
+    connection.send(FindHolders(("0" * 64,)))
+    assert isinstance(connection.receive()[0], BlocksHeld)
+    return connection
 
 
 def test_devices_join_by_a_token_and_are_known_by_their_keys_then(cluster: Cluster) -> None:
@@ -50,7 +70,10 @@ def test_devices_join_by_a_token_and_are_known_by_their_keys_then(cluster: Clust
     for item in last_json(shoal("token", "list", "--json", state))["tokens"]:
         assert item["uses"] is None
         last_json(shoal("token", "revoke", "--json", state, item["id"]))
+    files = files_of(cluster, "one")
     assert last_json(cluster.run("devices", "revoke", "one", "--json"))["revoked"] == "one"
+    with files, pytest.raises(ConnectionLost, match="closed"):
+        files.receive()
     cluster.wait_for_agents("two")
     unknown = cluster.run("devices", "revoke", "one")
     assert (unknown.returncode, "there is no device one; known: two" in unknown.stderr) == (1, True)

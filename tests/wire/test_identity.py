@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
+import errno
 import os
 import stat
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -147,3 +150,33 @@ def test_tokens_that_cannot_be_used_say_what_to_do(tmp_path: Path) -> None:
     path.chmod(0o644)
     with pytest.raises(TokenError, match="chmod o= "):
         read_invite(path)
+
+
+def test_a_key_of_a_kind_that_nobody_knows_is_named(tmp_path: Path) -> None:
+    """One bit of the file has flipped, in the name of the key's algorithm."""
+    path = tmp_path / "identity.pem"
+    own_identity(path)
+    _, begin, rest = path.read_text().partition("-----BEGIN PRIVATE KEY-----")
+    key, end, rest = rest.partition("-----END PRIVATE KEY-----")
+    der = bytearray(base64.b64decode(key))
+    der[10] ^= 1
+    path.write_text(begin + "\n" + base64.encodebytes(bytes(der)).decode() + end + rest)
+    with pytest.raises(IdentityError, match="is damaged"):
+        own_identity(path)
+
+
+def without_links(source: object, target: object) -> None:
+    """What a FAT file system says. The kernel of a test machine may have none."""
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
+def test_where_there_are_no_hard_links_all_starts_have_one_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", without_links)
+    path = tmp_path / "identity.pem"
+    with ThreadPoolExecutor(4) as pool:
+        found = [pool.submit(own_identity, path) for _ in range(8)]
+        fingerprints = {one.result().fingerprint for one in found}
+    assert fingerprints == {own_identity(path).fingerprint}
+    assert [item.name for item in tmp_path.iterdir()] == ["identity.pem"]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from wire import limits
 from wire.connection import AsyncConnection, Connection, Listener
 from wire.errors import ConnectFailed, ConnectionLost
 from wire.messages import Endpoint, Heartbeat, ProbePing
@@ -187,3 +188,32 @@ def test_a_closed_socket_waits_for_no_acknowledgement() -> None:
         assert transport.unacknowledged_bytes() == 0
         here.close()
         assert transport.unacknowledged_bytes() == 0
+
+
+def test_a_peer_that_reads_now_and_then_does_not_hold_a_sender(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is never silent for long, and takes a frame slower than any link."""
+    monkeypatch.setattr(limits, "SEND_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(limits, "LEAST_BYTES_PER_S", 64 << 20, raising=False)
+    size, ended, left = 16 << 20, threading.Event(), 16 << 20
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        reader = socket.create_connection(server.getsockname())
+        sender = TcpTransport(server.accept()[0])
+
+    def read() -> None:
+        nonlocal left
+        while left > 0 and not ended.wait(0.1):
+            left -= len(reader.recv(128 << 10))
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        with pytest.raises(TimeoutError):
+            sender.send(b"head", bytes(size))
+    finally:
+        ended.set()
+        thread.join()
+        sender.close()
+        reader.close()
+    assert left > 0

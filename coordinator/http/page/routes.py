@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -33,7 +33,7 @@ class PageRoutes:
         self,
         config: CoordinatorConfig,
         feed: StateFeed,
-        invite: Callable[[], str] | None = None,
+        invite: Callable[[], Awaitable[str]] | None = None,
         user_of: Callable[[End, End], int | None] = user_of,
     ) -> None:
         """Take what the routes need.
@@ -94,7 +94,7 @@ class PageRoutes:
         token = None
         if wants_token and self._invite and (request.scope.get(KEY) or self._is_own(request)):
             try:
-                token = self._invite()
+                token = await self._invite()
             except (BadBook, OSError) as error:
                 raise HTTPException(500, f"no token can be made: {error}") from error
         return JSONResponse(
