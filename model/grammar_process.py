@@ -169,6 +169,11 @@ class Matcher:
         """The child that has followed the whole answer. Only the thread uses these fields."""
         self._next = process.submit(self._open)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether ``allowed`` would not wait."""
+        return self._next.done()
+
     def allowed(self) -> bytes:
         """Return a bit for each token that may come next, the lowest id in the lowest bit.
 

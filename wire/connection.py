@@ -38,7 +38,17 @@ from wire.messages import AgentHello, Endpoint, JoinRefused, Message
 from wire.patience import within
 from wire.rare_log import RareLog
 from wire.tls import RAW_BYTES, TlsChannel, TlsTransport, own_client_context, server_context
-from wire.transport import BACKLOG, Buffer, TcpTransport, Transport, bind, peer_name, reason, tune
+from wire.transport import (
+    BACKLOG,
+    Buffer,
+    OnWait,
+    TcpTransport,
+    Transport,
+    bind,
+    peer_name,
+    reason,
+    tune,
+)
 from wire.versions import OLDEST, hello_of_oldest
 
 log = logging.getLogger(__name__)
@@ -146,15 +156,24 @@ class Connection:
         except OSError as error:
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
 
-    def send(self, message: Message, payload: Buffer = b"") -> None:
-        """Send one frame. Header and payload leave in one call."""
+    def send(self, message: Message, payload: Buffer = b"", on_wait: OnWait | None = None) -> None:
+        """Send one frame. Header and payload leave in one call.
+
+        ``on_wait`` is called before it waits: for the peer, or for another frame before this one.
+        """
         head = encode(message, len(payload))
+        lock = self._send_lock
+        if not lock.acquire(blocking=False):
+            if on_wait is not None:
+                on_wait()
+            lock.acquire()
         try:
-            with self._send_lock:
-                self._transport.send(head, payload)
+            self._transport.send(head, payload, on_wait)
         except OSError as error:
             self.close()
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
+        finally:
+            lock.release()
 
     def receive(self) -> tuple[Message, memoryview]:
         """Return the next message and its payload, which the caller may keep. It may be empty.

@@ -11,6 +11,7 @@ answerer that has another one. Then the caller introduces itself inside TLS (wir
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import socket
 import ssl
@@ -28,7 +29,7 @@ from wire.errors import AuthFailed, ConnectFailed, NoTls, ProtocolError, WireErr
 from wire.framing import Framer
 from wire.handshake import refuse
 from wire.identity import Identity
-from wire.transport import Buffer, TcpTransport
+from wire.transport import Buffer, OnWait, TcpTransport
 
 RAW_BYTES = 64 << 10
 """The most encrypted bytes that are received at once."""
@@ -258,14 +259,14 @@ class TlsTransport(TcpTransport):
             self._channel.feed(self._raw[:count])
         self._socket.sendall(self._channel.take())
 
-    def send(self, head: Buffer, payload: Buffer = b"") -> None:
+    def send(self, head: Buffer, payload: Buffer = b"", on_wait: OnWait | None = None) -> None:
         skip = 0
         if self._tail or self._owed:
-            self._socket.sendall(self._tail)
+            self._send_all(self._tail, on_wait)
             self._tail = memoryview(b"")
             skip = self._settle(len(head) + len(payload))
         for piece in _pieces(head, payload, skip):
-            self._socket.sendall(self._channel.seal(piece))
+            self._send_all(self._channel.seal(piece), on_wait)
 
     def receive_into(self, view: memoryview, whole: bool) -> int | None:
         count = self._channel.read_into(view)
@@ -312,6 +313,15 @@ class TlsTransport(TcpTransport):
         finally:
             if unsent := channel.take():
                 self._socket.sendall(unsent)
+
+    def _send_all(self, sealed: Buffer, on_wait: OnWait | None) -> None:
+        sent = 0
+        with contextlib.suppress(BlockingIOError):
+            sent = self._socket.send(sealed, socket.MSG_DONTWAIT)
+        if sent < len(sealed):
+            if on_wait is not None:
+                on_wait()
+            self._socket.sendall(memoryview(sealed)[sent:])
 
     def _push(self) -> bool:
         """Send of the tail what fits without waiting. True if nothing is left."""

@@ -15,12 +15,16 @@ import ssl
 import struct
 import termios
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from wire import limits
 from wire.errors import ConnectFailed
 
 Buffer = bytes | bytearray | memoryview
 """Raw bytes. A memoryview must have items of one byte."""
+
+OnWait = Callable[[], object]
+"""Is called before a sender waits for its peer, once or more."""
 
 BACKLOG = 1024
 """Connections that wait in the kernel to be accepted. Later callers retry after a second."""
@@ -38,7 +42,7 @@ class Transport(ABC):
     """Our own address as the peer sees it."""
 
     @abstractmethod
-    def send(self, head: Buffer, payload: Buffer = b"") -> None:
+    def send(self, head: Buffer, payload: Buffer = b"", on_wait: OnWait | None = None) -> None:
         """Send both, one after the other.
 
         Raises TimeoutError if the peer takes nothing for SEND_TIMEOUT_S.
@@ -96,9 +100,11 @@ class TcpTransport(Transport):
         sock.settimeout(None)
         _set_timeout(sock, socket.SO_SNDTIMEO, limits.SEND_TIMEOUT_S)
 
-    def send(self, head: Buffer, payload: Buffer = b"") -> None:
-        sent = self._socket.sendmsg((head, payload) if len(payload) else (head,))
+    def send(self, head: Buffer, payload: Buffer = b"", on_wait: OnWait | None = None) -> None:
+        sent = TcpTransport.send_now(self, head, payload)
         if sent < len(head) + len(payload):
+            if on_wait is not None:
+                on_wait()
             self._socket.sendall(head[sent:])
             self._socket.sendall(memoryview(payload)[max(sent - len(head), 0) :])
 
