@@ -199,7 +199,7 @@ def main() -> None:
             found = run()
             wanted = found if wanted is None else wanted
             cosine = float((found * wanted).sum(axis=1).min())
-            times_s = []
+            times_s: list[float] = []
             while len(times_s) < options.rounds and sum(times_s) < MOST_S:
                 started_s = time.perf_counter()
                 run()
