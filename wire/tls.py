@@ -11,7 +11,6 @@ answerer that has another one. Then the caller introduces itself inside TLS (wir
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import socket
 import ssl
@@ -113,6 +112,8 @@ class TlsChannel:
     def __init__(self, context: ssl.SSLContext, peer: str, *, is_server: bool) -> None:
         self.is_open = False
         """Whether the handshake is over, so that text can be sent."""
+        self.may_hold_text = False
+        """Whether ``read_into`` may find text without new bytes. For the thread that receives."""
         self._peer = peer
         self._is_server = is_server
         self._incoming = ssl.MemoryBIO()
@@ -132,6 +133,7 @@ class TlsChannel:
                     self._stranger = Framer(self._peer, refuse())
             if self._stranger is None:
                 self._incoming.write(data)
+                self.may_hold_text = True
             else:
                 self._hear(self._stranger, data)
 
@@ -145,18 +147,15 @@ class TlsChannel:
         with self._lock:
             if not self._incoming.pending and not self._tls.pending():
                 return None
-            try:
-                if not self.is_open and not self._shake():
-                    return None
-                # With a buffer, it returns a number, which the type stubs do not say.
-                count = cast("int", self._tls.read(len(view), view))
-            except ssl.SSLWantReadError:
-                count = None
-            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-                return 0
-            if self._outgoing.pending > MAX_UNASKED_BYTES:
-                raise ProtocolError(f"{self._peer} asks for too many new keys")
-            return count
+            if not self.is_open and not self._shake():
+                return None
+            return self._decrypt(view)
+
+    def decrypt_into(self, data: Buffer, view: memoryview) -> int | None:
+        """Do the same as ``feed`` and ``read_into``, once the handshake is over."""
+        with self._lock:
+            self._incoming.write(data)
+            return self._decrypt(view)
 
     def seal(self, data: Buffer) -> bytes:
         """Encrypt, and return the bytes that must be sent next."""
@@ -178,6 +177,20 @@ class TlsChannel:
         if certificate is None:
             raise OSError("the peer has no certificate")
         return fingerprint_of(certificate)
+
+    def _decrypt(self, view: memoryview) -> int | None:
+        try:
+            # With a buffer, it returns a number, which the type stubs do not say.
+            count = cast("int", self._tls.read(len(view), view))
+        except ssl.SSLWantReadError:
+            self.may_hold_text, count = False, None
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            return 0
+        else:
+            self.may_hold_text = self._incoming.pending > 0 or self._tls.pending() > 0
+        if self._outgoing.pending > MAX_UNASKED_BYTES:
+            raise ProtocolError(f"{self._peer} asks for too many new keys")
+        return count
 
     def _hear(self, framer: Framer, data: Buffer) -> None:
         """Refuse a caller without TLS, once it has said its version. Raises WireError."""
@@ -265,14 +278,21 @@ class TlsTransport(TcpTransport):
             self._send_all(self._tail, on_wait)
             self._tail = memoryview(b"")
             skip = self._settle(len(head) + len(payload))
+        elif len(head) + len(payload) <= RECORD_BYTES:  # After a rest, each call here costs much.
+            self._send_all(self._channel.seal(b"".join((head, payload))), on_wait)
+            return
         for piece in _pieces(head, payload, skip):
             self._send_all(self._channel.seal(piece), on_wait)
 
     def receive_into(self, view: memoryview, whole: bool) -> int | None:
-        count = self._channel.read_into(view)
-        if count is not None:
-            return count
+        channel = self._channel
+        if channel.may_hold_text:
+            count = channel.read_into(view)
+            if count is not None:
+                return count
         received = self._socket.recv_into(self._raw)
+        if received and channel.is_open:
+            return channel.decrypt_into(self._raw[:received], view)
         return self._take_in(received, view)
 
     def receive_now(self, view: memoryview) -> int | None:
@@ -300,13 +320,10 @@ class TlsTransport(TcpTransport):
         return sent
 
     def _take_in(self, received: int, view: memoryview) -> int | None:
-        """Decrypt what was received, and answer the handshake while it lasts."""
+        """Take what was received in the handshake, and answer it."""
         if not received:
             return 0
         channel = self._channel
-        if channel.is_open:
-            channel.feed(self._raw[:received])
-            return channel.read_into(view)
         try:
             channel.feed(self._raw[:received])
             return channel.read_into(view)
@@ -315,9 +332,10 @@ class TlsTransport(TcpTransport):
                 self._socket.sendall(unsent)
 
     def _send_all(self, sealed: Buffer, on_wait: OnWait | None) -> None:
-        sent = 0
-        with contextlib.suppress(BlockingIOError):
+        try:
             sent = self._socket.send(sealed, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            sent = 0
         if sent < len(sealed):
             if on_wait is not None:
                 on_wait()
