@@ -92,7 +92,7 @@ class Hop:
         """``on_lost`` gets the reason once, and never after ``close``.
 
         ``on_room`` is called after each chunk that was sent. Any thread of this process may make
-        these calls. ``on_wait`` is called in ``send``, before that waits for the next device.
+        these calls. ``on_wait`` is called before a thread waits for the next device.
         """
         self._connection = connection
         self._link = link
@@ -207,7 +207,7 @@ class Hop:
                 started_s = time.monotonic()
                 # After a pause the window has shrunk, and the time would mostly show how it grows.
                 warm = started_s - self._sent_s < PING_S
-                self._connection.send(*chunk)
+                self._connection.send(*chunk, self._on_wait)
                 self._sent_s = time.monotonic()
                 self._chunks.add(chunk[1], self._sent_s - started_s)
                 size_bytes = len(chunk[1])
@@ -239,7 +239,7 @@ class Hop:
             self._number += 1
             ping = _Ping(self._number, started_s, size_bytes)
             self._pings.append(ping)
-        self._connection.send(ProbePing(ping.number))
+        self._connection.send(ProbePing(ping.number), NO_PAYLOAD, self._on_wait)
         return True
 
     def _give_up(self) -> None:

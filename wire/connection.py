@@ -159,21 +159,19 @@ class Connection:
     def send(self, message: Message, payload: Buffer = b"", on_wait: OnWait | None = None) -> None:
         """Send one frame. Header and payload leave in one call.
 
-        ``on_wait`` is called before it waits: for the peer, or for another frame before this one.
+        ``on_wait`` is called before it waits for the peer. If another thread waits for it just
+        then, that one's is called, so all senders of a connection must give the same.
         """
         head = encode(message, len(payload))
         lock = self._send_lock
-        if not lock.acquire(blocking=False):
-            if on_wait is not None:
-                on_wait()
-            lock.acquire()
+        if on_wait is not None and lock.locked():
+            on_wait()
         try:
-            self._transport.send(head, payload, on_wait)
+            with lock:
+                self._transport.send(head, payload, on_wait)
         except OSError as error:
             self.close()
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error
-        finally:
-            lock.release()
 
     def receive(self) -> tuple[Message, memoryview]:
         """Return the next message and its payload, which the caller may keep. It may be empty.

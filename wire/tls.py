@@ -28,7 +28,7 @@ from wire.errors import AuthFailed, ConnectFailed, NoTls, ProtocolError, WireErr
 from wire.framing import Framer
 from wire.handshake import refuse
 from wire.identity import Identity
-from wire.transport import Buffer, OnWait, TcpTransport
+from wire.transport import DONT_WAIT, Buffer, OnWait, TcpTransport
 
 RAW_BYTES = 64 << 10
 """The most encrypted bytes that are received at once."""
@@ -142,20 +142,30 @@ class TlsChannel:
         with self._lock:
             return self._shake()
 
-    def read_into(self, view: memoryview) -> int | None:
-        """Decrypt into ``view``. Returns the number of bytes, 0 at the end, None to await more."""
-        with self._lock:
-            if not self._incoming.pending and not self._tls.pending():
-                return None
-            if not self.is_open and not self._shake():
-                return None
-            return self._decrypt(view)
+    def read_into(self, view: memoryview, arrived: Buffer = b"") -> int | None:
+        """Decrypt into ``view``. Returns the number of bytes, 0 at the end, None to await more.
 
-    def decrypt_into(self, data: Buffer, view: memoryview) -> int | None:
-        """Do the same as ``feed`` and ``read_into``, once the handshake is over."""
+        ``arrived`` is fed first. It may be given once the handshake is over.
+        """
         with self._lock:
-            self._incoming.write(data)
-            return self._decrypt(view)
+            if arrived:
+                self._incoming.write(arrived)
+            elif not self._incoming.pending and not self._tls.pending():
+                return None
+            try:
+                if not self.is_open and not self._shake():
+                    return None
+                # With a buffer, it returns a number, which the type stubs do not say.
+                count = cast("int", self._tls.read(len(view), view))
+            except ssl.SSLWantReadError:
+                self.may_hold_text, count = False, None
+            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+                return 0
+            else:  # It reads one record at a time.
+                self.may_hold_text = count == len(view) or self._incoming.pending > 0
+            if self._outgoing.pending > MAX_UNASKED_BYTES:
+                raise ProtocolError(f"{self._peer} asks for too many new keys")
+            return count
 
     def seal(self, data: Buffer) -> bytes:
         """Encrypt, and return the bytes that must be sent next."""
@@ -177,20 +187,6 @@ class TlsChannel:
         if certificate is None:
             raise OSError("the peer has no certificate")
         return fingerprint_of(certificate)
-
-    def _decrypt(self, view: memoryview) -> int | None:
-        try:
-            # With a buffer, it returns a number, which the type stubs do not say.
-            count = cast("int", self._tls.read(len(view), view))
-        except ssl.SSLWantReadError:
-            self.may_hold_text, count = False, None
-        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-            return 0
-        else:
-            self.may_hold_text = self._incoming.pending > 0 or self._tls.pending() > 0
-        if self._outgoing.pending > MAX_UNASKED_BYTES:
-            raise ProtocolError(f"{self._peer} asks for too many new keys")
-        return count
 
     def _hear(self, framer: Framer, data: Buffer) -> None:
         """Refuse a caller without TLS, once it has said its version. Raises WireError."""
@@ -273,16 +269,17 @@ class TlsTransport(TcpTransport):
         self._socket.sendall(self._channel.take())
 
     def send(self, head: Buffer, payload: Buffer = b"", on_wait: OnWait | None = None) -> None:
-        skip = 0
-        if self._tail or self._owed:
-            self._send_all(self._tail, on_wait)
-            self._tail = memoryview(b"")
-            skip = self._settle(len(head) + len(payload))
-        elif len(head) + len(payload) <= RECORD_BYTES:  # After a rest, each call here costs much.
-            self._send_all(self._channel.seal(b"".join((head, payload))), on_wait)
+        if self._tail or self._owed or len(head) + len(payload) > RECORD_BYTES:
+            self._send_pieces(head, payload, on_wait)
             return
-        for piece in _pieces(head, payload, skip):
-            self._send_all(self._channel.seal(piece), on_wait)
+        # A stage's row. It comes after a rest, when each call costs several times as much.
+        sealed = self._channel.seal(b"".join((head, payload)))
+        try:
+            sent = self._socket.send(sealed, DONT_WAIT)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(sealed):
+            self._send_all(memoryview(sealed)[sent:], on_wait)
 
     def receive_into(self, view: memoryview, whole: bool) -> int | None:
         channel = self._channel
@@ -292,14 +289,14 @@ class TlsTransport(TcpTransport):
                 return count
         received = self._socket.recv_into(self._raw)
         if received and channel.is_open:
-            return channel.decrypt_into(self._raw[:received], view)
+            return channel.read_into(view, self._raw[:received])
         return self._take_in(received, view)
 
     def receive_now(self, view: memoryview) -> int | None:
         # Only the kernel wakes a poll. So nothing may stay here that has arrived whole.
         while (count := self._channel.read_into(view)) is None:
             try:
-                received = self._socket.recv_into(self._raw, 0, socket.MSG_DONTWAIT)
+                received = self._socket.recv_into(self._raw, 0, DONT_WAIT)
             except BlockingIOError:
                 return None
             if not received:
@@ -331,9 +328,19 @@ class TlsTransport(TcpTransport):
             if unsent := channel.take():
                 self._socket.sendall(unsent)
 
+    def _send_pieces(self, head: Buffer, payload: Buffer, on_wait: OnWait | None) -> None:
+        """Do the same as ``send``, behind what ``send_now`` has left."""
+        skip = 0
+        if self._tail or self._owed:
+            self._send_all(self._tail, on_wait)
+            self._tail = memoryview(b"")
+            skip = self._settle(len(head) + len(payload))
+        for piece in _pieces(head, payload, skip):
+            self._send_all(self._channel.seal(piece), on_wait)
+
     def _send_all(self, sealed: Buffer, on_wait: OnWait | None) -> None:
         try:
-            sent = self._socket.send(sealed, socket.MSG_DONTWAIT)
+            sent = self._socket.send(sealed, DONT_WAIT)
         except BlockingIOError:
             sent = 0
         if sent < len(sealed):
@@ -344,7 +351,7 @@ class TlsTransport(TcpTransport):
     def _push(self) -> bool:
         """Send of the tail what fits without waiting. True if nothing is left."""
         try:
-            sent = self._socket.send(self._tail, socket.MSG_DONTWAIT)
+            sent = self._socket.send(self._tail, DONT_WAIT)
         except BlockingIOError:
             return False
         self._tail = self._tail[sent:]

@@ -23,6 +23,8 @@ from wire.errors import ConnectFailed
 Buffer = bytes | bytearray | memoryview
 """Raw bytes. A memoryview must have items of one byte."""
 
+DONT_WAIT = int(socket.MSG_DONTWAIT)
+
 OnWait = Callable[[], object]
 """Is called before a sender waits for its peer, once or more."""
 
@@ -101,7 +103,10 @@ class TcpTransport(Transport):
         _set_timeout(sock, socket.SO_SNDTIMEO, limits.SEND_TIMEOUT_S)
 
     def send(self, head: Buffer, payload: Buffer = b"", on_wait: OnWait | None = None) -> None:
-        sent = TcpTransport.send_now(self, head, payload)
+        try:
+            sent = self._socket.sendmsg((head, payload) if len(payload) else (head,), (), DONT_WAIT)
+        except BlockingIOError:
+            sent = 0
         if sent < len(head) + len(payload):
             if on_wait is not None:
                 on_wait()
@@ -126,13 +131,13 @@ class TcpTransport(Transport):
     def send_now(self, head: Buffer, payload: Buffer = b"") -> int:
         parts = (head, payload) if len(payload) else (head,)
         try:
-            return self._socket.sendmsg(parts, (), socket.MSG_DONTWAIT)
+            return self._socket.sendmsg(parts, (), DONT_WAIT)
         except BlockingIOError:
             return 0
 
     def receive_now(self, view: memoryview) -> int | None:
         try:
-            return self._socket.recv_into(view, 0, socket.MSG_DONTWAIT)
+            return self._socket.recv_into(view, 0, DONT_WAIT)
         except BlockingIOError:
             return None
 
