@@ -48,7 +48,8 @@ class Ends:
         self.lost: queue.Queue[str] = queue.Queue()
         self.news: queue.Queue[LinkChanged] = queue.Queue()
         self.measuring = Measuring()
-        self.waits = threading.Event()
+        self.waiting: queue.Queue[threading.Thread] = queue.Queue()
+        """The threads that have told that they wait."""
         self.connection = connection
         self.hop = Hop(
             connection,
@@ -56,7 +57,7 @@ class Ends:
             self.measuring,
             on_lost=self.lost.put,
             on_news=self.news.put,
-            on_wait=self.waits.set,
+            on_wait=lambda: self.waiting.put(threading.current_thread()),
         )
 
     def send(self, *messages: Activation | TokenSampled) -> threading.Thread:
@@ -117,13 +118,13 @@ def test_chunks_do_not_wait_for_a_slow_link_until_the_queue_is_full(ends: Ends) 
 def test_it_tells_before_a_token_waits_for_the_next_device(ends: Ends) -> None:
     ends.send(chunk(0, rows=1)).join(ANSWER_S)
     assert ends.next() == chunk(0, rows=1)
-    assert not ends.waits.is_set()
+    assert ends.waiting.empty()
     large = threading.Thread(target=ends.connection.send, args=(chunk(1), bytes(LARGE)))
     large.start()
     while not ends.connection._send_lock.locked():
         pass
     token = ends.send(chunk(2, rows=1))
-    assert ends.waits.wait(ANSWER_S)
+    assert ends.waiting.get(timeout=ANSWER_S) is token
     assert [ends.next() for _ in range(2)] == [chunk(1), chunk(2, rows=1)]
     for thread in (large, token):
         thread.join(ANSWER_S)
@@ -132,9 +133,9 @@ def test_it_tells_before_a_token_waits_for_the_next_device(ends: Ends) -> None:
 def test_it_tells_before_a_chunk_waits_for_room(ends: Ends) -> None:
     first = ends.send(*map(chunk, range(QUEUED_CHUNKS)))
     first.join(ANSWER_S)
-    assert not ends.waits.is_set()
     last = ends.send(chunk(QUEUED_CHUNKS))
-    assert ends.waits.wait(ANSWER_S)
+    while ends.waiting.get(timeout=ANSWER_S) is not last:
+        pass  # It is the hop's own thread.
     assert [ends.next() for _ in range(QUEUED_CHUNKS + 1)] == [
         *map(chunk, range(QUEUED_CHUNKS + 1))
     ]
