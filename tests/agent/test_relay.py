@@ -32,19 +32,28 @@ from model.token_bytes import TokenBytes
 from tests.agent.teams import connected
 from wire import limits
 from wire.activations import HopBits, Rows
-from wire.connection import Listener
+from wire.codec import MAGIC, PREFIX
+from wire.connection import Connection, Listener
 from wire.errors import ConnectFailed, ConnectionLost
 from wire.logprobs import decode_logprobs
 from wire.messages import (
+    CODES,
+    PROTOCOL_VERSION,
     Activation,
+    BlockChunk,
     Endpoint,
+    FetchBlock,
+    LoadStage,
     Message,
     PeerLost,
+    PeerWelcome,
     ProbePing,
+    ProbePong,
     PromptScored,
     Sampling,
     SequenceFailed,
     StartSequence,
+    TextRows,
     TokenSampled,
 )
 
@@ -729,6 +738,58 @@ def test_a_link_is_measured_by_anyone_and_with_small_probes_only(ring: tuple[Nod
             third.send(ProbePing(1), bytes(limits.MAX_PROBE_BYTES + 1))
         with pytest.raises(ConnectionLost):
             third.receive()
+
+
+def large(kind: type[Message]) -> bytes:
+    """The beginning of a frame with a header that takes long to decode."""
+    code = next(code for code, one in CODES.items() if one is kind)
+    return PREFIX.pack(MAGIC, PROTOCOL_VERSION, 0, code, limits.MAX_HEADER_BYTES, 0)
+
+
+@pytest.mark.parametrize("kind", [ProbePing, FetchBlock, Activation, TextRows, LoadStage])
+@pytest.mark.parametrize("device", ["first", "third"])
+def test_a_large_header_of_another_device_is_not_read(
+    ring: tuple[Node, Node], device: str, kind: type[Message]
+) -> None:
+    _, last = ring
+    endpoint = [Endpoint("127.0.0.1", last.listener.port)]
+    key = HOP_KEY if device == "first" else b""
+    with connect_peer(device, "last", endpoint, hop_key=key) as other:
+        other._transport.send(large(kind))
+        other.set_receive_timeout(ANSWER_S)
+        with pytest.raises(ConnectionLost, match="closed the connection"):
+            other.receive()
+
+
+@pytest.mark.parametrize("kind", [ProbePong, BlockChunk, LoadStage])
+def test_a_large_header_of_the_next_device_is_not_read(
+    kind: type[Message], artifacts: list[tuple[int, Path]]
+) -> None:
+    """The next device has proved who it is, and answers anything."""
+    first = Node("first", artifacts[:2], CONTEXT)
+    listener = Listener("127.0.0.1", 0)
+    accepted: list[Connection] = []
+
+    def welcome() -> None:
+        connection = listener.accept()
+        assert connection is not None
+        connection.receive()
+        connection.send(PeerWelcome("last"))
+        connection._transport.send(large(kind))
+        accepted.append(connection)
+
+    thread = threading.Thread(target=welcome)
+    thread.start()
+    endpoint = [Endpoint("127.0.0.1", listener.port)]
+    connection = connect_peer("first", "last", endpoint, hop_key=HOP_KEY)
+    first.relay.connect(connection, Link("last"), Measuring())
+    lost = first.reports.get(timeout=ANSWER_S)
+    assert isinstance(lost, PeerLost)
+    assert kind.__name__ in lost.reason
+    thread.join(ANSWER_S)
+    accepted[0].close()
+    listener.close()
+    first.close()
 
 
 def test_a_stage_that_is_gone_lets_nobody_in(ring: tuple[Node, Node]) -> None:
