@@ -21,6 +21,11 @@ Logits = npt.NDArray[np.float32]
 class Matcher(Protocol):
     """Follows an answer through a grammar. model.grammar_process has the one in use."""
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether ``allowed`` would not wait."""
+        ...
+
     def allowed(self) -> bytes:
         """Return a bit for each token that may come next, the lowest id in the lowest bit.
 
@@ -61,6 +66,11 @@ class Adjustments:
         ):
             return None
         return Adjustments(sampling, matcher)
+
+    @property
+    def waits(self) -> bool:
+        """Whether ``apply`` would wait for the process that follows the grammar."""
+        return self._matcher is not None and not self._matcher.is_ready
 
     def apply(self, logits: Logits) -> Logits:
         """Return the changed logits [vocab] for the next token. Raises BackendError."""

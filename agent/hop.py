@@ -87,11 +87,12 @@ class Hop:
         on_lost: Callable[[str], None],
         on_news: Callable[[LinkChanged], None],
         on_room: Callable[[], None] = lambda: None,
+        on_wait: Callable[[], None] = lambda: None,
     ) -> None:
         """``on_lost`` gets the reason once, and never after ``close``.
 
         ``on_room`` is called after each chunk that was sent. Any thread of this process may make
-        these calls.
+        these calls. ``on_wait`` is called before a thread waits for the next device.
         """
         self._connection = connection
         self._link = link
@@ -99,6 +100,7 @@ class Hop:
         self._on_lost = on_lost
         self._on_news = on_news
         self._on_room = on_room
+        self._on_wait = on_wait
         self._changed = threading.Condition()
         """Guards the following fields."""
         self._waiting: deque[tuple[_Sent, memoryview]] = deque()
@@ -148,7 +150,9 @@ class Hop:
             if passing:
                 self._passing += 1
             else:
-                self._changed.wait_for(lambda: self._over or small or self.has_room)
+                if not (self._over or small or self.has_room):
+                    self._on_wait()
+                    self._changed.wait_for(lambda: self._over or self.has_room)
                 if self._over:
                     raise ConnectionLost(f"{self._connection.peer}: the hop is closed")
                 self._waiting.append((message, payload))
@@ -178,7 +182,7 @@ class Hop:
     def _send_now(self, message: _Sent, payload: memoryview) -> None:
         started_s = time.monotonic()
         try:
-            self._connection.send(message, payload)
+            self._connection.send(message, payload, self._on_wait)
         except WireError as error:
             self._end(str(error))
             raise
@@ -203,7 +207,7 @@ class Hop:
                 started_s = time.monotonic()
                 # After a pause the window has shrunk, and the time would mostly show how it grows.
                 warm = started_s - self._sent_s < PING_S
-                self._connection.send(*chunk)
+                self._connection.send(*chunk, self._on_wait)
                 self._sent_s = time.monotonic()
                 self._chunks.add(chunk[1], self._sent_s - started_s)
                 size_bytes = len(chunk[1])
@@ -235,7 +239,7 @@ class Hop:
             self._number += 1
             ping = _Ping(self._number, started_s, size_bytes)
             self._pings.append(ping)
-        self._connection.send(ProbePing(ping.number))
+        self._connection.send(ProbePing(ping.number), NO_PAYLOAD, self._on_wait)
         return True
 
     def _give_up(self) -> None:

@@ -22,7 +22,7 @@ def relay_of(
     spec: ModelSpec,
     report: Callable[[Message], None],
     grammars: GrammarProcess | None,
-    turnstile: Turnstile | None,
+    turnstile: Turnstile,
 ) -> AnyRelay:
     """Return the relay that runs the stage of this request. ``turnstile`` as of Relay."""
     blocks = range(request.blocks[0].block, request.blocks[-1].block + 1)

@@ -20,6 +20,7 @@ from agent.loaded import relay_of
 from agent.pace import PacedStage
 from agent.peers import Entrance, connect_peer
 from agent.quiet import Figures
+from agent.relay import Relay
 from agent.stages import LoadedStage, Stages
 from agent.team import Team
 from backends.base import Artifacts, Backend, BackendError, Stage, StageOptions, TeamSum
@@ -206,10 +207,11 @@ class StageLoader:
             entrance=None,
         )
         if team is None or team.leads:
-            # A team must not keep others from computing while it waits for its members.
-            turnstile = self._stages.turnstile if team is None else None
+            turnstile = self._stages.turnstile
             grammars = open_grammars(request, self._cache)
             loaded.relay = relay_of(request, stage, spec, self._report, grammars, turnstile)
+            if team is not None and isinstance(loaded.relay, Relay):
+                team.mesh.on_silence = loaded.relay.give_way
             loaded.entrance = Entrance(request.previous, request.hop_key, loaded.relay.deliver)
         return loaded
 

@@ -17,7 +17,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from backends.base import BackendError
@@ -43,8 +43,12 @@ _WAITS = 8
 SILENCE_S = limits.LIVENESS_S
 """A member that others wait for is lost after this silence."""
 
-SLICE_S = 1.0
-"""The most of a silence that one wait counts. This process may itself have been suspended."""
+SLICE_S = 0.25
+"""The most of a silence that one wait counts. This process may itself have been suspended.
+
+After such a time this device lets its other stages compute. A member answers in milliseconds, or
+works beside other programs.
+"""
 
 MAX_WAITING = 4
 """The messages of one member that are read before they are needed. A member is never further ahead
@@ -121,6 +125,9 @@ class Mesh:
         self.number = 0
         """The number of the current pass, or of the last one."""
         self.lost: TeamLost | None = None
+        self.on_silence: Callable[[], None] = lambda: None
+        """Is called when a member that this thread waits for in a pass has been silent for SLICE_S,
+        and then again and again."""
         self._largest_bytes = largest_bytes
         self._silence_s = silence_s
         self._peers: dict[int, _Peer] = {}
@@ -317,6 +324,8 @@ class Mesh:
                 raise self.lose(peer.device, silence)
             started_s = time.monotonic()
             events = poll(1e3 * min(left_s, SLICE_S))
+            if not events:
+                self.on_silence()
             left_s -= min(time.monotonic() - started_s, SLICE_S)
 
     def _serve(self, peer: _Peer, event: int) -> None:

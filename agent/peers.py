@@ -29,6 +29,8 @@ from wire.hygiene import clean
 from wire.introduction import Caller
 from wire.lobby import Lobby
 from wire.messages import (
+    Activation,
+    BlockChunk,
     Endpoint,
     FetchBlock,
     JoinRefused,
@@ -38,6 +40,8 @@ from wire.messages import (
     ProbePing,
     ProbePong,
     RequestFailed,
+    TextRows,
+    TokenSampled,
 )
 from wire.rare_log import RareLog
 
@@ -67,6 +71,9 @@ NOT_MEMBER = "the sender is not an earlier member of the team there: load the mo
 LARGE_FRAMES = 4
 """The number of large frames. The best one counts, and the middle two show the spread."""
 
+MAX_ROWS_HEADER_BYTES = 64 << 10
+"""The largest header of rows. Those of a pass of 512 texts have 5 KiB."""
+
 _SMALL = bytes(64)
 
 PROBE_PAUSE_S = 0.002
@@ -94,6 +101,7 @@ def connect_peer(
     for endpoint in own_last(endpoints):
         try:
             connection = Connection.connect(endpoint, caller=caller)
+            connection.admit = _admit_answer
             try:
                 if caller is not None and contacts is not None:
                     contacts.add(connection, expected, caller.answerer)
@@ -239,6 +247,7 @@ class PeerServer:
         if entrance is None:
             connection.send(JoinRefused(NOT_PREVIOUS))
             raise ProtocolError("it is not the previous device of this stage's ring")
+        connection.admit = _admit_rows
         connection.set_receive_timeout(None)
         connection.send(PeerWelcome(self._device))
         while True:
@@ -287,10 +296,31 @@ def _require_introduced(hello: PeerHello, connection: Connection) -> None:
 
 def _admit_any(prefix: Prefix) -> None:
     """Admit the messages that any device of the shoal may send. Raises ProtocolError."""
+    _require_small(prefix, limits.MAX_HELLO_BYTES)
     if prefix.kind is FetchBlock and prefix.payload_bytes == 0:
         return
     if prefix.kind is not ProbePing or prefix.payload_bytes > limits.MAX_PROBE_BYTES:
         raise ProtocolError(f"it sent {prefix.kind.__name__} but is not the previous device")
+
+
+def _admit_rows(prefix: Prefix) -> None:
+    """Admit the messages of the previous device of the ring. Raises ProtocolError."""
+    _require_small(prefix, MAX_ROWS_HEADER_BYTES)
+    if prefix.kind not in (Activation, TokenSampled, TextRows, ProbePing):
+        raise ProtocolError(f"it sent {prefix.kind.__name__} to a stage")
+
+
+def _admit_answer(prefix: Prefix) -> None:
+    """Admit what a device answers to a connection from here. Raises ProtocolError."""
+    _require_small(prefix, limits.MAX_HELLO_BYTES)
+    if prefix.kind not in (PeerWelcome, JoinRefused, ProbePong, BlockChunk, RequestFailed):
+        raise ProtocolError(f"it answered with {prefix.kind.__name__}")
+
+
+def _require_small(prefix: Prefix, most_bytes: int) -> None:
+    """Raise ProtocolError for a large header, which Python would decode while the stage waits."""
+    if prefix.header_bytes > most_bytes:
+        raise ProtocolError(f"it sent {prefix.kind.__name__} with {prefix.header_bytes} bytes")
 
 
 def measure_link(connection: Connection) -> LinkFigures:

@@ -126,6 +126,7 @@ class Relay:
             on_lost=on_lost,
             on_news=self._try_report,
             on_room=self._wake,
+            on_wait=self._cede,
         )
 
     def close(self) -> None:
@@ -355,7 +356,7 @@ class Relay:
         while True:
             with self._lock:
                 while self._busy or not (turns := self._table.take(chunks=self._has_room())):
-                    self._turnstile.cede(self._ticket)
+                    self._cede()
                     if self._closed:
                         return
                     self._changed.wait()
@@ -373,6 +374,18 @@ class Relay:
         with self._lock:
             return self._table.waiting
 
+    def _cede(self) -> None:
+        """Give up the place that was kept for the next pass, if it was.
+
+        Nobody may wait for another device while a place is kept. The stages of other models would
+        wait, too.
+        """
+        self._turnstile.cede(self._ticket)
+
+    def give_way(self) -> None:
+        """Let other stages compute, because the running pass waits for other members of a team."""
+        self._turnstile.give_way(self._ticket)
+
     def _wake(self) -> None:
         with self._lock:
             self._changed.notify_all()
@@ -384,7 +397,7 @@ class Relay:
             self._busy = False
             if self._closed or not self._table.waiting:
                 # The rows for which the place was kept may be gone.
-                self._turnstile.cede(self._ticket)
+                self._cede()
             if self._closed or self._table.waiting:
                 self._changed.notify_all()
 
@@ -488,6 +501,8 @@ class Relay:
         sure = rows.position + rows.count - len(rows.drafts)
         for row, draft in zip(logits, (*rows.drafts, None), strict=True):
             end = sure + len(tokens)
+            if sampler.waits:
+                self._cede()
             token = sampler.sample(row, end)
             finish: FinishReason = ""
             if token in sequence.sampling.stop_tokens:

@@ -119,6 +119,11 @@ class Sampler:
             return 1
         return self._sampling.top_k if self._sampling.top_k > 0 else ALL_LOGITS
 
+    @property
+    def waits(self) -> bool:
+        """Whether ``sample`` would wait for the process that follows the grammar."""
+        return self._adjustments is not None and self._adjustments.waits
+
     def sample(self, logits: Logits, position: int) -> int:
         """Return the token at ``position`` by ``logits`` [vocab].
 

@@ -2,7 +2,8 @@
 
 A device may hold stages of several models. For a moment it may also hold two of one model, when
 that moves. Each stage has its own relay or team. One of them computes at a time (agent.turnstile).
-A team is an exception: it waits for other devices, which may wait for this one.
+A member that does not lead its team is an exception: it runs the passes of the lead at once. If it
+waited for its turn here, two teams that share two devices could wait for each other for ever.
 """
 
 from __future__ import annotations

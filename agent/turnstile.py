@@ -61,18 +61,28 @@ class Turnstile:
         ticket.ready.wait()
 
     def leave(self, ticket: Ticket, *, returns: bool = False) -> None:
-        """Let the next stage compute.
+        """Let the next stage compute, unless this one has given way meanwhile.
 
         returns: the stage enters again at once, or cedes. If it has the least virtual time, its
         place is kept. Otherwise two stages would always alternate, whatever their passes take.
         """
         with self._lock:
+            if self._running is not ticket:
+                return
             ticket.due_s += (time.perf_counter() - self._started_s) / ticket.weight
             least_s = min((other.due_s for other in self._waiting), default=ticket.due_s)
             if returns and ticket.due_s < least_s:
                 self._is_held = True
             else:
                 self._free()
+
+    def give_way(self, ticket: Ticket) -> None:
+        """Let the next stage compute in the middle of a pass that waits for another device.
+
+        The pass does not enter again: it goes on beside those of other stages.
+        """
+        if self._running is ticket and self._waiting:
+            self.leave(ticket)
 
     def cede(self, ticket: Ticket) -> None:
         """Give up the place that was kept, if it was."""

@@ -11,6 +11,7 @@ import signal
 import socket
 import struct
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import llguidance
@@ -105,6 +106,8 @@ def serve(descriptor: int, settings: dict[str, Any]) -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     _limit(resource.RLIMIT_CORE, 0)
     _limit(resource.RLIMIT_AS, settings["max_memory_bytes"])
+    with contextlib.suppress(OSError):  # A system that is out of memory ends this process first.
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     follower: Follower | None = None
     with socket.socket(fileno=descriptor) as connection, connection.makefile("rb") as requests:
         while len(prefix := requests.read(_LENGTH.size)) == _LENGTH.size:

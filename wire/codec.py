@@ -14,7 +14,8 @@ message's fields in declared order; nested messages are lists too:
 The prefix and JoinRefused are the same in all versions from 3 on (wire.versions).
 
 All integers are little-endian. Lengths are checked against wire.limits before anything is
-allocated. Every field is checked against the type that the dataclass declares.
+allocated. Every field is checked against the type that the dataclass declares. Integers are of 64
+bits with a sign.
 """
 
 from __future__ import annotations
@@ -131,6 +132,9 @@ _Convert = Callable[[Any], Any]
 _PLAIN = (int, str, bool, bytes)
 """Types that msgpack writes and reads as they are."""
 
+MAX_INTEGER = (1 << 63) - 1
+"""The largest integer of a field. numpy, files and clocks take no larger ones."""
+
 
 def _same(value: Any) -> Any:
     return value
@@ -141,6 +145,29 @@ def _exactly(expected: type, name: str) -> _Convert:
         if type(value) is not expected:
             raise ProtocolError(f"{name}: expected {expected.__name__}, got {_brief(value)}")
         return value
+
+    return check
+
+
+def _integer(name: str) -> _Convert:
+    is_integer = _exactly(int, name)
+
+    def check(value: Any) -> Any:
+        if is_integer(value) > MAX_INTEGER:
+            raise ProtocolError(f"{name}: {value} has more than 63 bits")
+        return value
+
+    return check
+
+
+def _integers(name: str) -> _Convert:
+    """Check a list of integers. It may be a whole prompt, so no Python runs for each of them."""
+    is_list, is_integer = _exactly(list, name), _integer(name)
+
+    def check(value: Any) -> Any:
+        if is_list(value) and (set(map(type, value)) != {int} or max(value) > MAX_INTEGER):
+            return tuple(map(is_integer, value))  # Raises an error that names the value.
+        return tuple(value)
 
     return check
 
@@ -158,6 +185,8 @@ def _number(name: str) -> _Convert:
 
 def _plain_dict(name: str) -> _Convert:
     def fits(value: Any, levels: int) -> bool:
+        if type(value) is int:
+            return value <= MAX_INTEGER
         items = value.values() if isinstance(value, dict) else value
         if not isinstance(value, (dict, list)):
             return True
@@ -176,6 +205,8 @@ def _converters(annotation: Any, name: str) -> tuple[_Convert, _Convert]:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is float:
         return _same, _number(name)
+    if annotation is int:
+        return _same, _integer(name)
     if annotation in _PLAIN:
         return _same, _exactly(annotation, name)
     if origin is dict:
@@ -200,6 +231,8 @@ def _one_of(allowed: tuple[Any, ...], name: str) -> _Convert:
 
 def _tuple(arguments: tuple[Any, ...], name: str) -> tuple[_Convert, _Convert]:
     is_list = _exactly(list, name)
+    if arguments == (int, ...):
+        return list, _integers(name)
     if arguments[-1] is Ellipsis:
         pack, unpack = _converters(arguments[0], name)
         if pack is _same:
@@ -245,7 +278,8 @@ def _record(kind: Any, name: str) -> tuple[_Convert, _Convert]:
         for index, (field, part) in enumerate(zip(fields, parts, strict=True))
         if hints[field] not in _PLAIN
     ]
-    exact = [hints[field] if hints[field] in _PLAIN else None for field in fields]
+    exact = [(index, hints[field]) for index, field in enumerate(fields) if hints[field] in _PLAIN]
+    integers = [index for index, expected in exact if expected is int]
     get = _getter(fields)
 
     def pack(value: Any) -> Any:
@@ -260,9 +294,12 @@ def _record(kind: Any, name: str) -> tuple[_Convert, _Convert]:
     def unpack(values: Any) -> Any:
         if type(values) is not list or len(values) != count:
             raise ProtocolError(f"{name}: expected {count} fields, got {_brief(values)}")
-        for index, expected in enumerate(exact):
-            if expected is not None and type(values[index]) is not expected:
+        for index, expected in exact:
+            if type(values[index]) is not expected:
                 parts[index][1](values[index])  # Raises an error that names the field.
+        for index in integers:
+            if values[index] > MAX_INTEGER:
+                parts[index][1](values[index])  # Raises, too.
         for index, convert in unpackers:
             values[index] = convert(values[index])
         return kind(*values)

@@ -39,7 +39,17 @@ from wire.messages import AgentHello, Endpoint, JoinRefused, Message
 from wire.patience import within
 from wire.rare_log import RareLog
 from wire.tls import RAW_BYTES, TlsChannel, TlsTransport, own_client_context, server_context
-from wire.transport import BACKLOG, Buffer, TcpTransport, Transport, bind, peer_name, reason, tune
+from wire.transport import (
+    BACKLOG,
+    Buffer,
+    OnWait,
+    TcpTransport,
+    Transport,
+    bind,
+    peer_name,
+    reason,
+    tune,
+)
 from wire.versions import OLDEST, hello_of_oldest
 
 log = logging.getLogger(__name__)
@@ -155,12 +165,19 @@ class Connection:
         """
         self._message_s = seconds
 
-    def send(self, message: Message, payload: Buffer = b"") -> None:
-        """Send one frame. Header and payload leave in one call."""
+    def send(self, message: Message, payload: Buffer = b"", on_wait: OnWait | None = None) -> None:
+        """Send one frame. Header and payload leave in one call.
+
+        ``on_wait`` is called before it waits for the peer. If another thread waits for it just
+        then, that one's is called, so all senders of a connection must give the same.
+        """
         head = encode(message, len(payload))
+        lock = self._send_lock
+        if on_wait is not None and lock.locked():
+            on_wait()
         try:
-            with self._send_lock:
-                self._transport.send(head, payload)
+            with lock:
+                self._transport.send(head, payload, on_wait)
         except OSError as error:
             self.close()
             raise ConnectionLost(f"{self.peer}: {reason(error)}") from error

@@ -55,6 +55,15 @@ ADDRESS_CHECK_S = 2.0
 """The interval at which the coordinator checks its machine's addresses for changes, and looks at
 other coordinators that were announced."""
 
+MOST_OTHERS = 64
+"""The announced names that wait to be looked at. Anybody may announce any number of them."""
+
+MOST_FOUND = 32
+"""The addresses that one search returns. The caller tries one after the other."""
+
+MOST_ADDRESSES = 8
+"""The addresses of one announced coordinator that are tried."""
+
 ALIVE_TIMEOUT_S = 2.0
 """The time in which another coordinator must accept a connection to count as alive."""
 
@@ -86,7 +95,7 @@ class Advertisement:
         """
         self._cluster = cluster
         self._on_other = on_other
-        self._others: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._others: queue.Queue[str] = queue.Queue(MOST_OTHERS)
         """Names of coordinators that were announced, this one's among them."""
         self._own_name = ""
         self._properties = {"cluster": cluster}
@@ -149,7 +158,7 @@ class Advertisement:
     def _follow(self) -> None:
         """Announce again when the addresses change, which may be long after the start."""
         while not self._stop.wait(ADDRESS_CHECK_S):
-            self._look_at_others()
+            self._look_at_another()
             addresses = _announced_addresses(self._bind_host)
             if addresses == self._announced:
                 continue
@@ -161,24 +170,30 @@ class Advertisement:
         self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange
     ) -> None:
         if state_change is ServiceStateChange.Added:
-            self._others.put(name)
+            with contextlib.suppress(queue.Full):
+                self._others.put_nowait(name)
 
-    def _look_at_others(self) -> None:
-        """Report the living ones among the coordinators that were announced."""
+    def _look_at_another(self) -> None:
+        """Report the next coordinator that was announced, if it lives.
+
+        It is one at a time: looking may take seconds, and changed addresses must not wait long.
+        """
         zeroconf, on_other = self._zeroconf, self._on_other
-        while zeroconf is not None and on_other is not None and not self._others.empty():
-            name = self._others.get()
-            if name == self._own_name or self._stop.is_set():
-                continue
-            with contextlib.suppress(BadTypeInNameException, OSError, Error):
-                info = zeroconf.get_service_info(SERVICE_TYPE, name, RESOLVE_TIMEOUT_MS)
-                if info is None or not is_wanted(info.properties, self._cluster, None):
-                    continue
-                for address in info.parsed_addresses():
-                    is_this = info.port == self._port and address in self._announced
-                    if not is_this and _is_alive(address, info.port):
-                        on_other(Endpoint(address, info.port or 0))
-                        break
+        name = self._own_name
+        with contextlib.suppress(queue.Empty):
+            while name == self._own_name:
+                name = self._others.get_nowait()
+        if zeroconf is None or on_other is None or name == self._own_name:
+            return
+        with contextlib.suppress(BadTypeInNameException, OSError, Error):
+            info = zeroconf.get_service_info(SERVICE_TYPE, name, RESOLVE_TIMEOUT_MS)
+            if info is None or not is_wanted(info.properties, self._cluster, None):
+                return
+            for address in info.parsed_addresses()[:MOST_ADDRESSES]:
+                is_this = info.port == self._port and address in self._announced
+                if not is_this and _is_alive(address, info.port):
+                    on_other(Endpoint(address, info.port or 0))
+                    return
 
 
 def _is_alive(address: str, port: int | None) -> bool:
@@ -200,7 +215,7 @@ def find_coordinator(
 
     Returns () once stopped. The likeliest address comes first. An address that this machine has
     itself comes last, because it may mean another machine. If several coordinators answer at once,
-    the result has the addresses of all of them.
+    the result has the addresses of all of them, up to MOST_FOUND.
 
     ``on_wait`` is called once if none has answered within SEARCH_ROUND_S, and ``on_round`` after
     each round of that length. With a fingerprint, others are passed over. What is announced proves
@@ -235,7 +250,7 @@ def _search(
     deadline = time.monotonic() + SEARCH_ROUND_S
     found: dict[Endpoint, None] = {}
     with zeroconf, ServiceBrowser(zeroconf, SERVICE_TYPE, handlers=[on_change]):
-        while time.monotonic() < deadline and not stop.is_set():
+        while time.monotonic() < deadline and len(found) < MOST_FOUND and not stop.is_set():
             try:
                 name = names.get(timeout=OTHERS_S if found else 0.25)
                 info = zeroconf.get_service_info(SERVICE_TYPE, name, RESOLVE_TIMEOUT_MS)
@@ -251,9 +266,9 @@ def _search(
                 and is_wanted(info.properties, cluster, fingerprint)
                 and (addresses := info.parsed_addresses())
             ):
-                near = nearest_first(addresses)
+                near = nearest_first(addresses)[:MOST_ADDRESSES]
                 found |= dict.fromkeys(Endpoint(address, info.port) for address in near)
-    return tuple(found)
+    return tuple(found)[:MOST_FOUND]
 
 
 def is_wanted(

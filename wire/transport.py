@@ -16,12 +16,18 @@ import struct
 import termios
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 from wire import limits
 from wire.errors import ConnectFailed
 
 Buffer = bytes | bytearray | memoryview
 """Raw bytes. A memoryview must have items of one byte."""
+
+DONT_WAIT = int(socket.MSG_DONTWAIT)
+
+OnWait = Callable[[], object]
+"""Is called before a sender waits for its peer, once or more."""
 
 BACKLOG = 1024
 """Connections that wait in the kernel to be accepted. Later callers retry after a second."""
@@ -39,7 +45,7 @@ class Transport(ABC):
     """Our own address as the peer sees it."""
 
     @abstractmethod
-    def send(self, head: Buffer, payload: Buffer = b"") -> None:
+    def send(self, head: Buffer, payload: Buffer = b"", on_wait: OnWait | None = None) -> None:
         """Send both, one after the other.
 
         Raises TimeoutError if the peer takes nothing for SEND_TIMEOUT_S.
@@ -101,18 +107,31 @@ class TcpTransport(Transport):
         sock.settimeout(None)
         _set_timeout(sock, socket.SO_SNDTIMEO, limits.SEND_TIMEOUT_S)
 
-    def send(self, head: Buffer, payload: Buffer = b"") -> None:
-        sent = self._socket.sendmsg((head, payload) if len(payload) else (head,))
+    def send(self, head: Buffer, payload: Buffer = b"", on_wait: OnWait | None = None) -> None:
+        try:
+            sent = self._socket.sendmsg((head, payload) if len(payload) else (head,), (), DONT_WAIT)
+        except BlockingIOError:
+            sent = 0
         if sent < len(head) + len(payload):
+            if on_wait is not None:
+                on_wait()
             self._send_steadily(head[sent:])
             self._send_steadily(memoryview(payload)[max(sent - len(head), 0) :])
 
-    def _send_steadily(self, data: Buffer) -> None:
+    def _send_steadily(self, data: Buffer, on_wait: OnWait | None = None) -> None:
         """Send all of it. Raises TimeoutError if the peer takes it slower than anybody would.
 
         The kernel's limit is for silence alone, and a peer may read a byte now and then.
         """
-        rest = memoryview(data)
+        try:
+            sent = self._socket.send(data, DONT_WAIT)
+        except BlockingIOError:
+            sent = 0
+        if sent == len(data):
+            return
+        rest = memoryview(data)[sent:]
+        if on_wait is not None:
+            on_wait()
         limit_s = limits.SEND_TIMEOUT_S + len(rest) / limits.LEAST_BYTES_PER_S
         deadline_s = time.monotonic() + limit_s
         while rest:
@@ -138,13 +157,13 @@ class TcpTransport(Transport):
     def send_now(self, head: Buffer, payload: Buffer = b"") -> int:
         parts = (head, payload) if len(payload) else (head,)
         try:
-            return self._socket.sendmsg(parts, (), socket.MSG_DONTWAIT)
+            return self._socket.sendmsg(parts, (), DONT_WAIT)
         except BlockingIOError:
             return 0
 
     def receive_now(self, view: memoryview) -> int | None:
         try:
-            return self._socket.recv_into(view, 0, socket.MSG_DONTWAIT)
+            return self._socket.recv_into(view, 0, DONT_WAIT)
         except BlockingIOError:
             return None
 

@@ -4,7 +4,8 @@ Texts wait in a line for each deployment. A few passes are in flight, one more t
 stages, so that no stage waits. Whenever one ends, the next takes what waits, up to PASS_ROWS rows.
 So passes grow with the load, and a text that is alone never waits for others.
 
-If a device is lost, texts without a result run again once the model is placed anew.
+If a device is lost, texts without a result run again once the model is placed anew. If a pass of
+several texts fails, each runs again alone, because they may be of several clients.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class _Waiting:
     text: TextTokens
     result: asyncio.Future[Result]
     request: requests.InFlight
+    runs_alone: bool = False
+    """Whether it shares no pass, because one that it shared has failed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -129,6 +132,13 @@ class _Line:
     waiting: deque[_Waiting] = field(default_factory=deque)
     running: dict[int, _Pass] = field(default_factory=dict)
 
+    def run_alone(self, failed: _Pass) -> None:
+        """Take the texts of a pass that failed back. The text at fault ends by itself."""
+        for one in reversed(failed.texts):
+            one.runs_alone = True
+            self.waiting.appendleft(one)
+        failed.texts.clear()
+
     def next_texts(self) -> list[_Waiting]:
         """Take texts for one pass, in order. A text that nobody waits for is dropped."""
         while self.waiting and self.waiting[0].result.done():
@@ -141,6 +151,8 @@ class _Line:
         while self.waiting:
             count = len(self.waiting[0].text.tokens)
             longest = max(longest, count)
+            if texts and (texts[0].runs_alone or self.waiting[0].runs_alone):
+                break
             # Buffers are for so many rows, and short texts are padded to the longest one.
             if texts and (rows + count > most or (len(texts) + 1) * longest > PASS_ROWS):
                 break
@@ -257,6 +269,12 @@ class Encoders:
                 with line.deployment.slots.in_use():
                     one.spread(await self._result(line, number, one))
             except CoordinatorError as error:
+                # A device that is lost, damaged or lies fails every pass.
+                if type(error) is AgentFailed and len(one.texts) > 1:
+                    log.info(
+                        "a pass of %d texts failed, each runs alone: %s", len(one.texts), error
+                    )
+                    line.run_alone(one)
                 for text in one.texts:
                     if not text.result.done():
                         text.result.set_exception(error.with_traceback(None))

@@ -162,6 +162,10 @@ class Allowing:
         mask[list(tokens)] = 1
         self._bits = np.packbits(mask, bitorder="little").tobytes()
 
+    @property
+    def is_ready(self) -> bool:
+        return True
+
     def allowed(self) -> bytes:
         return self._bits
 

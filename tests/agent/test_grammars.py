@@ -18,6 +18,7 @@ import pytest
 
 from agent.sampler import Sampler
 from backends.base import BackendError
+from model import grammar_process
 from model.grammar_process import GrammarFailed, GrammarProcess
 from tests.random_schemas import logits, schema, vocabulary
 from wire.messages import Sampling
@@ -219,3 +220,26 @@ def test_a_file_that_is_no_vocabulary_fails_in_one_line(tmp_path: Path) -> None:
             process.check(json_grammar({"type": "object"}))
     finally:
         process.close()
+
+
+def test_no_process_starts_where_memory_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tokens"
+    path.write_bytes(TOKENS.encode())
+    process = GrammarProcess(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(grammar_process, "memory_bytes", lambda: (20 << 20, 1 << 30))
+        with pytest.raises(GrammarFailed, match=r"takes about 24 MiB of memory, and 20 MiB are"):
+            process.check('start: "a"')
+        assert process._child is None
+    process.check('start: "a"')  # Memory is free again.
+    process.close()
+
+
+def test_a_machine_without_memory_ends_this_process_first(process: GrammarProcess) -> None:
+    process.check('start: "a"')
+    child = process._child
+    assert child is not None
+    score = Path(f"/proc/{child.pid}/oom_score_adj").read_text(encoding="ascii")
+    assert int(score) == 1000

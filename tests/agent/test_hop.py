@@ -48,8 +48,16 @@ class Ends:
         self.lost: queue.Queue[str] = queue.Queue()
         self.news: queue.Queue[LinkChanged] = queue.Queue()
         self.measuring = Measuring()
+        self.waiting: queue.Queue[threading.Thread] = queue.Queue()
+        """The threads that have told that they wait."""
+        self.connection = connection
         self.hop = Hop(
-            connection, link, self.measuring, on_lost=self.lost.put, on_news=self.news.put
+            connection,
+            link,
+            self.measuring,
+            on_lost=self.lost.put,
+            on_news=self.news.put,
+            on_wait=lambda: self.waiting.put(threading.current_thread()),
         )
 
     def send(self, *messages: Activation | TokenSampled) -> threading.Thread:
@@ -105,6 +113,33 @@ def test_chunks_do_not_wait_for_a_slow_link_until_the_queue_is_full(ends: Ends) 
     arrived = [ends.next() for _ in range(QUEUED_CHUNKS + 4)]
     more.join(ANSWER_S)
     assert arrived == [*map(chunk, range(QUEUED_CHUNKS + 2)), chunk(99, rows=1), token]
+
+
+def test_it_tells_before_a_token_waits_for_the_next_device(ends: Ends) -> None:
+    ends.send(chunk(0, rows=1)).join(ANSWER_S)
+    assert ends.next() == chunk(0, rows=1)
+    assert ends.waiting.empty()
+    large = threading.Thread(target=ends.connection.send, args=(chunk(1), bytes(LARGE)))
+    large.start()
+    while not ends.connection._send_lock.locked():
+        pass
+    token = ends.send(chunk(2, rows=1))
+    assert ends.waiting.get(timeout=ANSWER_S) is token
+    assert [ends.next() for _ in range(2)] == [chunk(1), chunk(2, rows=1)]
+    for thread in (large, token):
+        thread.join(ANSWER_S)
+
+
+def test_it_tells_before_a_chunk_waits_for_room(ends: Ends) -> None:
+    first = ends.send(*map(chunk, range(QUEUED_CHUNKS)))
+    first.join(ANSWER_S)
+    last = ends.send(chunk(QUEUED_CHUNKS))
+    while ends.waiting.get(timeout=ANSWER_S) is not last:
+        pass  # It is the hop's own thread.
+    assert [ends.next() for _ in range(QUEUED_CHUNKS + 1)] == [
+        *map(chunk, range(QUEUED_CHUNKS + 1))
+    ]
+    last.join(ANSWER_S)
 
 
 def test_tokens_of_other_sequences_pass_the_chunks_that_wait(ends: Ends) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -24,22 +26,34 @@ from backends.base import Array, BackendError, Stage, StageOptions, Tokens
 from backends.onnx_cpu import OnnxCpuBackend
 from model.artifact import write_artifact
 from model.checkpoint import Checkpoint
+from model.grammar_process import GrammarProcess
 from model.quantize import Format
+from model.token_bytes import TokenBytes
+from tests.agent.teams import connected
 from wire import limits
 from wire.activations import HopBits, Rows
-from wire.connection import Listener
+from wire.codec import MAGIC, PREFIX
+from wire.connection import Connection, Listener
 from wire.errors import ConnectFailed, ConnectionLost
 from wire.logprobs import decode_logprobs
 from wire.messages import (
+    CODES,
+    PROTOCOL_VERSION,
     Activation,
+    BlockChunk,
     Endpoint,
+    FetchBlock,
+    LoadStage,
     Message,
     PeerLost,
+    PeerWelcome,
     ProbePing,
+    ProbePong,
     PromptScored,
     Sampling,
     SequenceFailed,
     StartSequence,
+    TextRows,
     TokenSampled,
 )
 
@@ -109,6 +123,7 @@ class Node:
         context: int,
         hop_bits: HopBits = 32,
         slots: int = 1,
+        grammars: GrammarProcess | None = None,
     ) -> None:
         spec = Checkpoint.open(LLAMA).spec
         blocks = range(artifacts[0][0], artifacts[-1][0] + 1)
@@ -125,6 +140,7 @@ class Node:
             context_tokens=context,
             hop_bits=hop_bits,
             report=self.reports.put,
+            grammars=grammars,
         )
         self.listener = Listener("127.0.0.1", 0)
         self.peers = PeerServer(device, self.listener)
@@ -576,6 +592,77 @@ def test_a_place_that_was_kept_for_rows_that_are_gone_is_ceded(
     last.close()
 
 
+class Contest:
+    """A stage of another model that waits for its turn while a relay computes."""
+
+    def __init__(self, relay: Relay) -> None:
+        self.entered = threading.Event()
+        self._turnstile, self._ticket = relay._turnstile, Ticket()
+        self._ticket.due_s = 1e9  # The relay's next pass would go first.
+        self._thread = threading.Thread(target=self._compute, daemon=True)
+        self._thread.start()
+        while not self._turnstile.is_wanted:
+            time.sleep(1e-3)
+
+    def _compute(self) -> None:
+        self._turnstile.enter(self._ticket)
+        self.entered.set()
+        self._turnstile.leave(self._ticket)
+
+
+def test_no_place_is_kept_while_the_next_device_takes_nothing(
+    artifacts: list[tuple[int, Path]],
+) -> None:
+    first = Node("first", artifacts[:2], CONTEXT, slots=2)
+    near, far = connected()
+    first.relay.connect(near, Link("next"), Measuring())
+    large = threading.Thread(target=near.send, args=(ProbePing(1), bytes(32 << 20)), daemon=True)
+    large.start()
+    while not near._send_lock.locked():
+        time.sleep(1e-3)
+    first.stage.gate.clear()
+    first.relay.start(start(1, PROMPT[:1]))
+    first.stage.next_call()
+    first.relay.start(start(2, PROMPT[1:2], slot=1))
+    contest = Contest(first.relay)
+    first.stage.gate.set()
+    assert contest.entered.wait(ANSWER_S)
+    assert first.relay.works  # It has not waited until the next device was lost.
+    far.set_receive_timeout(ANSWER_S)
+    rows = [message for message, _ in (far.receive() for _ in range(3))][1:]
+    assert [row.sequence for row in rows if isinstance(row, Activation)] == [1, 2]
+    large.join(ANSWER_S)
+    far.close()
+    first.close()
+
+
+def test_no_place_is_kept_while_a_grammar_is_followed(
+    artifacts: list[tuple[int, Path]], tmp_path: Path
+) -> None:
+    count = Checkpoint.open(LLAMA).spec.vocab
+    words = (b"a", b"b", *(b"%d" % token for token in range(2, count)))
+    vocabulary = tmp_path / "tokens"
+    vocabulary.write_bytes(TokenBytes(words, (False,) * count, count - 1).encode())
+    grammars = GrammarProcess(vocabulary)
+    grammars.check('start: "a"')
+    last = Node("last", artifacts[2:], CONTEXT, slots=2, grammars=grammars)
+    child = grammars._child
+    assert child is not None
+    os.kill(child.pid, signal.SIGSTOP)
+    last.stage.gate.clear()
+    last.relay.start(replace(start(1, ()), sampling=Sampling(1, (), grammar=b"start: /[ab]*/")))
+    last.relay.start(start(2, (), slot=1))
+    last.relay.deliver(*activation(1, 1, last=True))
+    last.stage.next_call()
+    last.relay.deliver(*activation(2, 1, slot=1))
+    contest = Contest(last.relay)
+    last.stage.gate.set()
+    assert contest.entered.wait(ANSWER_S)
+    os.kill(child.pid, signal.SIGCONT)
+    assert last.token(1).token in (0, 1)
+    last.close()
+
+
 def test_a_sequence_that_fails_leaves_its_neighbours(shared_ring: tuple[Node, Node]) -> None:
     _, last = shared_ring
     for slot in range(3):
@@ -651,6 +738,58 @@ def test_a_link_is_measured_by_anyone_and_with_small_probes_only(ring: tuple[Nod
             third.send(ProbePing(1), bytes(limits.MAX_PROBE_BYTES + 1))
         with pytest.raises(ConnectionLost):
             third.receive()
+
+
+def large(kind: type[Message]) -> bytes:
+    """The beginning of a frame with a header that takes long to decode."""
+    code = next(code for code, one in CODES.items() if one is kind)
+    return PREFIX.pack(MAGIC, PROTOCOL_VERSION, 0, code, limits.MAX_HEADER_BYTES, 0)
+
+
+@pytest.mark.parametrize("kind", [ProbePing, FetchBlock, Activation, TextRows, LoadStage])
+@pytest.mark.parametrize("device", ["first", "third"])
+def test_a_large_header_of_another_device_is_not_read(
+    ring: tuple[Node, Node], device: str, kind: type[Message]
+) -> None:
+    _, last = ring
+    endpoint = [Endpoint("127.0.0.1", last.listener.port)]
+    key = HOP_KEY if device == "first" else b""
+    with connect_peer(device, "last", endpoint, hop_key=key) as other:
+        other._transport.send(large(kind))
+        other.set_receive_timeout(ANSWER_S)
+        with pytest.raises(ConnectionLost, match="closed the connection"):
+            other.receive()
+
+
+@pytest.mark.parametrize("kind", [ProbePong, BlockChunk, LoadStage])
+def test_a_large_header_of_the_next_device_is_not_read(
+    kind: type[Message], artifacts: list[tuple[int, Path]]
+) -> None:
+    """The next device has proved who it is, and answers anything."""
+    first = Node("first", artifacts[:2], CONTEXT)
+    listener = Listener("127.0.0.1", 0)
+    accepted: list[Connection] = []
+
+    def welcome() -> None:
+        connection = listener.accept()
+        assert connection is not None
+        connection.receive()
+        connection.send(PeerWelcome("last"))
+        connection._transport.send(large(kind))
+        accepted.append(connection)
+
+    thread = threading.Thread(target=welcome)
+    thread.start()
+    endpoint = [Endpoint("127.0.0.1", listener.port)]
+    connection = connect_peer("first", "last", endpoint, hop_key=HOP_KEY)
+    first.relay.connect(connection, Link("last"), Measuring())
+    lost = first.reports.get(timeout=ANSWER_S)
+    assert isinstance(lost, PeerLost)
+    assert kind.__name__ in lost.reason
+    thread.join(ANSWER_S)
+    accepted[0].close()
+    listener.close()
+    first.close()
 
 
 def test_a_stage_that_is_gone_lets_nobody_in(ring: tuple[Node, Node]) -> None:

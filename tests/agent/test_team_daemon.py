@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 
 from agent import daemon
 from agent.daemon import Agent
+from agent.turnstile import Ticket
 from backends.base import Artifacts, Backend, BackendError, Capabilities, Stage, StageOptions
 from calibration.trial import Trials
 from model.artifact import read_block, store_block, write_artifact
@@ -20,7 +23,7 @@ from model.checkpoint import Checkpoint
 from model.quantize import BITS, Format
 from model.share import Share, share_tensors
 from model.spec import ModelSpec
-from tests.agent.teams import CONTEXT, EPOCH, TEAM_KEY, ReferenceStage
+from tests.agent.teams import ANSWER_S, CONTEXT, EPOCH, TEAM_KEY, ReferenceStage
 from tests.agent.test_daemon import Coordinator, running_agent
 from tests.team import shares_of
 from wire.connection import Listener
@@ -148,11 +151,11 @@ def devices(agents: list[Device]) -> Iterator[list[Device]]:
             assert device.ask(UnloadStage(9)) == Done(9)
 
 
-def load(devices: list[Device], epoch: int = EPOCH) -> None:
+def load(devices: list[Device], epoch: int = EPOCH, keeps: tuple[int, ...] = ()) -> None:
     """Load and connect the team, as a coordinator does."""
     for device in devices:
         device.place()
-        answer = device.ask(load_stage(device, devices, epoch))
+        answer = device.ask(replace(load_stage(device, devices, epoch), keeps=keeps))
         assert isinstance(answer, StageLoaded), answer
     for index, device in enumerate(devices):
         for other in devices[index + 1 :]:
@@ -177,8 +180,8 @@ def load_stage(device: Device, devices: list[Device], epoch: int) -> LoadStage:
     )
 
 
-def answer(lead: Device, epoch: int = EPOCH) -> list[int]:
-    lead.coordinator.send(StartSequence(epoch, 1, 0, PROMPT, Sampling(len(EXPECTED), ())))
+def answer(lead: Device, epoch: int = EPOCH, number: int = 1) -> list[int]:
+    lead.coordinator.send(StartSequence(epoch, number, 0, PROMPT, Sampling(len(EXPECTED), ())))
     tokens = []
     while True:
         message = lead.coordinator.answer()
@@ -250,6 +253,60 @@ def test_what_does_not_fit_is_refused(
     assert isinstance(refused, RequestFailed)
     assert why in refused.reason
     assert lead.ask(UnloadStage(3)) == Done(3)
+
+
+def test_a_pass_of_a_team_takes_its_turn_at_the_lead(devices: list[Device]) -> None:
+    load(devices)
+    lead = devices[0]
+    turnstile, other = lead.agent._stages.turnstile, Ticket()
+    turnstile.enter(other)  # A stage of another model computes.
+    with ThreadPoolExecutor(1) as pool:
+        answered = pool.submit(answer, lead)
+        deadline_s = time.monotonic() + ANSWER_S
+        while not turnstile.is_wanted and time.monotonic() < deadline_s:
+            time.sleep(1e-3)
+        is_waiting = turnstile.is_wanted
+        turnstile.leave(other)
+        assert is_waiting
+        assert answered.result(ANSWER_S) == EXPECTED
+
+
+def test_a_team_that_waits_for_a_mute_member_lets_others_compute(devices: list[Device]) -> None:
+    load(devices)
+    lead, middle, _ = devices
+    middle.agent._stages.team_of(EPOCH).stop()
+    turnstile, other = lead.agent._stages.turnstile, Ticket()
+    lead.coordinator.send(StartSequence(EPOCH, 1, 0, PROMPT, Sampling(1, ())))
+    deadline_s = time.monotonic() + ANSWER_S
+    while not turnstile.is_taken and time.monotonic() < deadline_s:
+        time.sleep(1e-3)
+    assert turnstile.is_taken
+    turnstile.enter(other)
+    assert lead.agent._stages.team_of(EPOCH).works  # The member does not count as lost yet.
+    turnstile.leave(other)
+    assert lead.ask(UnloadStage(3)) == Done(3)
+
+
+def test_two_teams_of_the_same_devices_in_either_order_do_not_block_each_other(
+    devices: list[Device], tmp_path: Path
+) -> None:
+    teams: dict[int, list[Device]] = {}
+    shares = shares_of(SPEC, (1, 1))
+    for epoch, order in ((EPOCH, devices[:2]), (EPOCH + 1, devices[1::-1])):
+        teams[epoch] = []
+        for index, device in enumerate(order):
+            made = tmp_path / f"{epoch}-{index}"
+            made.mkdir()
+            blocks = artifacts_of(made, shares[index], min(index, 1))
+            member = replace(device, blocks=blocks, share=shares[index], made=made)
+            teams[epoch].append(member)
+        load(teams[epoch], epoch, keeps=(EPOCH,))
+    with ThreadPoolExecutor(2) as pool:
+        for number in (1, 2, 3):
+            answers = [
+                pool.submit(answer, members[0], epoch, number) for epoch, members in teams.items()
+            ]
+            assert [one.result(ANSWER_S) for one in answers] == [EXPECTED, EXPECTED]
 
 
 def test_a_killed_agent_is_named_by_the_others(

@@ -96,6 +96,25 @@ def test_a_stage_that_was_idle_has_saved_nothing() -> None:
     assert counts[busy] >= 5
 
 
+def test_a_pass_that_gives_way_runs_beside_others() -> None:
+    turnstile, order = Turnstile(), list[Runner]()
+    first, other = Runner(turnstile, 1.0), Runner(turnstile, 1.0)
+    turnstile.give_way(first.ticket)  # It has no place.
+    turnstile.enter(first.ticket)
+    turnstile.give_way(first.ticket)  # Nobody waits.
+    assert turnstile.is_taken
+    thread = threading.Thread(target=other.run_pass, args=(order,))
+    thread.start()
+    while not turnstile.is_wanted:
+        time.sleep(1e-3)
+    turnstile.give_way(first.ticket)
+    thread.join(DEADLINE_S)
+    assert order == [other]
+    turnstile.leave(first.ticket)
+    turnstile.cede(other.ticket)
+    assert not turnstile.is_taken
+
+
 def test_a_kept_place_can_be_ceded() -> None:
     turnstile, order = Turnstile(), list[Runner]()
     first, other = Runner(turnstile, 1000.0), Runner(turnstile, 1.0)

@@ -227,6 +227,34 @@ def test_a_failed_pass_is_told_to_its_texts_alone(run: Callable[..., None]) -> N
     run(test)
 
 
+def test_a_text_that_cannot_be_computed_takes_no_other_with_it(run: Callable[..., None]) -> None:
+    async def test(texts: Texts) -> None:
+        early = [texts.ask(3) for _ in range(3)]
+        orders = [await texts.order() for _ in early]
+        hostile, innocent = texts.ask(7), texts.ask(5, 4)
+        await asyncio.sleep(0)
+        for order in orders:
+            await texts.answer(order)
+        shared = await texts.order()
+        assert shared.lengths == (7, 4, 5)
+        failed = PassFailed(EPOCH, shared.number, "the stage's results are not finite")
+        await texts.tell(failed)
+        for _ in range(3):
+            order = await texts.order()
+            (length,) = order.lengths
+            if length == 7:
+                await texts.tell(replace(failed, number=order.number))
+            else:
+                await texts.answer(order)
+        assert [int(result[0]) for result in await innocent] == [5, 4]
+        with pytest.raises(AgentFailed, match="not finite"):
+            await hostile
+        assert [len(await task) for task in early] == [1, 1, 1]
+        assert texts.encoders.waiting == 0
+
+    run(test)
+
+
 def test_texts_without_a_result_run_again_on_the_next_deployment(
     run: Callable[..., None],
 ) -> None:

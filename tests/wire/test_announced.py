@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from zeroconf import ServiceStateChange, Zeroconf
 
-from wire.discovery import KEY, Advertisement, is_wanted
+from wire.discovery import KEY, MOST_OTHERS, SERVICE_TYPE, Advertisement, is_wanted
 
 OURS = bytes(range(32))
 
@@ -30,3 +31,16 @@ def test_coordinators_with_another_key_are_passed_over(
     }
     assert is_wanted(properties, "shoal", expected) is wanted
     assert (KEY in record) == (announced is not None)
+
+
+def test_names_that_strangers_announce_are_bounded() -> None:
+    advertisement = Advertisement("shoal", "instance", "127.0.0.1", 1, on_other=print)
+    zeroconf = Zeroconf(interfaces=["127.0.0.1"])
+    try:
+        for number in range(10 * MOST_OTHERS):
+            advertisement._on_change(
+                zeroconf, SERVICE_TYPE, f"{number}.{SERVICE_TYPE}", ServiceStateChange.Added
+            )
+    finally:
+        zeroconf.close()
+    assert advertisement._others.qsize() == MOST_OTHERS

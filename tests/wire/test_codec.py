@@ -192,6 +192,40 @@ def test_infinite_and_nan_numbers_are_refused(value: float) -> None:
         decode_header(StartSequence, msgpack.packb(fields))
 
 
+@pytest.mark.parametrize("path", [(0,), (3, 0), (4, 0), (4, 1, 0)])
+def test_an_integer_of_more_than_63_bits_is_refused(path: tuple[int, ...]) -> None:
+    start = encode(StartSequence(1, 7, 0, (5,), Sampling(64, (2,))))
+    for value, is_refused in ((2**63 - 1, False), (2**63, True), (2**64 - 1, True)):
+        fields = part = msgpack.unpackb(start[PREFIX.size :])
+        for index in path[:-1]:
+            part = part[index]
+        part[path[-1]] = value
+        if is_refused:
+            with pytest.raises(ProtocolError, match="63 bits"):
+                decode_header(StartSequence, msgpack.packb(fields))
+        else:
+            decode_header(StartSequence, msgpack.packb(fields))
+
+
+def test_an_integer_of_more_than_63_bits_is_refused_in_a_map() -> None:
+    load = encode(LoadStage(1, 1, {"a": [{"b": 2**63 - 1}]}, (), 1, 1, "x", b""))
+    fields = msgpack.unpackb(load[PREFIX.size :])
+    decode_header(LoadStage, msgpack.packb(fields))
+    fields = msgpack.unpackb(load[PREFIX.size :])
+    fields[2]["a"][0]["b"] = 2**63
+    with pytest.raises(ProtocolError, match=r"LoadStage\.spec"):
+        decode_header(LoadStage, msgpack.packb(fields))
+
+
+@pytest.mark.parametrize("value", [True, 1.0, "1", None])
+def test_a_list_of_integers_has_nothing_else(value: object) -> None:
+    start = encode(StartSequence(1, 7, 0, (5, 6, 7), Sampling(64, (2,))))
+    fields = msgpack.unpackb(start[PREFIX.size :])
+    fields[3][1] = value
+    with pytest.raises(ProtocolError, match=r"prompt: expected int"):
+        decode_header(StartSequence, msgpack.packb(fields))
+
+
 def test_deep_nesting_is_refused() -> None:
     nested: Any = 0
     for _ in range(limits.MAX_NESTING + 1):

@@ -68,6 +68,20 @@ def test_messages_and_payloads_arrive_in_order(pair: tuple[Connection, Connectio
     thread.join()
 
 
+def test_a_sender_is_told_before_it_waits(pair: tuple[Connection, Connection]) -> None:
+    here, there = pair
+    waits = threading.Event()
+    here.send(Heartbeat(7), b"", waits.set)
+    assert not waits.is_set()
+    payload = bytes(32 << 20)  # More than two sockets hold.
+    thread = threading.Thread(target=here.send, args=(ACTIVATION, payload, waits.set))
+    thread.start()
+    assert waits.wait(20)
+    there.receive()
+    assert there.receive() == (ACTIVATION, memoryview(payload))
+    thread.join()
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_frames_of_all_sizes_arrive_however_the_stream_is_cut(
     raw: tuple[socket.socket, Connection], seed: int

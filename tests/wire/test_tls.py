@@ -92,6 +92,21 @@ def test_frames_arrive_as_they_were_sent(
         thread.join(ANSWER_S)
 
 
+def test_a_sender_is_told_before_it_waits(ends: tuple[TlsTransport, TlsTransport]) -> None:
+    sender, receiver = ends
+    waits = threading.Event()
+    sender.send(b"head", TEXT[:4096], waits.set)
+    assert not waits.is_set()
+    payload = TEXT * 32  # More than two sockets hold.
+    thread = threading.Thread(target=sender.send, args=(b"head", payload, waits.set))
+    thread.start()
+    assert waits.wait(ANSWER_S)
+    assert (
+        received(receiver, 2 * 4 + 4096 + len(payload)) == b"head" + TEXT[:4096] + b"head" + payload
+    )
+    thread.join(ANSWER_S)
+
+
 def test_both_directions_at_once(ends: tuple[TlsTransport, TlsTransport]) -> None:
     """Each end has a sending and a receiving thread, as the daemons have."""
     total = 4 * len(TEXT)

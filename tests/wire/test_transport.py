@@ -18,7 +18,7 @@ from wire import limits
 from wire.connection import AsyncConnection, Connection, Listener
 from wire.errors import ConnectFailed, ConnectionLost
 from wire.messages import Endpoint, Heartbeat, ProbePing
-from wire.transport import Buffer, TcpTransport, Transport, peer_name
+from wire.transport import Buffer, OnWait, TcpTransport, Transport, peer_name
 
 PAYLOAD = bytes(range(256)) * 4096
 ANSWER_S = 20.0
@@ -38,7 +38,7 @@ class TlsTransport(Transport):
         self._lock = threading.Lock()
         self._timeout_s: float | None = None
 
-    def send(self, head: Buffer, payload: Buffer = b"") -> None:
+    def send(self, head: Buffer, payload: Buffer = b"", on_wait: OnWait | None = None) -> None:
         for buffer in (head, payload):
             view = memoryview(buffer)
             while view:
