@@ -157,9 +157,12 @@ def _reporting(directory: Path) -> Iterator[None]:
 def _files(directory: Path) -> Iterator[tuple[str, bytes]]:
     """The names and contents of all files that belong into an archive."""
     for folder in ("", *FOLDERS):
+        if (directory / folder).is_symlink() and folder:
+            continue  # Root exports, and a service that was taken over may have made links.
         for path in sorted((directory / folder).glob("*")):
             name = f"{folder}/{path.name}" if folder else path.name
-            is_taken = _NAME.fullmatch(name) and path.suffix not in NOT_STATE and path.is_file()
+            is_file = path.is_file() and not path.is_symlink()
+            is_taken = _NAME.fullmatch(name) and path.suffix not in NOT_STATE and is_file
             if is_taken and name not in LEFT_OUT:
                 yield name, read_bytes(path, LARGEST_FILE_BYTES)
 
@@ -184,7 +187,8 @@ def _unpacked(data: bytes) -> dict[str, bytes]:
         with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as archive:
             for member in archive:
                 content = archive.extractfile(member)
-                if not _NAME.fullmatch(member.name) or not member.isreg() or content is None:
+                is_plain = member.isreg() and not member.issparse()
+                if not _NAME.fullmatch(member.name) or not is_plain or content is None:
                     raise ValueError(f"it has {member.name!r:.60}")
                 files[member.name] = content.read()
         manifest = json.loads(files.pop(MANIFEST))
@@ -236,8 +240,10 @@ def _write(directory: Path, files: Mapping[str, bytes]) -> None:
             (directory / name).unlink()
     for name in sorted(files, key=lambda name: name == IDENTITY):
         path = directory / name
+        if name.partition("/")[1] and path.parent.is_symlink():
+            raise ValueError(f"{path.parent} is a link: remove it")
         if not path.parent.exists():
             path.parent.mkdir(mode=0o750)
             if os.geteuid() == 0:
-                os.chown(path.parent, owner.st_uid, owner.st_gid)
+                os.chown(path.parent, owner.st_uid, owner.st_gid, follow_symlinks=False)
         replace_bytes(path, files[name], prepare=give)

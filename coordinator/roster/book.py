@@ -7,17 +7,16 @@ while the coordinator runs, which sees each change at the next connection.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from model.durable import replace_text
+from model.durable import hand_over, locked, replace_text
 from wire.claim import Claim, Fingerprint, shown
 from wire.errors import AuthFailed
 from wire.invite import ID_CHARACTERS, SECRET_BYTES, Invite, new_invite
@@ -239,17 +238,12 @@ class DeviceBook:
     @contextlib.contextmanager
     def _changing(self) -> Iterator[_Change]:
         """Read the file, and write what the block has made of it. Others wait meanwhile."""
-        lock = os.open(self._directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            self._give(lock)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(self._directory / LOCK_FILE):
             before = self._read()
             change = _Change(before)
             yield change
             if change.book != before:
                 self._write(change.book)
-        finally:
-            os.close(lock)
 
     def _refresh(self) -> None:
         """Read the file if it has changed. Raises BadBook."""
@@ -282,13 +276,7 @@ class DeviceBook:
 
     def _write(self, book: _Book) -> None:
         text = json.dumps({"version": VERSION, **asdict(book)}, indent=1)
-        replace_text(self._path, text + "\n", mode=0o600, prepare=self._give)
-
-    def _give(self, descriptor: int) -> None:
-        """Give a file to the owner of the directory, who runs the coordinator."""
-        if os.geteuid() == 0:
-            owner = self._directory.stat()
-            os.fchown(descriptor, owner.st_uid, owner.st_gid)
+        replace_text(self._path, text + "\n", prepare=partial(hand_over, directory=self._directory))
 
 
 @dataclass(slots=True)

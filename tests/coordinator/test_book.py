@@ -204,3 +204,13 @@ def test_a_damaged_file_lets_nobody_in(book: DeviceBook, tmp_path: Path, text: s
         book.admit(claim("attic"))
     with pytest.raises(BadBook, match="is damaged"):
         book.invite(HERE)
+
+
+def test_root_gives_no_file_of_others_to_a_service_that_was_taken_over(
+    tmp_path: Path, book: DeviceBook
+) -> None:
+    """The lock's file was given to the owner of the directory, wherever a link of it led."""
+    (tmp_path / books.LOCK_FILE).symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"):
+        book.invite(HERE)
+    assert not (tmp_path / "precious").exists()
