@@ -98,7 +98,7 @@ class AgentConfig:
 def claim(state_dir: Path) -> TextIO:
     """Lock ``state_dir`` for this process until the result is closed. Raises ConfigError."""
     try:
-        state_dir.mkdir(parents=True, exist_ok=True)
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = (state_dir / "lock").open("w", encoding="ascii")
     except OSError as error:
         raise ConfigError(f"state directory {state_dir} is not usable: {error}") from error
@@ -117,7 +117,7 @@ def device_identity(state_dir: Path) -> str:
     """Return this device's id, which is made once and kept in ``state_dir``. Raises ConfigError."""
     path = state_dir / "device-id"
     try:
-        state_dir.mkdir(parents=True, exist_ok=True)
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.exists():
             identity = path.read_text(encoding="ascii").strip()
             if re.fullmatch(r"[0-9a-f]{16}", identity):

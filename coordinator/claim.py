@@ -21,7 +21,7 @@ def claim(state_dir: Path) -> TextIO | None:
     machines that share the directory. Raises ConfigError.
     """
     try:
-        state_dir.mkdir(parents=True, exist_ok=True)
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = (state_dir / "coordinator.lock").open("w", encoding="ascii")
     except OSError as error:
         raise ConfigError(f"state directory {state_dir} is not usable: {error.strerror}") from error
