@@ -18,7 +18,7 @@ from tests.install.conftest import prepared
 from tests.system.cluster import TINY_OPT, last_json
 from tests.system.namespaces import NetworkCluster, bed_of
 
-pytestmark = [pytest.mark.slow, pytest.mark.netns, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.netns, pytest.mark.timeout(1800)]
 
 SHOAL = "/opt/shoal/bin/shoal"
 PROMPTS = (
