@@ -544,3 +544,7 @@ def test_several_models_have_names_and_the_one_in_trouble_is_seen_first(
     )
     assert labels == ["first-one", "other-one", "old-one"]
     assert "The next request that names it loads it again" in browser.text(".model:nth-of-type(3)")
+    # A request says which of several models it asks.
+    assert "other-one" not in browser.text(".request")
+    shoal.given["requests"] = [request("req-1", model="other-one"), request("req-2")]
+    browser.until(".request", "other-one · 214 prompt tokens")
