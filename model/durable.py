@@ -63,22 +63,24 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, mode: int = 0o600) -> Iterator[None]:
-    """Hold the lock of a file of its own, which is made if need be. Others wait meanwhile.
-
-    Raises OSError, also if ``path`` is a link.
-    """
-    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
-    try:
-        lock = os.open(path, flags | os.O_CREAT | os.O_EXCL, mode)
-    except FileExistsError:
-        lock = os.open(path, flags)
-    else:
-        hand_over(lock, path.parent)
+    """Hold the lock of a file of its own, as ``open_lock`` opens it. Others wait meanwhile."""
+    lock = open_lock(path, mode)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)
+
+
+def open_lock(path: Path, mode: int = 0o600) -> int:
+    """Open a file to lock, which is made if need be. Raises OSError, also if ``path`` is a link."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        lock = os.open(path, flags | os.O_CREAT | os.O_EXCL, mode)
+    except FileExistsError:
+        return os.open(path, flags)
+    hand_over(lock, path.parent)
+    return lock
 
 
 def hand_over(descriptor: int, directory: Path) -> None:
