@@ -48,12 +48,15 @@ OTHER_KEY = (
     "a device of this id has joined with another key: `shoal devices revoke {name}` where the "
     "coordinator runs, then start this one with a token"
 )
+NO_ID = "this device's id has other characters than letters, digits, and . _ -, or too many"
 FULL = f"this shoal knows {MOST_DEVICES} devices: revoke some with `shoal devices revoke NAME`"
 
 Stamp = tuple[int, int, int]
 """Tells versions of the file apart: time of change, size, inode."""
 
 _HEX = re.compile(r"[0-9a-f]+")
+_DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
+"""An agent makes 16 hexadecimal digits. Ids are shown at terminals."""
 
 
 class BadBook(Exception):
@@ -162,6 +165,8 @@ class DeviceBook:
     def _join(self, claim: Claim) -> None:
         if not claim.invite_id or claim.purpose != "control":
             raise AuthFailed(UNKNOWN, UNKNOWN)
+        if not _DEVICE_ID.fullmatch(claim.device):
+            raise AuthFailed(NO_ID, NO_ID)
         with self._changing() as change:
             book = change.book
             invite = next((item for item in book.invites if item.id == claim.invite_id), None)
@@ -222,7 +227,11 @@ class DeviceBook:
     def revoke_device(self, name: str) -> Device:
         """Forget a device by its name or id. Raises BadBook, OSError."""
         with self._changing() as change:
-            found = [item for item in change.book.devices if name in (item.name, item.device)]
+            devices = change.book.devices
+            # An id is one device's alone, whatever others call themselves.
+            found = [item for item in devices if name == item.device] or [
+                item for item in devices if name == item.name
+            ]
             if not found:
                 known = ", ".join(item.name or item.device for item in change.book.devices)
                 raise BadBook(f"there is no device {name}; known: {known or 'none'}")
