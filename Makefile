@@ -52,7 +52,9 @@ dist: $(VENV)/run.stamp ## make a folder to install from: wheel, locks, install.
 audit: $(VENV)/run.stamp ## look for known holes in all locked packages (asks PyPI; fails where it knows nothing)
 	$(BIN)/pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv tool run pip-audit --strict --disable-pip --require-hashes --progress-spinner off \
-		$(foreach lock,agent run dev,-r requirements/$(lock).lock)
+		$(foreach lock,agent run dev,-r requirements/$(lock).lock) \
+	|| { echo 'make audit failed: a known hole is named above, or PyPI has told nothing about a package ("could not' \
+		'be audited"). Then the locks were not checked.' >&2; exit 1; }
 
 bundle: dist ## make dist with every wheel for MACHINE and PYTHON_VERSION, to install offline
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv

@@ -19,6 +19,7 @@
 #   SHOAL_PREFIX   The environment's folder. Default: /opt/shoal.
 #   PYTHON         The Python to use. Default: python3.
 set -eu
+umask 022 # The service reads the environment, and only root changes it.
 
 PREFIX=${SHOAL_PREFIX:-/opt/shoal}
 PYTHON=${PYTHON:-python3}

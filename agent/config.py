@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import re
 import secrets
 import unicodedata
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
+from model.durable import open_lock
 from wire.addresses import is_everywhere
 from wire.invite import Invite
 from wire.messages import Endpoint
@@ -98,8 +100,8 @@ class AgentConfig:
 def claim(state_dir: Path) -> TextIO:
     """Lock ``state_dir`` for this process until the result is closed. Raises ConfigError."""
     try:
-        state_dir.mkdir(parents=True, exist_ok=True)
-        lock = (state_dir / "lock").open("w", encoding="ascii")
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.fdopen(open_lock(state_dir / "lock"), "w", encoding="ascii")
     except OSError as error:
         raise ConfigError(f"state directory {state_dir} is not usable: {error}") from error
     try:
@@ -117,7 +119,7 @@ def device_identity(state_dir: Path) -> str:
     """Return this device's id, which is made once and kept in ``state_dir``. Raises ConfigError."""
     path = state_dir / "device-id"
     try:
-        state_dir.mkdir(parents=True, exist_ok=True)
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if path.exists():
             identity = path.read_text(encoding="ascii").strip()
             if re.fullmatch(r"[0-9a-f]{16}", identity):

@@ -6,19 +6,18 @@ Only another quiet one replaces one of a quiet machine.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import astuple, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from model.bounded import read_json
-from model.durable import replace_text
+from model.durable import hand_over, locked, replace_text
 from wire.conditions import Conditions
 
 VERSION = 1
@@ -178,27 +177,11 @@ class CalibrationStore:
             indent=1,
             sort_keys=True,
         )
-        replace_text(self.path, text, prepare=self._hand_over)
+        replace_text(self.path, text, prepare=partial(hand_over, directory=self.path.parent))
 
-    @contextmanager
-    def _locked(self, suffix: str) -> Iterator[None]:
-        # The lock has a file of its own, because the data file is replaced with its lock. Links are
-        # not followed, because the administrator writes into somebody else's directory.
-        path = self.path.with_name(self.path.name + suffix)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        try:
-            self._hand_over(handle)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)
-
-    def _hand_over(self, handle: int) -> None:
-        """Give a file that the administrator has opened to the owner of the directory."""
-        if os.geteuid() == 0:
-            owner = self.path.parent.stat()
-            with suppress(PermissionError):  # A container's root may not do this.
-                os.fchown(handle, owner.st_uid, owner.st_gid)
+    def _locked(self, suffix: str) -> AbstractContextManager[None]:
+        # The lock has a file of its own, because the data file is replaced with its lock.
+        return locked(self.path.with_name(self.path.name + suffix), 0o644)
 
 
 def _canonical(key: Mapping[str, Any]) -> str:

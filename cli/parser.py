@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from collections.abc import Sequence
 from typing import Any
 
 DEFAULT_URL = "http://127.0.0.1:7421"
@@ -15,6 +16,21 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments, formatter_class=HelpFormatter, add_help=False)
         self.add_argument("-h", "--help", action="help", help="Show this help and exit.")
+
+    def parse_known_args(  # type: ignore[override] # the stubs have overloads for namespaces
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Take a last word that may be left out also behind options.
+
+        Before Python 3.12.7, ``shoal run MODEL --chat PROMPT`` would not find the prompt.
+        """
+        found, rest = super().parse_known_args(args, namespace)
+        last = next((item for item in reversed(self._actions) if not item.option_strings), None)
+        if last is None or last.nargs != "?" or getattr(found, last.dest) is not last.default:
+            return found, rest
+        if len(rest) == 1 and not rest[0].startswith("-"):
+            setattr(found, last.dest, self._get_value(last, rest.pop()))
+        return found, rest
 
 
 class HelpFormatter(argparse.HelpFormatter):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import fcntl
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
 from coordinator.config import ConfigError
+from model.durable import open_lock
 
 LOOK_S = 1.0
 """The pause between two looks whether the other coordinator still runs."""
@@ -21,8 +23,8 @@ def claim(state_dir: Path) -> TextIO | None:
     machines that share the directory. Raises ConfigError.
     """
     try:
-        state_dir.mkdir(parents=True, exist_ok=True)
-        lock = (state_dir / "coordinator.lock").open("w", encoding="ascii")
+        state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = os.fdopen(open_lock(state_dir / "coordinator.lock"), "w", encoding="ascii")
     except OSError as error:
         raise ConfigError(f"state directory {state_dir} is not usable: {error.strerror}") from error
     try:

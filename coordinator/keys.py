@@ -13,20 +13,21 @@ import hashlib
 import hmac
 import json
 import logging
-import os
 import re
 import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
-from model.durable import replace_text
+from model.durable import hand_over, locked, replace_text
 from wire.rare_log import RareLog
 
 log = logging.getLogger(__name__)
 
 FILE = "api-keys.json"
+LOCK_FILE = "api-keys.lock"
 LOCAL_FILE = "local-key"
 LOCAL_NAME = "local"
 """The name of the local key in logs. No key of the file may have it."""
@@ -128,36 +129,32 @@ class KeyBook:
                 f"the name {name!r} cannot be used: take up to 63 letters, digits, and . _ @ -, "
                 f"but not {LOCAL_NAME!r}"
             )
-        known = self.listed()
-        if any(key.name == name for key in known):
-            raise BadKey(
-                f"there is a key named {name} already: take another name, or revoke it first with "
-                f"`shoal key revoke {name}`"
-            )
-        key = _new_key()
-        sha256 = hashlib.sha256(key.encode()).hexdigest()
-        self._write((*known, Key(name, sha256, round(time.time(), 3))))
+        with locked(self._directory / LOCK_FILE):
+            known = self.listed()
+            if any(key.name == name for key in known):
+                raise BadKey(
+                    f"there is a key named {name} already: take another name, or revoke it first "
+                    f"with `shoal key revoke {name}`"
+                )
+            key = _new_key()
+            sha256 = hashlib.sha256(key.encode()).hexdigest()
+            self._write((*known, Key(name, sha256, round(time.time(), 3))))
         return key
 
     def revoke(self, name: str) -> None:
         """Forget the key of this name. Raises BadKey, OSError."""
-        known = self.listed()
-        left = tuple(key for key in known if key.name != name)
-        if len(left) == len(known):
-            names = ", ".join(key.name for key in known) or "none"
-            raise BadKey(f"there is no key named {name}; known: {names}")
-        self._write(left)
+        with locked(self._directory / LOCK_FILE):
+            known = self.listed()
+            left = tuple(key for key in known if key.name != name)
+            if len(left) == len(known):
+                names = ", ".join(key.name for key in known) or "none"
+                raise BadKey(f"there is no key named {name}; known: {names}")
+            self._write(left)
 
     def _write(self, keys: tuple[Key, ...]) -> None:
         """Write the file for the owner of the directory, who runs the coordinator."""
-        owner = self._directory.stat()
-
-        def give(descriptor: int) -> None:
-            if os.geteuid() == 0:
-                os.fchown(descriptor, owner.st_uid, owner.st_gid)
-
         text = json.dumps({"keys": [asdict(key) for key in keys]}, indent=1)
-        replace_text(self._path, text + "\n", mode=0o600, prepare=give)
+        replace_text(self._path, text + "\n", prepare=partial(hand_over, directory=self._directory))
 
 
 def _new_key() -> str:

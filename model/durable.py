@@ -1,11 +1,17 @@
-"""Small files that survive a power cut whole, with either the old or the new contents."""
+"""Small files that survive a power cut whole, with either the old or the new contents.
+
+The administrator changes some of them in a service's state directory. The service may have been
+taken over, so links in its directory are not followed.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -53,3 +59,33 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, mode: int = 0o600) -> Iterator[None]:
+    """Hold the lock of a file of its own, as ``open_lock`` opens it. Others wait meanwhile."""
+    lock = open_lock(path, mode)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def open_lock(path: Path, mode: int = 0o600) -> int:
+    """Open a file to lock, which is made if need be. Raises OSError, also if ``path`` is a link."""
+    flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        lock = os.open(path, flags | os.O_CREAT | os.O_EXCL, mode)
+    except FileExistsError:
+        return os.open(path, flags)
+    hand_over(lock, path.parent)
+    return lock
+
+
+def hand_over(descriptor: int, directory: Path) -> None:
+    """Give a new file that the administrator writes to the owner of its directory."""
+    if os.geteuid() == 0:
+        owner = directory.stat()
+        with contextlib.suppress(PermissionError):  # A container's root may not do this.
+            os.fchown(descriptor, owner.st_uid, owner.st_gid)

@@ -167,18 +167,18 @@ def _claimed(directory: Path) -> Iterator[None]:
     if lock is None:
         raise CommandFailed("a coordinator runs with this state directory: stop it first")
     with lock:
-        if os.geteuid() == 0:
-            owner = directory.stat()
-            os.fchown(lock.fileno(), owner.st_uid, owner.st_gid)
         yield
 
 
 def _files(directory: Path) -> Iterator[tuple[str, bytes]]:
     """The names and contents of all files that belong into an archive."""
     for folder in ("", *FOLDERS):
+        if (directory / folder).is_symlink() and folder:
+            continue  # Root exports, and a service that was taken over may have made links.
         for path in sorted((directory / folder).glob("*")):
             name = f"{folder}/{path.name}" if folder else path.name
-            is_taken = _NAME.fullmatch(name) and path.suffix not in NOT_STATE and path.is_file()
+            is_file = path.is_file() and not path.is_symlink()
+            is_taken = _NAME.fullmatch(name) and path.suffix not in NOT_STATE and is_file
             if is_taken and name not in LEFT_OUT:
                 yield name, read_bytes(path, LARGEST_FILE_BYTES)
 
@@ -278,6 +278,9 @@ def _write(directory: Path, files: Mapping[str, bytes]) -> None:
     for name in files:
         if (directory / name).is_dir():
             raise ValueError(f"{directory / name} is a folder, and the archive has a file: move it")
+        folder = (directory / name).parent
+        if folder != directory and folder.is_symlink():
+            raise ValueError(f"{folder} is a link: remove it")
     others = dict(_files(directory)).keys() - files.keys()
     # Whatever fails, such as a full disk, fails before anything is changed.
     with tempfile.TemporaryDirectory(dir=directory, prefix=".import-") as staged:
@@ -287,7 +290,7 @@ def _write(directory: Path, files: Mapping[str, bytes]) -> None:
             if not folder.exists():
                 folder.mkdir(mode=0o750)
                 if os.geteuid() == 0:
-                    os.chown(folder, owner.st_uid, owner.st_gid)
+                    os.chown(folder, owner.st_uid, owner.st_gid, follow_symlinks=False)
         for name in others:
             if "/" not in name:  # What else this machine knew, such as a loaded model.
                 (directory / name).unlink()

@@ -7,17 +7,16 @@ while the coordinator runs, which sees each change at the next connection.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from model.durable import replace_text
+from model.durable import hand_over, locked, replace_text
 from wire.claim import Claim, Fingerprint, shown
 from wire.errors import AuthFailed
 from wire.invite import ID_CHARACTERS, SECRET_BYTES, Invite, new_invite
@@ -49,12 +48,15 @@ OTHER_KEY = (
     "a device of this id has joined with another key: `shoal devices revoke {name}` where the "
     "coordinator runs, then start this one with a token"
 )
+NO_ID = "this device's id has other characters than letters, digits, and . _ -, or too many"
 FULL = f"this shoal knows {MOST_DEVICES} devices: revoke some with `shoal devices revoke NAME`"
 
 Stamp = tuple[int, int, int]
 """Tells versions of the file apart: time of change, size, inode."""
 
 _HEX = re.compile(r"[0-9a-f]+")
+_DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
+"""An agent makes 16 hexadecimal digits. Ids are shown at terminals."""
 
 
 class BadBook(Exception):
@@ -163,6 +165,8 @@ class DeviceBook:
     def _join(self, claim: Claim) -> None:
         if not claim.invite_id or claim.purpose != "control":
             raise AuthFailed(UNKNOWN, UNKNOWN)
+        if not _DEVICE_ID.fullmatch(claim.device):
+            raise AuthFailed(NO_ID, NO_ID)
         with self._changing() as change:
             book = change.book
             invite = next((item for item in book.invites if item.id == claim.invite_id), None)
@@ -223,7 +227,11 @@ class DeviceBook:
     def revoke_device(self, name: str) -> Device:
         """Forget a device by its name or id. Raises BadBook, OSError."""
         with self._changing() as change:
-            found = [item for item in change.book.devices if name in (item.name, item.device)]
+            devices = change.book.devices
+            # An id is one device's alone, whatever others call themselves.
+            found = [item for item in devices if name == item.device] or [
+                item for item in devices if name == item.name
+            ]
             if not found:
                 known = ", ".join(item.name or item.device for item in change.book.devices)
                 raise BadBook(f"there is no device {name}; known: {known or 'none'}")
@@ -239,17 +247,12 @@ class DeviceBook:
     @contextlib.contextmanager
     def _changing(self) -> Iterator[_Change]:
         """Read the file, and write what the block has made of it. Others wait meanwhile."""
-        lock = os.open(self._directory / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            self._give(lock)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(self._directory / LOCK_FILE):
             before = self._read()
             change = _Change(before)
             yield change
             if change.book != before:
                 self._write(change.book)
-        finally:
-            os.close(lock)
 
     def _refresh(self) -> None:
         """Read the file if it has changed. Raises BadBook."""
@@ -282,13 +285,7 @@ class DeviceBook:
 
     def _write(self, book: _Book) -> None:
         text = json.dumps({"version": VERSION, **asdict(book)}, indent=1)
-        replace_text(self._path, text + "\n", mode=0o600, prepare=self._give)
-
-    def _give(self, descriptor: int) -> None:
-        """Give a file to the owner of the directory, who runs the coordinator."""
-        if os.geteuid() == 0:
-            owner = self._directory.stat()
-            os.fchown(descriptor, owner.st_uid, owner.st_gid)
+        replace_text(self._path, text + "\n", prepare=partial(hand_over, directory=self._directory))
 
 
 @dataclass(slots=True)

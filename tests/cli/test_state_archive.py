@@ -248,3 +248,45 @@ def test_nothing_is_half_imported(old: Path, tmp_path: Path, capsys: Capture) ->
         assert take(new, wrong) == 1
         assert "error:" in capsys.readouterr().err
         assert state(new) == before
+
+
+def test_links_of_a_service_that_was_taken_over_are_not_followed(
+    old: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """Root exports and imports, and reaches more files than the service."""
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "secret.json").write_text("of another user")
+    (old / "names.json").unlink()
+    (old / "names.json").symlink_to(precious / "secret.json")
+    (old / "quality").symlink_to(precious)
+    file = tmp_path / "old.tar"
+    assert export(old, file) == 0
+    assert b"of another user" not in file.read_bytes()
+
+    (old / "quality").unlink()
+    (old / "quality").mkdir()
+    (old / "quality" / "x.json").write_text("{}")
+    file = tmp_path / "with-quality.tar"
+    assert export(old, file) == 0
+    new = coordinator(tmp_path / "new")
+    (new / "quality").symlink_to(precious)
+    assert take(new, file) == 1
+    assert "quality is a link: remove it" in capsys.readouterr().err
+    assert [path.name for path in precious.iterdir()] == ["secret.json"]
+
+
+def test_a_small_archive_of_a_huge_file_is_none(old: Path, tmp_path: Path, capsys: Capture) -> None:
+    """A sparse file of any size takes 512 bytes in a tar."""
+    manifest = json.dumps({"version": VERSION}).encode()
+    key = (old / "identity.pem").read_bytes()
+    parts = [(MANIFEST, tarfile.REGTYPE, manifest), ("identity.pem", tarfile.REGTYPE, key)]
+    file = archive(tmp_path / "x.tar", *parts, ("loaded.json", tarfile.GNUTYPE_SPARSE, b""))
+    data = bytearray(file.read_bytes())
+    header = data.index(b"loaded.json")
+    data[header + 483 : header + 495] = b"%011o\0" % (64 << 20)
+    data[header + 148 : header + 156] = b" " * 8
+    data[header + 148 : header + 156] = b"%06o\0 " % sum(data[header : header + 512])
+    file.write_bytes(data)
+    assert take(tmp_path / "new", file) == 1
+    assert "this is no whole archive" in capsys.readouterr().err

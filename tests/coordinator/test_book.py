@@ -204,3 +204,33 @@ def test_a_damaged_file_lets_nobody_in(book: DeviceBook, tmp_path: Path, text: s
         book.admit(claim("attic"))
     with pytest.raises(BadBook, match="is damaged"):
         book.invite(HERE)
+
+
+def test_root_gives_no_file_of_others_to_a_service_that_was_taken_over(
+    tmp_path: Path, book: DeviceBook
+) -> None:
+    """The lock's file was given to the owner of the directory, wherever a link of it led."""
+    (tmp_path / books.LOCK_FILE).symlink_to(tmp_path / "precious")
+    with pytest.raises(OSError, match="symbolic links"):
+        book.invite(HERE)
+    assert not (tmp_path / "precious").exists()
+
+
+def test_a_device_whose_id_is_anothers_name_can_be_revoked(book: DeviceBook) -> None:
+    """The name of neither says which of the two is meant, but an id is one device's alone."""
+    invite = book.invite(HERE, uses=2)
+    book.admit(claim("0123", invite))
+    book.named("0123", "pi-3")
+    book.admit(claim("pi-3", invite))
+    assert book.revoke_device("pi-3").device == "pi-3"
+    assert book.revoke_device("pi-3").device == "0123"
+    assert book.devices() == ()
+
+
+@pytest.mark.parametrize("device", ["\x1b[2J", "", "a b", "a" * 64, "../x", "\N{SNOWMAN}"])
+def test_an_id_that_a_terminal_should_not_show_joins_nobody(device: str, book: DeviceBook) -> None:
+    invite = book.invite(HERE)
+    with pytest.raises(AuthFailed, match="other characters"):
+        book.admit(claim(device, invite, key=1))
+    assert book.devices() == ()
+    assert book.invites() != ()

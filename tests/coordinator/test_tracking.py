@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,19 @@ def test_who_says_so_needs_no_key_anywhere(tmp_path: Path) -> None:
         assert (await ask(server, "/shoal/v1/devices", method="GET"))[0] == 200
 
     run(tmp_path, test, http_host="0.0.0.0", insecure_http=True)  # noqa: S104 - only told so
+
+
+def test_a_key_that_is_made_meanwhile_brings_no_revoked_one_back(tmp_path: Path) -> None:
+    """Each command reads the file, and writes all keys."""
+    KeyBook(tmp_path).create("lost")
+    names = [f"key-{index}" for index in range(16)]
+    with ThreadPoolExecutor(17) as pool:
+        made = [pool.submit(KeyBook(tmp_path).create, name) for name in names[:8]]
+        revoked = pool.submit(KeyBook(tmp_path).revoke, "lost")
+        made += [pool.submit(KeyBook(tmp_path).create, name) for name in names[8:]]
+        for future in (*made, revoked):
+            future.result()
+    assert {key.name for key in KeyBook(tmp_path).listed()} == set(names)
 
 
 def test_the_file_has_hashes_only_and_is_its_owners(tmp_path: Path) -> None:

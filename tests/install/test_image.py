@@ -20,7 +20,7 @@ import pytest
 from tests.install.conftest import prepared
 from tests.system.cluster import wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.netns, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.netns, pytest.mark.timeout(1800)]
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "tiny-opt" / "model"
@@ -70,6 +70,18 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     folder = tmp_path_factory.mktemp("images")
     engine = Engine(folder)
     (folder / "pip.conf").write_text(PIP_CONF)
+    try:
+        build(engine, tree, wheels, folder / "pip.conf")
+        yield engine
+    finally:
+        engine.podman("rm", "--all", "--force")
+        # Its own storage holds files of other users and mount points.
+        engine.buildah("rm", "--all")
+        engine.buildah("rmi", "--all", "--force")
+        shutil.rmtree(folder / "storage", ignore_errors=True)
+
+
+def build(engine: Engine, tree: Path, wheels: Path, pip_conf: Path) -> None:
     container = engine.buildah("from", "scratch").strip()
     engine.buildah("copy", "--quiet", container, str(tree), "/")
     engine.buildah("commit", "--quiet", container, BASE)
@@ -79,16 +91,9 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
             *("bud", "--pull-never", "--layers", "--format=docker"),
             *("--file=deploy/Dockerfile", "--ignorefile=deploy/Dockerfile.dockerignore"),
             *(f"--build-arg=BASE={BASE}", f"--target={target}", f"--tag=shoal-{target}"),
-            *(f"--volume={wheels}:/wheels:ro", f"--volume={folder / 'pip.conf'}:/etc/pip.conf:ro"),
+            *(f"--volume={wheels}:/wheels:ro", f"--volume={pip_conf}:/etc/pip.conf:ro"),
             ".",
         )
-    try:
-        yield engine
-    finally:
-        engine.podman("rm", "--all", "--force")
-        # Its own storage holds files of other users and mount points.
-        engine.buildah("rmi", "--all", "--force")
-        shutil.rmtree(folder / "storage", ignore_errors=True)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ class Shoal:
         self.hub = hub
         self.agents = agents
         self.before: dict[str, set[str]] = {}
+        self.tokens: list[str] = []
 
     def devices(self) -> list[str]:
         output = self.hub.shell("shoal devices --json", check=False).splitlines()
@@ -72,7 +74,9 @@ def shoal(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shoal]:
         for agent in agents:
             # One line on a board, as docs/install.md gives it.
             token = json.loads(hub.shell("shoal token create --json").splitlines()[-1])["token"]
-            agent.shell(f"echo {token} | {INSTALL} agent --token-file - --memory 6M")
+            shoal.tokens.append(token)
+            # The administrator's own files are hidden from others.
+            agent.shell(f"umask 077; echo {token} | {INSTALL} agent --token-file - --memory 6M")
         yield shoal
 
 
@@ -103,6 +107,22 @@ def test_they_run_with_no_more_rights_than_they_need(shoal: Shoal) -> None:
     joined = next(line for line in map(json.loads, lines) if "joined" in line["MESSAGE"])
     assert joined["PRIORITY"] == "6"
     assert joined["MESSAGE"].startswith("joined cluster")
+
+
+def test_no_secret_is_where_others_look(shoal: Shoal) -> None:
+    """In the journal, in arguments of processes, or in a file that every user can read."""
+    for machine in (shoal.hub, *shoal.agents):
+        places = machine.shell(
+            "journalctl --no-pager -o cat; cat /proc/[0-9]*/cmdline", check=False
+        )
+        for token in shoal.tokens:
+            assert token.rpartition(".")[2] not in places
+        readable = machine.shell("find /etc/shoal /var/lib/shoal -type f -perm /007")
+        found = {Path(line).name for line in readable.splitlines()}
+        for name in ("token", "identity.pem", "devices.json", "local-key", "names.json"):
+            assert name not in found, readable
+        writable = machine.shell("find /opt/shoal /etc/shoal /var/lib/shoal -perm /022 ! -type l")
+        assert writable == ""
 
 
 def test_a_killed_agent_comes_back(shoal: Shoal) -> None:
@@ -178,6 +198,14 @@ def test_installing_again_upgrades_in_place(shoal: Shoal) -> None:
     agent.wait(f"systemctl show -P StatusText {AGENT}", "joined", 30)
 
 
+def test_a_rollback_goes_back_and_forward_again(shoal: Shoal) -> None:
+    agent = shoal.agents[1]
+    for _ in range(2):
+        told = agent.shell("sh /mnt/bundle/install.sh rollback")
+        assert "restarted: shoal-agent" in told
+        agent.wait(f"systemctl show -P StatusText {AGENT}", "joined", 60)
+
+
 def test_a_service_without_its_library_waits_for_a_person(shoal: Shoal) -> None:
     agent = shoal.agents[1]
     agent.shell("/opt/shoal/bin/pip uninstall --quiet --yes onnxruntime")
@@ -191,6 +219,28 @@ def test_a_service_without_its_library_waits_for_a_person(shoal: Shoal) -> None:
     agent.shell(f"{INSTALL} agent")
     agent.wait(f"systemctl show -P StatusText {AGENT}", "joined", 30)
     assert "onnx_cpu: available" in agent.shell("shoal doctor")
+
+
+def test_the_coordinator_moves_to_another_machine(shoal: Shoal) -> None:
+    """As docs/install.md says. Agents find it by mDNS, and need no new token."""
+    old, new = shoal.hub, shoal.agents[1]
+    shoal.load()
+    new.shell(f"{INSTALL} coordinator")
+    old.shell(f"systemctl disable --now {COORDINATOR}")
+    new.shell(f"systemctl stop {COORDINATOR}")
+    old.shell("shoal coordinator export /root/old.tar")
+    shutil.move(old.root / "root" / "old.tar", new.root / "root" / "old.tar")
+    new.shell("shoal coordinator import /root/old.tar; rm /root/old.tar")
+    owners = new.shell(
+        "stat -c '%a %U' /var/lib/shoal/coordinator/*.json /var/lib/shoal/coordinator/*.pem"
+    )
+    assert set(owners.splitlines()) == {"600 shoal"}
+    new.shell(f"systemctl start {COORDINATOR}")
+    shoal.hub = new
+    shoal.wait_for_agents(120)
+    new.wait("shoal ps", "ready", 120)
+    assert ANSWER in shoal.ask()
+    shoal.hub = old
 
 
 def test_uninstalling_leaves_nothing(shoal: Shoal) -> None:

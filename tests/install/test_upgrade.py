@@ -76,7 +76,7 @@ class Machine:
         return folder / "install.sh"
 
     def run(
-        self, version: str, *arguments: str, typed: str = ""
+        self, version: str, *arguments: str, typed: str = "", umask: int = 0o022
     ) -> subprocess.CompletedProcess[str]:
         namespace = ["unshare", "--user", "--map-root-user", "--mount"]
         script = self.release(version)
@@ -92,6 +92,7 @@ class Machine:
             text=True,
             check=False,
             input=typed,
+            umask=umask,
         )
 
     def install(self, version: str, *arguments: str, typed: str = "") -> str:
@@ -136,6 +137,19 @@ def test_a_token_from_standard_input_reaches_the_command_by_a_pipe(
     assert (machine.directory / "token").read_text() == "shoal1.a.b\n"
     refused = machine.run("0.1.0", "agent", *option)
     assert (refused.returncode, refused.stderr) == (1, "install.sh: no token was given\n")
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o000])
+def test_the_service_reads_the_environment_and_only_root_writes_it(
+    umask: int, machine: Machine
+) -> None:
+    """Whatever permissions the administrator's new files have."""
+    completed = machine.run("0.1.0", "agent", umask=umask)
+    assert completed.returncode == 0, completed.stderr
+    modes = {path.name: path.stat().st_mode & 0o777 for path in machine.prefix.rglob("*")}
+    modes["."] = machine.prefix.stat().st_mode & 0o777
+    assert modes == {".": 0o755, "bin": 0o755, "python": 0o755, "shoal": 0o755, "version": 0o644,
+                     "pyvenv.cfg": 0o644}  # fmt: skip
 
 
 def both(machine: Machine) -> None:

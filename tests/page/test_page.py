@@ -494,3 +494,57 @@ def test_a_state_of_many_devices_is_drawn_soon(browser: Browser, shoal: GivenSho
     browser.until(".events", "the last one")
     assert time.perf_counter() - began < 10
     assert re.search(r"24 pi-23", browser.text(".stages"))
+
+
+# ---- several models ----------------------------------------------------------------------------
+
+NAMES = ("cellar-jetson-with-a-long-name", "kitchen-pi-on-the-shelf")
+
+OUTSIDE = """
+return [...document.querySelectorAll('.ring .label')]
+    .filter((label) => {
+      const parts = [label, label.closest('svg')];
+      const [box, drawing] = parts.map((part) => part.getBoundingClientRect());
+      return box.left < drawing.left - 1 || box.right > drawing.right + 1;
+    })
+    .map((label) => label.textContent)
+"""
+
+
+@pytest.mark.parametrize("width", [1400, 400])
+@pytest.mark.parametrize("count", [1, 2, 3, 4])
+def test_a_long_name_stays_in_its_ring(
+    count: int, width: int, browser: Browser, shoal: GivenShoal
+) -> None:
+    names = (NAMES * 2)[:count]
+    shoal.given["models"] = [
+        model(*(stage(name, 4 * at, (4, 4, 4, 4), 0.01) for at, name in enumerate(names)))
+    ]
+    browser.open(shoal.url, width=width)
+    browser.until(".ring .label")
+    assert browser.count(".ring .label") == count
+    assert browser.js(OUTSIDE) == []
+
+
+def test_several_models_have_names_and_the_one_in_trouble_is_seen_first(
+    browser: Browser, shoal: GivenShoal
+) -> None:
+    asleep = {"model": "old-one", "state": "asleep", "reason": None, "waiting_for": [], "slow": []}
+    stages = stage("attic-pi", 0, (4, 4, 4), 0.01)
+    shoal.given["models"] = [
+        model(stages, model="first-one"),
+        model(stages, model="other-one", state="recovering", reason="shelf-pi: device lost"),
+        asleep,
+    ]
+    browser.open(shoal.url)
+    browser.until(".top-state", "recovering")
+    assert "other-one" in browser.text(".top-state")
+    labels = browser.js(
+        "return [...document.querySelectorAll('.model')].map((card) => card.ariaLabel)"
+    )
+    assert labels == ["first-one", "other-one", "old-one"]
+    assert "The next request that names it loads it again" in browser.text(".model:nth-of-type(3)")
+    # A request says which of several models it asks.
+    assert "other-one" not in browser.text(".request")
+    shoal.given["requests"] = [request("req-1", model="other-one"), request("req-2")]
+    browser.until(".request", "other-one · 214 prompt tokens")

@@ -8,7 +8,7 @@ const STATES = {
   answering: "answering",
 };
 
-function Request({ request, nowS }) {
+function Request({ request, several, nowS }) {
   const isOver = request.state === "ended";
   const outcome = request.error
     ? "failed"
@@ -31,6 +31,7 @@ function Request({ request, nowS }) {
     </span>
     <span class="detail">
       ${[
+        several && request.model,
         plural(request.prompt_tokens, "prompt token"),
         cached,
         plural(request.answer_tokens, "token"),
@@ -47,6 +48,7 @@ function Request({ request, nowS }) {
 export function RequestsCard({ requests, nowS }) {
   const running = requests.filter((request) => request.state !== "ended");
   const over = requests.filter((request) => request.state === "ended");
+  const several = new Set(requests.map((request) => request.model).filter(Boolean)).size > 1;
   return html`<section class="card" aria-labelledby="requests-title">
     <header class="card-head">
       <h2 id="requests-title">Requests <span class="count">${running.length}</span></h2>
@@ -55,7 +57,7 @@ export function RequestsCard({ requests, nowS }) {
     <ul class="rows">
       ${[...running, ...over].map(
         (request, index) =>
-          html`<${Request} key=${`${request.id} ${index}`} request=${request} nowS=${nowS} />`,
+          html`<${Request} key=${`${request.id} ${index}`} request=${request} several=${several} nowS=${nowS} />`,
       )}
     </ul>
   </section>`;

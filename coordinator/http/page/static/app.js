@@ -132,7 +132,8 @@ function Half() {
 }
 
 function Head({ state, contact, theme, onTheme, onLoad }) {
-  const model = state?.models[0];
+  const isWell = (model) => model.state === "ready" || model.state === "asleep";
+  const model = state?.models.find((one) => !isWell(one)) ?? state?.models[0];
   const perS = state ? tokensPerS(state.requests) : 0;
   return html`<header class="top">
     <h1><${Fish} />shoal${state && state.shoal.cluster !== "shoal" && html`<span class="cluster">${state.shoal.cluster}</span>`}</h1>

@@ -65,8 +65,10 @@ function StageRow({ stage, longestS, planned }) {
   return html`<tr class=${stage.isLost ? "is-lost" : ""}>
     <th scope="row">
       <span class="stage-name">
-        <span class="stage-number">${stage.index + 1}</span>
-        <span class="name" title=${stage.name}>${stage.name}</span>
+        <span>
+          <span class="stage-number">${stage.index + 1}</span>${" "}
+          <span class="name" title=${stage.name}>${stage.name}</span>
+        </span>
         ${stage.bottleneck &&
         html`<span class="tag tag-slow" title=${`slowest stage with its hop, as ${stage.bottleneck}`}>
           bottleneck
@@ -290,13 +292,15 @@ function Trouble({ model }) {
 export function ModelCard({ model, operation, requests, lost, onUnload }) {
   const own = requests.filter((request) => !request.model || request.model === model.model);
   const isBusy = model.state === "loading" || model.state === "resuming" || model.state === "recovering";
-  return html`<section class="card model" aria-labelledby="model-title">
+  return html`<section class="card model" aria-label=${model.model}>
     <header class="card-head">
-      <h2 id="model-title"><span class="name">${model.model}</span> <${StatePill} model=${model} /></h2>
+      <h2><span class="name">${model.model}</span> <${StatePill} model=${model} /></h2>
       ${model.state !== "loading" &&
       html`<button type="button" class="quiet-button" onClick=${onUnload}>Unload</button>`}
     </header>
     <${Trouble} model=${model} />
+    ${model.state === "asleep" &&
+    html`<p class="quiet">Nobody has used it for a while. The next request that names it loads it again.</p>`}
     ${isBusy && operation && html`<${Progress} steps=${operation.steps} />`}
     ${model.plan &&
     html`<${PlanView}

@@ -2,7 +2,7 @@
 import { bitsClass } from "./stages.js";
 import { html } from "./html.js";
 
-const WIDTH = 440;
+const WIDTH = 480;
 const HEIGHT = 356;
 const CENTRE = [WIDTH / 2, HEIGHT / 2];
 const OUTER = 138;
@@ -11,6 +11,8 @@ const LABEL = 153;
 const WIDEST_GAP = 13;
 const MOST_TOKENS = 8;
 const LONGEST_NAME = 15;
+const CHARACTER = 8.7; // Its width in a label of a narrow window, on average.
+const LINE = 17;
 
 function at(radius, degrees) {
   const angle = ((degrees - 90) * Math.PI) / 180;
@@ -43,8 +45,9 @@ function spans(stages) {
   });
 }
 
-function clipped(name) {
-  return name.length > LONGEST_NAME ? `${name.slice(0, LONGEST_NAME - 1)}…` : name;
+function clipped(name, room) {
+  const longest = Math.min(LONGEST_NAME, Math.floor(room / CHARACTER));
+  return name.length > longest ? `${name.slice(0, longest - 1)}…` : name;
 }
 
 function Blocks({ stage, span }) {
@@ -72,12 +75,17 @@ function Shares({ stage, span }) {
 
 function Label({ stage, span }) {
   const middle = (span.from + span.to) / 2;
-  const [x, y] = at(LABEL, middle);
+  const [x, y] = at(LABEL, middle).map(Number);
   const side = Math.sin((middle * Math.PI) / 180);
   const anchor = Math.abs(side) < 0.25 ? "middle" : side > 0 ? "start" : "end";
   const down = -Math.cos((middle * Math.PI) / 180);
-  return html`<text class="label" x=${x} y=${Number(y) + 4 + 5 * down} text-anchor=${anchor}>
-    <tspan class="number">${stage.index + 1} </tspan>${clipped(stage.name)}
+  // Beside the ring, a name has the room to the edge, and a line of its own.
+  const room = { start: WIDTH - x, end: x, middle: WIDTH }[anchor];
+  const lines = anchor === "middle" ? 1 : 2;
+  const base = y + 4 + 5 * down - (LINE / 2) * (lines - 1);
+  return html`<text class="label" x=${x} y=${base} text-anchor=${anchor}>
+    <tspan class="number">${stage.index + 1} </tspan>
+    <tspan ...${lines > 1 ? { x, dy: LINE } : {}}>${clipped(stage.name, room)}</tspan>
     <title>${stage.name}</title>
   </text>`;
 }

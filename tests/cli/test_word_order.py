@@ -1,0 +1,31 @@
+"""Words and options of a command in any order."""
+
+from __future__ import annotations
+
+import pytest
+
+from cli.main import _parser
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tiny-opt", "Where is it?", "--chat", "--temperature", "0"],
+        ["tiny-opt", "--chat", "--temperature", "0", "Where is it?"],
+        ["--chat", "tiny-opt", "--temperature=0", "Where is it?"],
+        ["--chat", "--temperature=0", "tiny-opt", "Where is it?"],
+    ],
+)
+def test_a_prompt_stands_before_or_behind_options(words: list[str]) -> None:
+    options = _parser("run").parse_args(["run", *words])
+    assert (options.model, options.prompt) == ("tiny-opt", "Where is it?")
+    assert options.chat
+
+
+@pytest.mark.parametrize("rest", [["one", "two"], ["--caht"], ["one", "--caht"]])
+def test_words_too_many_are_still_refused(
+    rest: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        _parser("run").parse_args(["run", "tiny-opt", "--chat", *rest])
+    assert "unrecognized arguments" in capsys.readouterr().err
