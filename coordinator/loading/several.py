@@ -13,10 +13,9 @@ from planning.joint.plan import JointPlan
 from planning.joint.planner import solve_joint
 from planning.joint.problem import JointProblem
 from planning.joint.view import describe_joint
-from planning.request import LoadRequest, model_name
+from planning.request import MOST_TOGETHER, LoadRequest, model_name
 from planning.sensitivity import tightened, whole_loss
 
-MOST_MODELS = 8
 MAX_CHECKS = 8
 """The most joint plans that are measured to keep the models' budgets."""
 _ALONE_LIMIT_S = 5.0
@@ -35,8 +34,8 @@ class SeveralRequest:
     replaces: bool = False
 
     def __post_init__(self) -> None:
-        if not 2 <= len(self.requests) <= MOST_MODELS:
-            raise RequestInvalid(f"models: expected 2 to {MOST_MODELS} requests", "models")
+        if not 2 <= len(self.requests) <= MOST_TOGETHER:
+            raise RequestInvalid(f"models: expected 2 to {MOST_TOGETHER} requests", "models")
         if len(set(self.names)) < len(self.names):
             raise RequestInvalid(f"a model is named twice: {', '.join(self.names)}", "models")
         if len({request.objective for request in self.requests}) > 1:
@@ -59,12 +58,13 @@ class SeveralRequest:
         return max(request.time_limit_s for request in self.requests)
 
     def each(self) -> list[LoadRequest]:
-        """The requests for a quick plan of each model alone."""
+        """The requests for a quick plan of each model alone. They name the others."""
         return [
             replace(
                 request,
                 time_limit_s=min(request.time_limit_s, _ALONE_LIMIT_S),
                 replaces=self.replaces,
+                together=dict(zip(self.names, self.weights, strict=True)),
             )
             for request in self.requests
         ]
