@@ -47,6 +47,7 @@ def test_a_coordinator_beyond_loopback_asks_for_a_key(cluster: Cluster) -> None:
     assert httpx.get(f"{cluster.url}/v1/models", headers=bearer).status_code == 200
     listed = run(here, "key", "list", "--json")
     assert [item["name"] for item in json.loads(listed.stdout)["keys"]] == ["alice"]
+    assert [item["class"] for item in json.loads(listed.stdout)["keys"]] == [None]
     assert key not in listed.stdout
 
     assert run(here, "key", "revoke", "alice").returncode == 0
