@@ -143,7 +143,7 @@ bench-pages: $(VENV)/run.stamp ## measure decoding speed of fresh processes, by 
 	$(BIN)/python -m benchmarks.pages $(ARGS)
 
 bench-encoders: $(VENV)/run.stamp ## measure texts per second of encoders, also by transformers
-	$(BIN)/python -m benchmarks.encoders $(ARGS)
+	$(BIN)/python -m benchmarks.encoders --agents 1,3 $(ARGS)
 
 bench-telemetry: $(VENV)/run.stamp ## measure what counting and remembering passes costs a token
 	$(BIN)/python -m benchmarks.telemetry $(ARGS)
