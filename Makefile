@@ -114,6 +114,9 @@ bench-throughput: $(VENV)/run.stamp ## measure several generations at once over 
 bench-serve: $(VENV)/run.stamp ## measure chats, repeated text and a long prompt beside streams, on emulated hosts (root)
 	$(BIN)/python -m benchmarks.serve $(ARGS)
 
+bench-classes: $(VENV)/run.stamp ## measure a light model beside a heavy one, and what classes of requests do
+	$(BIN)/python -m benchmarks.classes $(ARGS)
+
 bench-peer-loading: $(VENV)/run.stamp ## measure loading blocks from other devices instead of the coordinator (root)
 	$(BIN)/python -m benchmarks.peer_loading $(ARGS)
 
@@ -142,7 +145,7 @@ bench-pages: $(VENV)/run.stamp ## measure decoding speed of fresh processes, by 
 	$(BIN)/python -m benchmarks.pages $(ARGS)
 
 bench-encoders: $(VENV)/run.stamp ## measure texts per second of encoders, also by transformers
-	$(BIN)/python -m benchmarks.encoders $(ARGS)
+	$(BIN)/python -m benchmarks.encoders --agents 1,3 $(ARGS)
 
 bench-telemetry: $(VENV)/run.stamp ## measure what counting and remembering passes costs a token
 	$(BIN)/python -m benchmarks.telemetry $(ARGS)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from model.position_bias import position_bias
 from model.rotary import rotate
 from model.spec import LayerSpec
 
@@ -157,6 +158,9 @@ class HostLayer:
                 distance = np.abs(distance)
             hidden = (distance < 0) | (distance >= (window or end))
             scores.reshape(layer.kv_heads, group, count, -1)[..., hidden] = -np.inf
+        if layer.position_buckets:  # A text begins at position 0, and ends here.
+            bias = position_bias(self._vectors["position_bias.weight"], end)
+            scores += bias.reshape(layer.kv_heads, -1, end)
         scores -= scores.max(axis=-1, keepdims=True)
         np.exp(scores, out=scores)
         scores /= scores.sum(axis=-1, keepdims=True)

@@ -18,6 +18,7 @@ from backends.checks import check_inputs
 from model import encoder_ends
 from model.artifact import Tensor, read_block, values_of
 from model.costs import stage_buffer_bytes
+from model.position_bias import position_bias
 from model.spec import LayerSpec, ModelSpec
 from model.texts import Texts, pass_rows
 
@@ -47,6 +48,12 @@ class LayerFile:
     bits: int
     layer: LayerSpec
     tensors: dict[str, Tensor]
+
+    @property
+    def biases(self) -> Array | None:
+        """The table of biases by distance, if the layer has one."""
+        found = self.tensors.get("position_bias.weight")
+        return None if found is None else values_of(found)
 
 
 class EncoderStage(Stage):
@@ -155,11 +162,13 @@ def read_encoder(
     return ends, layers, buffers
 
 
-def see(layer: LayerSpec, texts: Texts) -> Array:
+def see(layer: LayerSpec, texts: Texts, biases: Array | None = None) -> Array:
     """Return what is added to the scores of texts side by side: 0, or -inf where nothing is seen.
 
-    float32 [texts, 1, longest, longest]. Rows behind a text's end see its first token, and nobody
-    looks at them.
+    biases: the layer's table of biases by distance, if it has one. They are added.
+
+    float32 [texts, 1, longest, longest], or with biases [texts, heads, longest, longest]. Rows
+    behind a text's end see its first token, and nobody looks at them.
     """
     longest = max(texts.lengths)
     at = np.arange(longest)
@@ -171,6 +180,8 @@ def see(layer: LayerSpec, texts: Texts) -> Array:
     masks = np.where(seen & real[:, None, :], np.float32(0), np.float32(-np.inf))
     masks[:, :, 0] = np.where(real, masks[:, :, 0], 0)
     side: Array = masks[:, None]
+    if biases is not None:
+        side = side + position_bias(biases, longest).astype(np.float32)
     return side
 
 

@@ -8,7 +8,8 @@ The inputs of a graph are:
 - ``hidden`` float32 [n, hidden]
 - ``rows`` int64 [texts, longest], ``places`` int64 [n]: backends.encoder.side_by_side
 - ``positions`` int64 [texts, longest], with rotary embedding
-- ``seen_i`` float32 [texts, 1, longest, longest]: backends.encoder.see, of each kind of layer
+- ``seen_i`` float32 [texts, 1, longest, longest]: backends.encoder.see, of each kind of layer; with
+  biases [texts, heads, longest, longest]
 
 The output is ``output`` float32 [n, hidden].
 """
@@ -60,8 +61,8 @@ class OnnxEncoderLayers(EncoderLayers):
 
     def __init__(self, spec: ModelSpec, files: Sequence[LayerFile], options: StageOptions) -> None:
         self._memory_bytes = 0
-        self._kinds = list(dict.fromkeys(_kind(file.layer) for file in files))
-        self._layers = {_kind(file.layer): file.layer for file in files}
+        self._kinds = list(dict.fromkeys(_kind(file) for file in files))
+        self._files = {_kind(file): (file.layer, file.biases) for file in files}
         self._rotary = any(file.layer.rope is not None for file in files)
         self._sessions = []
         # The bytes multiply faster, with one rounding more. They replace the packed form here.
@@ -75,7 +76,8 @@ class OnnxEncoderLayers(EncoderLayers):
         for segment in _segments(files):
             run = EncoderGraph(spec, options.context_tokens, self._kinds)
             for file in segment:
-                run.layer(file.layer, _weights(file, containers, as_bytes=as_bytes))
+                weights = _weights(file, containers, as_bytes=as_bytes)
+                run.layer(file.layer, weights, _kind(file))
             graph = run.finish()
             self._memory_bytes += graph.executed_bytes
             self._sessions.append(new_session(graph, options.threads))
@@ -91,7 +93,8 @@ class OnnxEncoderLayers(EncoderLayers):
         if self._rotary:
             feeds["positions"] = np.tile(np.arange(rows.shape[1]), (len(rows), 1))
         for index, kind in enumerate(self._kinds):
-            feeds[f"seen_{index}"] = see(self._layers[kind], texts)
+            layer, biases = self._files[kind]
+            feeds[f"seen_{index}"] = see(layer, texts, biases)
         with translated("cannot run the stage"):
             for session in self._sessions:
                 wanted = {value.name for value in session.get_inputs()} - {"hidden"}
@@ -105,14 +108,16 @@ class OnnxEncoderLayers(EncoderLayers):
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """The rows that a layer's rows see. Layers of one kind share an input."""
+    """The rows that a layer's rows see, and its biases. Layers of one kind share an input."""
 
     bidirectional: bool
     window: int | None
+    biases: bytes
 
 
-def _kind(layer: LayerSpec) -> Kind:
-    return Kind(layer.bidirectional, layer.sliding_window)
+def _kind(file: LayerFile) -> Kind:
+    biases = b"" if file.biases is None else file.biases.tobytes()
+    return Kind(file.layer.bidirectional, file.layer.sliding_window, biases)
 
 
 class EncoderGraph:
@@ -129,13 +134,13 @@ class EncoderGraph:
         self._input("rows", TensorProto.INT64, ("b", "t"))
         self._input("places", TensorProto.INT64, ("n",))
 
-    def layer(self, layer: LayerSpec, weights: BlockWeights) -> None:
+    def layer(self, layer: LayerSpec, weights: BlockWeights, kind: Kind) -> None:
         """Append a layer."""
         entered = before = self._value
         inward = layer.norm_position in ("pre", "both")
         if inward and not layer.enters_plain:
             entered = self._norm(layer, weights, "attn_norm", before)
-        product = self._linear(weights, self._attention(layer, weights, entered), "o")
+        product = self._linear(weights, self._attention(layer, weights, entered, kind), "o")
         after = self._left(layer, weights, "attn", before, product)
         rows = self._norm(layer, weights, "mlp_norm", after) if inward else after
         product = self._linear(weights, self._mlp(layer, weights, rows), "down")
@@ -187,7 +192,7 @@ class EncoderGraph:
         joined = self.graph.linear(value, stacked, np.concatenate(present) if present else None)
         return self.graph.node("Split", [joined, self.graph.integers(*widths)], len(names), axis=1)
 
-    def _attention(self, layer: LayerSpec, weights: BlockWeights, value: str) -> str:
+    def _attention(self, layer: LayerSpec, weights: BlockWeights, value: str, kind: Kind) -> str:
         graph, width = self.graph, layer.heads * layer.head_dim
         kv_width = layer.kv_heads * layer.head_dim
         q, k, v = self._projections(weights, value, "qkv", (width, kv_width, kv_width))
@@ -204,8 +209,9 @@ class EncoderGraph:
             )
         if layer.kv_heads != layer.heads:
             k, v = (self._repeated(layer, part) for part in (k, v))
-        seen = f"seen_{self._kinds.index(_kind(layer))}"
-        self._input(seen, TensorProto.FLOAT, ("b", 1, "t", "t"))
+        seen = f"seen_{self._kinds.index(kind)}"
+        heads = layer.heads if kind.biases else 1
+        self._input(seen, TensorProto.FLOAT, ("b", heads, "t", "t"))
         (mixed,) = graph.node(
             "MultiHeadAttention",
             [q, k, v, "", "", seen],

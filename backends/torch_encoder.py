@@ -113,11 +113,14 @@ class _View:
         self.longest = rows.shape[1]
         self._masks: dict[object, torch.Tensor | None] = {}
 
-    def mask(self, layer: LayerSpec, dtype: torch.dtype) -> torch.Tensor | None:
+    def mask(
+        self, layer: LayerSpec, dtype: torch.dtype, biases: Array | None
+    ) -> torch.Tensor | None:
         """Return what is added to scores, or None if each row sees all of its text."""
-        key = layer.bidirectional, layer.sliding_window, dtype
+        table = None if biases is None else biases.tobytes()  # Layers may have equal ones.
+        key = layer.bidirectional, layer.sliding_window, dtype, table
         if key not in self._masks:
-            mask = see(layer, self._texts)
+            mask = see(layer, self._texts, biases)
             self._masks[key] = None
             if mask.any():
                 self._masks[key] = torch.from_numpy(mask).to(self._device, dtype)
@@ -137,6 +140,7 @@ class _Layer:
         exact: bool,
     ) -> None:
         self._spec = layer = file.layer
+        self._biases = file.biases
         self._rotary = rotary
         self._dtype = compute_dtype(device, file.bits, exact=exact)
         names = ("qkv", "o", "raise" if layer.gated else "up", "down")
@@ -211,7 +215,7 @@ class _Layer:
             q.to(self._dtype),
             k.to(self._dtype),
             v.to(self._dtype),
-            attn_mask=view.mask(layer, self._dtype),
+            attn_mask=view.mask(layer, self._dtype, self._biases),
             scale=layer.score_factor,
         )
         mixed = mixed.transpose(1, 2).flatten(2).flatten(0, 1)

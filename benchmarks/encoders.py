@@ -6,30 +6,39 @@ timed, and the fastest of several rounds counts. A slow way has fewer rounds.
 
     python -m benchmarks.encoders
     python -m benchmarks.encoders --shape bert-base --threads 2
+    python -m benchmarks.encoders --agents 1,3       # also through /v1/embeddings
     python -m benchmarks.encoders --transformers /tmp/fixtures/bin/python
 
 --transformers names a Python with torch and transformers. It encodes the same texts in batches of
-32, sorted by length, as sentence-transformers does.
+32: by sentence-transformers if it is installed there, else by hand, sorted by length as that does.
+
+--agents also sends the texts to /v1/embeddings of a coordinator with so many agents on the loopback
+interface, in 8 requests at once. With several agents each has about as many blocks. They compute
+with --threads each, so they need as many cores to be quicker than one.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import numpy.typing as npt
 
 from backends.base import BackendUnavailable, StageOptions
 from backends.registry import backend_class
+from benchmarks import soak
 from model.artifact import write_artifact
 from model.checkpoint import Checkpoint
 from model.families import read_config, tensor_sources
@@ -57,6 +66,8 @@ TEXTS = 256
 MOST_S = 20.0
 """A way begins no further round after so long. tflite_cpu takes 7 s of processor time a round."""
 
+REQUESTS = 8
+AGENT_BITS = (8,)
 WAYS = (
     ("onnx_cpu", 32, "exact"),
     ("onnx_cpu", 8, ""),
@@ -75,6 +86,10 @@ import numpy as np, torch
 from transformers import BertModel
 directory, threads, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(threads)
+try:
+    from sentence_transformers import SentenceTransformer
+except ImportError:
+    SentenceTransformer = None
 model = BertModel.from_pretrained(directory, add_pooling_layer=False).eval().float()
 texts = [np.array(text) for text in json.load(open(directory + "/texts.json"))]
 def run():
@@ -91,13 +106,32 @@ def run():
             sums = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
             found.append(torch.nn.functional.normalize(sums, dim=1))
     return torch.cat(found).numpy()
+name = "transformers"
+if SentenceTransformer is not None:
+    import importlib.metadata
+    from sentence_transformers import models
+    name = "sentence-transformers " + importlib.metadata.version("sentence-transformers")
+    class Ready(models.Transformer):  # Texts come as tokens, as to all other ways.
+        def tokenize(self, texts, *args, **kwargs):
+            part = [json.loads(text) for text in texts]
+            longest = max(map(len, part))
+            ids = torch.zeros(len(part), longest, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, text in enumerate(part):
+                ids[row, : len(text)], mask[row, : len(text)] = torch.tensor(text), 1
+            return {"input_ids": ids, "attention_mask": mask}
+    steps = [Ready(directory), models.Pooling(model.config.hidden_size), models.Normalize()]
+    encoder = SentenceTransformer(modules=steps, device="cpu")
+    written = [json.dumps(text.tolist()) for text in texts]
+    def run():
+        return encoder.encode(written, batch_size=32)
 np.save(directory + "/vectors.npy", run())
 times = []
 for _ in range(rounds):
     started = time.perf_counter()
     run()
     times.append(time.perf_counter() - started)
-print(json.dumps(min(times)))
+print(json.dumps([name, min(times)]))
 """
 
 Vectors = npt.NDArray[np.float32]
@@ -128,6 +162,10 @@ def make_model(directory: Path, shape: dict[str, int]) -> None:
     lengths = np.sort(np.clip(random.lognormal(3.2, 0.7, TEXTS), 5, 256).astype(int))
     texts = [random.integers(1000, VOCAB, length).tolist() for length in lengths]
     (directory / "texts.json").write_text(json.dumps(texts))
+    vocab = {f"t{token}": token for token in range(VOCAB)}
+    words = {"type": "WordLevel", "vocab": vocab, "unk_token": "t0"}
+    tokenizer = {"version": "1.0", "added_tokens": [], "model": words}
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 def ways(
@@ -170,6 +208,82 @@ def ways(
                 yield f"{backend}, {bits} bits{option and f', {option}'}", run
 
 
+class Shoal(soak.Shoal):
+    """A coordinator and some agents on the loopback interface."""
+
+    def start_all(self, count: int, threads: int) -> list[str]:
+        """Start the processes, and return the names of the agents once they have joined."""
+        coordinator = self._spawn(
+            "coordinator", "coordinator", "--json", "--no-mdns", "--bind=127.0.0.1", "--port=0",
+            "--http=127.0.0.1:0", f"--state-dir={self.directory}/coordinator", "--rebalance=off",
+            "--log-level=warning", "--create-token", f"--token-file={self.directory}/token",
+        )  # fmt: skip
+        ready = json.loads(coordinator.stdout.readline() if coordinator.stdout else "")
+        self.url, self.control_port = ready["http"], ready["control_port"]
+        names = [f"host-{number}" for number in range(1, count + 1)]
+        for name in names:
+            self._spawn(
+                name, "agent", f"--name={name}", "--bind=127.0.0.1", f"--threads={threads}",
+                f"--coordinator=127.0.0.1:{self.control_port}",
+                f"--state-dir={self.directory}/{name}", f"--measurements-dir={self.directory}",
+                f"--token-file={self.directory}/token",
+            )  # fmt: skip
+        while len(self.get("/shoal/v1/devices")["devices"]) < count:
+            time.sleep(0.2)  # Joining tells no event here.
+        return names
+
+
+def over_agents(
+    model: Path, count: int, bits: int, options: argparse.Namespace, wanted: Vectors | None
+) -> tuple[float, float]:
+    """Return texts per second through so many agents, and the least cosine to ``wanted``."""
+    texts = json.loads((model / "texts.json").read_text())
+    parts = [
+        texts[first : first + TEXTS // REQUESTS] for first in range(0, TEXTS, TEXTS // REQUESTS)
+    ]
+    with tempfile.TemporaryDirectory(prefix="shoal-encoders-") as name:
+        shoal = Shoal(Path(name))
+        try:
+            hosts = shoal.start_all(count, options.threads)
+            layers = SHAPES[options.shape]["num_hidden_layers"]
+            cuts = [layers * at // count for at in range(count + 1)]
+            pins = [
+                f"--pin=layers={first}-{last - 1}:{host}"
+                for host, (first, last) in zip(hosts, itertools.pairwise(cuts), strict=True)
+            ]
+            subprocess.run(  # noqa: S603 - our own command
+                [
+                    *soak.SHOAL, "load", str(model), f"--bits={bits}", f"--context={CONTEXT}",
+                    *pins, f"--url={shoal.url}",
+                ],
+                check=True, cwd=soak.ROOT, stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+
+            def ask(part: list[list[int]]) -> Vectors:
+                body = {"input": part, "model": model.name}
+                answer = httpx.post(
+                    f"{shoal.url}/v1/embeddings",
+                    json=body,
+                    timeout=soak.PATIENCE_S,
+                    trust_env=False,
+                )
+                answer.raise_for_status()
+                return np.array([one["embedding"] for one in answer.json()["data"]], np.float32)
+
+            with ThreadPoolExecutor(REQUESTS) as pool:
+                found = np.concatenate(list(pool.map(ask, parts)))
+                times_s = []
+                for _ in range(options.rounds):
+                    started_s = time.perf_counter()
+                    list(pool.map(ask, parts))
+                    times_s.append(time.perf_counter() - started_s)
+        finally:
+            shoal.stop()
+    found /= np.linalg.norm(found, axis=1, keepdims=True)
+    cosine = 1.0 if wanted is None else float((found * wanted).sum(axis=1).min())
+    return TEXTS / min(times_s), cosine
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -178,6 +292,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--transformers", metavar="PYTHON", help="a Python with transformers")
+    parser.add_argument(
+        "--agents",
+        type=lambda text: [int(part) for part in text.split(",")],
+        default=[],
+        metavar="N,N",
+        help="also measure so many agents, each number by itself",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="shoal-encoders-") as name:
         directory = Path(name)
@@ -192,9 +313,9 @@ def main() -> None:
                 text=True,
                 check=True,
             )
-            least_s = json.loads(done.stdout.splitlines()[-1])
+            library, least_s = json.loads(done.stdout.splitlines()[-1])
             wanted = np.load(directory / "vectors.npy")
-            sys.stdout.write(f"| transformers, fp32 | {TEXTS / least_s:.0f} | 1 |\n")
+            sys.stdout.write(f"| {library}, fp32 | {TEXTS / least_s:.0f} | 1 |\n")
         for label, run in ways(directory, Checkpoint.open(directory), options.threads):
             found = run()
             wanted = found if wanted is None else wanted
@@ -207,6 +328,13 @@ def main() -> None:
             speed = TEXTS / min(times_s)
             sys.stdout.write(f"| {label} | {speed:.0f} | {cosine:.6f} |\n")
             sys.stdout.flush()
+        for count in options.agents:
+            for bits in AGENT_BITS:
+                speed, cosine = over_agents(directory, count, bits, options, wanted)
+                hosts = "1 agent" if count == 1 else f"{count} agents"
+                label = f"/v1/embeddings, {hosts}, {bits} bits"
+                sys.stdout.write(f"| {label} | {speed:.0f} | {cosine:.6f} |\n")
+                sys.stdout.flush()
 
 
 if __name__ == "__main__":

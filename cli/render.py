@@ -254,17 +254,20 @@ class Screen:
         for index in range(len(plan["stages"])):
             _add_stage(table, plan, index, noisy)
         if plan["hops"]:
-            table.add_row("  token return", "", "", "", "", f"{plan['return_s'] * 1e3:.2f}")
+            back = "result return" if plan.get("encodes") else "token return"
+            table.add_row(f"  {back}", "", "", "", "", f"{plan['return_s'] * 1e3:.2f}")
         self.table(table)
         proof = "optimal" if plan["proven_optimal"] else f"within {plan['gap']:.1%} of the optimum"
         if times is not None:
             proof += f" for {'assumed' if times['assumed'] else 'described'} times"
-        ms, tokens = plan["predicted_ms_per_token"], plan["prompt_tokens"]
-        encodes = plan.get("encodes", False)
-        speed = f"{ms:.2f} ms per token ({1e3 / ms:.1f} tokens/s)"
+        tokens, encodes = plan["prompt_tokens"], plan.get("encodes", False)
         if encodes:
+            ms = plan["predicted_ms_per_pass"]
             each = f"{1e3 * tokens / ms:.0f} tokens/s one after the other"
             speed = f"{ms:.2f} ms for texts of {tokens} tokens in one pass ({each})"
+        else:
+            ms = plan["predicted_ms_per_token"]
+            speed = f"{ms:.2f} ms per token ({1e3 / ms:.1f} tokens/s)"
         self.out.print(
             f"predicted: {speed}, proven {proof} "
             f"by {plan['proof']['solver']} in {plan['proof']['solve_s']:.2f} s",
@@ -317,7 +320,8 @@ class Screen:
         """Print a model with its stages."""
         table = titled_table(_state_line(model))
         table.add_column("device")
-        for column in ("blocks", "memory", "fetched", "load s", "ms a token"):
+        pace = "ms a pass" if model["plan"].get("encodes") else "ms a token"
+        for column in ("blocks", "memory", "fetched", "load s", pace):
             table.add_column(column, justify="right")
         shared = []
         for stage, planned in zip(model["stages"], model["plan"]["stages"], strict=True):
@@ -337,10 +341,11 @@ class Screen:
         self.table(table)
         for line in [*shared, *model.get("weights", ()), *model.get("slow", ())]:
             self.out.print(escape(line), soft_wrap=True)
-        slots = model["slots"]
-        line = f", {slots['waiting']} in line" if slots["waiting"] else ""
-        self.out.print(f"sequences: {slots['used']} of {slots['total']} slots in use{line}")
-        self.sampling_defaults(model)
+        for line in [use_text(model), wishes_text(model)]:
+            if line:
+                self.out.print(escape(line), soft_wrap=True)
+        if not model["plan"].get("encodes"):
+            self.sampling_defaults(model)
 
     def sampling_defaults(self, model: Mapping[str, Any]) -> None:
         """Print what requests take that do not say how to draw tokens, if the model says it."""
@@ -401,6 +406,38 @@ def _add_member(
         format_size(member["memory_limit_bytes"]),
         f"{member['compute_s'] * 1e3:.2f}",
     )
+
+
+def use_text(model: Mapping[str, Any]) -> str:
+    """Who uses a model now: sequences by their classes, or requests with texts."""
+    slots = model.get("slots")
+    if slots is None:
+        count = model["requests"]
+        passes = [stage for stage in model["stages"] if stage.get("pass_s")]
+        mean = f"; {passes[0]['pass_tokens']:.0f} tokens a pass so far" if passes else ""
+        return f"requests with texts: {count} now{mean}"
+    # An older coordinator tells no classes.
+    classes = ", ".join(f"{count} {name}" for name, count in slots.get("classes", {}).items())
+    line = f"sequences: {slots['used']} of {slots['total']} slots in use"
+    line += f" ({classes})" if classes else ""
+    return line + (f", {slots['waiting']} in line" if slots["waiting"] else "")
+
+
+def wishes_text(model: Mapping[str, Any]) -> str:
+    """What the load of a model asked for beside its plan, or empty."""
+    found = []
+    if model.get("keep_s") is not None:
+        found.append(f"unloaded after {_duration(model['keep_s'])} without a request")
+    if model.get("weight", 1.0) != 1.0:
+        found.append(f"weight {model['weight']:g} on shared devices")
+    if together := model.get("together"):
+        parts = ", ".join(f"{name} {weight:g}" for name, weight in together.items())
+        found.append(f"planned together by requests: {parts}")
+    return "; ".join(found)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:g} s" if seconds < 120 else f"{seconds / 60:g} min"
 
 
 def _state_line(model: Mapping[str, Any]) -> str:

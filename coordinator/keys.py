@@ -37,6 +37,9 @@ KEY_BYTES = 32
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}", re.ASCII)
 LARGEST_FILE_BYTES = 1 << 20
 
+CLASSES = ("realtime", "normal", "bulk")
+"""The classes of requests, the most urgent first (coordinator/serving/urgency.py)."""
+
 Stamp = tuple[int, int, int]
 """Tells versions of the file apart: time of change, size, inode."""
 
@@ -53,6 +56,8 @@ class Key:
     sha256: str
     created_s: float
     """Seconds since 1970."""
+    urgency: str = ""
+    """The class of its requests, as in the header x-shoal-class. Empty: they say it themselves."""
 
 
 class KeyBook:
@@ -62,8 +67,8 @@ class KeyBook:
         self._directory = directory
         self._path = directory / FILE
         self._stamp: Stamp | None = None
-        self._names: dict[str, str] = {}
-        """Maps the hash of a key to its name."""
+        self._known: dict[str, Key] = {}
+        """Maps the hash of a key to it."""
         self._local = ""
         self._rare_log = RareLog(log)
 
@@ -79,24 +84,24 @@ class KeyBook:
         """Whether a key was ever made here. Then requests need one, even if all are revoked."""
         return self._path.exists()
 
-    def name_of(self, key: str) -> str | None:
-        """The name of a key, or None if it is not known. A damaged file has no keys."""
+    def known(self, key: str) -> Key | None:
+        """What the file says of a key, or None if it is not known. A damaged file has no keys."""
         given = key.encode(errors="replace")
         if self._local and hmac.compare_digest(given, self._local.encode()):
-            return LOCAL_NAME
+            return Key(LOCAL_NAME, "", 0.0)
         try:
             self._refresh()
         except BadKey as error:
-            self._names, self._stamp = {}, None
+            self._known, self._stamp = {}, None
             self._rare_log.warning("keys", "no API key is accepted: %s", error)
         # The hash is looked up, not the key. So the time of the look-up tells nothing.
-        return self._names.get(hashlib.sha256(given).hexdigest())
+        return self._known.get(hashlib.sha256(given).hexdigest())
 
     def _refresh(self) -> None:
         """Read the file if it has changed. Raises BadKey."""
         stamp = self._stamp_now()
         if stamp != self._stamp or stamp is None:
-            self._names = {key.sha256: key.name for key in self.listed()}
+            self._known = {key.sha256: key for key in self.listed()}
             self._stamp = stamp
 
     def _stamp_now(self) -> Stamp | None:
@@ -122,8 +127,11 @@ class KeyBook:
         except (ValueError, TypeError, LookupError, RecursionError) as error:
             raise BadKey(f"{self._path} is damaged: remove it, and make the keys again") from error
 
-    def create(self, name: str) -> str:
-        """Make a key of this name, and return it. It is not kept. Raises BadKey, OSError."""
+    def create(self, name: str, urgency: str = "") -> str:
+        """Make a key of this name, and return it. It is not kept. Raises BadKey, OSError.
+
+        urgency: as of ``Key``.
+        """
         if not NAME.fullmatch(name) or name == LOCAL_NAME:
             raise BadKey(
                 f"the name {name!r} cannot be used: take up to 63 letters, digits, and . _ @ -, "
@@ -138,7 +146,7 @@ class KeyBook:
                 )
             key = _new_key()
             sha256 = hashlib.sha256(key.encode()).hexdigest()
-            self._write((*known, Key(name, sha256, round(time.time(), 3))))
+            self._write((*known, Key(name, sha256, round(time.time(), 3), urgency)))
         return key
 
     def revoke(self, name: str) -> None:
@@ -166,7 +174,11 @@ def _read(values: object) -> Iterator[Key]:
     if not isinstance(values, dict) or not isinstance(values["keys"], list):
         raise TypeError("expected an object with a list of keys")
     for item in values["keys"]:
-        key = Key(item["name"], item["sha256"], float(item["created_s"]))
+        # A file of an older version has no classes.
+        urgency = item.get("urgency", "")
+        key = Key(item["name"], item["sha256"], float(item["created_s"]), urgency)
         if not NAME.fullmatch(key.name) or not re.fullmatch(r"[0-9a-f]{64}", key.sha256):
             raise ValueError("not a key")
+        if urgency not in ("", *CLASSES):
+            raise ValueError("not a class")
         yield key

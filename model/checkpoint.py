@@ -21,6 +21,7 @@ from model.artifact import Tensor
 from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import Config, Piece, Source, describe, read_config, tensor_sources
+from model.families.embedders import dense_folders
 from model.families.quantization import old_settings, read_quantization
 from model.families.sources import shape_of
 from model.given import ADAPTER, gguf_of, kind_of_file, without_weights
@@ -430,6 +431,9 @@ def _open_folder(directory: Path) -> Checkpoint:
                     f"{shard.path}: tensor {name!r} is also in {stored[name].path.name}"
                 )
             stored[name] = PlainTensor(shard, name)
+    more = _open_steps(directory) if spec.output is not None and spec.output.steps else {}
+    for index, shard in enumerate(more.values()):
+        stored |= {f"step_{index}.{name}": PlainTensor(shard, name) for name in shard.entries}
     tensors: dict[str, StoredTensor] = dict(stored)
     if read_quantization(config) is not None:
         from model.packed import (
@@ -437,7 +441,8 @@ def _open_folder(directory: Path) -> Checkpoint:
         )
 
         tensors = unpacked(config, stored)
-    checkpoint = Checkpoint(directory, spec, _fingerprint(config, shards), config, tensors)
+    fingerprint = _fingerprint(config, {**shards, **more})
+    checkpoint = Checkpoint(directory, spec, fingerprint, config, tensors)
     notes = _unread_files(directory, shards), _wrong_places(directory, stored)
     for note in filter(None, notes):
         _tell(checkpoint.fingerprint, note)
@@ -464,6 +469,19 @@ def _open_shards(directory: Path) -> dict[str, SafetensorsFile]:
     if index.exists():
         return {name: _open_shard(directory, name) for name in _shard_names(index)}
     raise without_weights(directory)
+
+
+def _open_steps(directory: Path) -> dict[str, SafetensorsFile]:
+    """Return the files of the linear layers behind an embedder's pooling, in order."""
+    found = {}
+    for folder in dense_folders(directory):
+        if not (folder / _SINGLE).exists():
+            raise CheckpointError(
+                f"{folder}: {_SINGLE} is missing; complete the download, or convert the model to "
+                "safetensors"
+            )
+        found[f"{folder.name}/{_SINGLE}"] = read_safetensors(folder / _SINGLE)
+    return found
 
 
 def _open_shard(directory: Path, name: str) -> SafetensorsFile:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.quantize import QuantizedMatrix
-from model.spec import LayerSpec, ModelSpec
+from model.spec import DenseActivation, LayerSpec, ModelSpec
 from model.texts import Texts, pooled
 
 Array = npt.NDArray[Any]
@@ -42,19 +42,35 @@ def result(spec: ModelSpec, weights: Weights, hidden: Array, texts: Texts) -> Ar
     output = spec.output
     if output is None:
         raise ValueError("the model generates text")
-    if not output.per_token and output.pooling != "mean":
+    is_one = output.pooling in ("first", "last")
+    if is_one:
         hidden = pooled(hidden, texts, output.pooling)  # A norm is of each row alone.
     rows = norm(spec.layers[-1], weights, "norm", hidden) if spec.final_norm else hidden
-    if output.pooling == "mean":
+    if not (is_one or output.per_token):
         rows = pooled(rows, texts, output.pooling)
     if output.dense:
-        rows = rows @ weights["dense.weight"].T + weights["dense.bias"]
-        rows = np.tanh(rows) if output.activation == "tanh" else np.maximum(rows, 0)
+        rows = _bent(rows @ weights["dense.weight"].T + weights["dense.bias"], output.activation)
+    for index, step in enumerate(output.steps):
+        rows = rows @ weights[f"step_{index}.weight"].T
+        if step.bias:
+            rows = rows + weights[f"step_{index}.bias"]
+        rows = _bent(rows, step.activation)
     if output.labels:
         rows = rows @ weights["labels.weight"].T + weights["labels.bias"]
     if output.normalized:
         rows = rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
     return rows
+
+
+def _bent(rows: Array, activation: DenseActivation) -> Array:
+    match activation:
+        case "tanh":
+            bent: Array = np.tanh(rows)
+            return bent
+        case "relu":
+            return np.maximum(rows, 0)
+        case "none":
+            return rows
 
 
 def norm(layer: LayerSpec, weights: Weights, name: str, rows: Array) -> Array:

@@ -196,11 +196,16 @@ def needed_files(repository: Repository) -> tuple[HubFile, ...]:
 
 
 def _steps(paths: Iterable[str]) -> list[str]:
-    """Return the descriptions of a sentence encoder's steps, such as 1_Pooling/config.json."""
+    """Return the files of a sentence encoder's steps, such as 1_Pooling/config.json.
+
+    A linear layer has weights in its folder.
+    """
     known = set(paths)
     if MODULES not in known:
         return []
-    return sorted(path for path in known if path.count("/") == 1 and path.endswith(f"/{CONFIG}"))
+    found = [path for path in known if path.count("/") == 1 and path.endswith(f"/{CONFIG}")]
+    weights = (f"{path.removesuffix(CONFIG)}{SINGLE}" for path in found)
+    return sorted([*found, *known.intersection(weights)])
 
 
 def _without_weights(name: HubName, top: Iterable[str]) -> str:

@@ -22,6 +22,7 @@ from model.artifact import Tensor, read_block, values_of
 from model.checkpoint import Checkpoint
 from model.encoder_ends import norm, result, rms_norm
 from model.experts import by_expert, clipped_swiglu, expert_rows, route
+from model.position_bias import position_bias
 from model.rotary import rotary_table, rotate
 from model.spec import LayerSpec, ModelSpec
 from model.texts import Texts
@@ -234,6 +235,8 @@ class ReferenceModel:
         scores = q.transpose(1, 0, 2) @ keys.transpose(0, 2, 1)
         scores *= self._dtype(layer.score_factor)
         scores = _capped(scores, layer.score_cap)
+        if layer.position_buckets:  # Whole texts, from position 0 on.
+            scores += position_bias(weights["position_bias.weight"], end)
         distance = np.arange(position, end)[:, None] - np.arange(end)  # [n, end]
         window = layer.sliding_window or end
         if layer.bidirectional:

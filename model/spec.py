@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from model.errors import UnsupportedModelError
 
@@ -32,7 +32,7 @@ RopeScaling = Literal["none", "linear", "dynamic", "llama3", "yarn", "longrope"]
 OutputKind = Literal["vector", "class", "tokens", "span"]
 """The result of a text: a vector, scores of its classes, scores of each token's classes,
 or how well an answer begins and ends at each token."""
-Pooling = Literal["none", "first", "mean", "last"]
+Pooling = Literal["none", "first", "mean", "last", "max", "mean_sqrt_len", "weighted_mean"]
 """Which of a text's rows its result comes from: each, the first, all of them, or the last."""
 DenseActivation = Literal["none", "tanh", "relu"]
 """The function behind the dense layer of a head. none: the head has no such layer."""
@@ -106,6 +106,15 @@ class ExpertSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class StepSpec:
+    """A linear layer behind the pooling of a vector, as sentence-transformers calls a Dense."""
+
+    width: int
+    activation: DenseActivation = "none"
+    bias: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class OutputSpec:
     """The result that an encoder returns of a text.
 
@@ -114,6 +123,7 @@ class OutputSpec:
         ``activation``.
     labels: scores of a linear layer after that, or 0 if the vector itself is the result.
     normalized: the vector is divided by its length.
+    steps: linear layers that a vector goes through before that.
     """
 
     kind: OutputKind
@@ -122,6 +132,7 @@ class OutputSpec:
     activation: DenseActivation = "none"
     labels: int = 0
     normalized: bool = False
+    steps: tuple[StepSpec, ...] = ()
 
     @property
     def per_token(self) -> bool:
@@ -162,6 +173,8 @@ class LayerSpec:
     """A position sees later ones too. A window of w then reaches w - 1 positions to either side."""
     enters_plain: bool = False
     """Attention takes the hidden state as it is, although the MLP has a norm before it."""
+    position_buckets: int = 0
+    """Rows of the table of biases that scores get by distance (model/position_bias.py), or 0."""
 
     @property
     def used_ffn(self) -> int:
@@ -201,6 +214,8 @@ class LayerSpec:
             shapes["k_norm.weight"] = (self.head_dim if per_head else kv_rows,)
         if self.sinks:
             shapes["sinks"] = (self.heads,)
+        if self.position_buckets:
+            shapes["position_bias.weight"] = (self.position_buckets, self.heads)
         linear("o", self.hidden, q_rows, self.out_bias)
         if self.norm_position == "both":
             norm("attn_out_norm", self.hidden)
@@ -264,6 +279,8 @@ class ModelSpec:
         """The values that the head returns: of a row, or of a text."""
         if self.output is None:
             return self.vocab
+        if self.output.steps:
+            return self.output.steps[-1].width
         return self.output.labels or self.output.dense or self.hidden
 
     @property
@@ -339,6 +356,11 @@ class ModelSpec:
                 if rows:
                     shapes[f"{name}.weight"], shapes[f"{name}.bias"] = (rows, width), (rows,)
                     width = rows
+            for index, step in enumerate(self.output.steps):
+                shapes[f"step_{index}.weight"] = (step.width, width)
+                if step.bias:
+                    shapes[f"step_{index}.bias"] = (step.width,)
+                width = step.width
             return shapes
         if self.projected:
             shapes["project_out.weight"] = (self.embed_dim, self.hidden)
@@ -365,7 +387,9 @@ class ModelSpec:
             layers = tuple(_layer_from_dict(dict(item)) for item in plain.pop("layers"))
             plain["eos_tokens"] = tuple(plain["eos_tokens"])
             if plain.get("output") is not None:
-                plain["output"] = OutputSpec(**plain["output"])
+                output = dict(plain["output"])
+                output["steps"] = tuple(StepSpec(**one) for one in output.get("steps", ()))
+                plain["output"] = OutputSpec(**output)
             spec = ModelSpec(layers=layers, **plain)
             _check(spec)
         except (KeyError, TypeError, ValueError) as error:
@@ -416,18 +440,19 @@ _FACTORS = ("short_factors", "long_factors")
 _COUNTS = frozenset(
     (
         "learned_positions", "position_offset", "original_context", "rotated", "shared_ffn",
-        "first", "held", "dense", "labels", "token_types",
+        "first", "held", "dense", "labels", "token_types", "position_buckets",
     )
 )  # fmt: skip
 _SIZES = frozenset(
     (
         "vocab", "hidden", "embed_dim", "max_context", "heads", "kv_heads", "head_dim", "ffn",
-        "count", "active",
+        "count", "active", "width",
     )
 )  # fmt: skip
 MAX_SIZE = 1 << 24
 """The bound of each width, head count and token id. No real model has more."""
 MAX_LAYERS = 1 << 12
+MAX_STEPS = 8
 
 
 def _check(spec: ModelSpec) -> None:
@@ -443,6 +468,8 @@ def _check(spec: ModelSpec) -> None:
             layer.hidden != spec.hidden
             or layer.heads % layer.kv_heads
             or (layer.bidirectional and spec.output is None)
+            or (layer.position_buckets and not layer.bidirectional)
+            or layer.position_buckets % 4
         ):
             raise UnsupportedModelError("malformed model description: inconsistent layer sizes")
         if layer.experts is not None:
@@ -453,12 +480,16 @@ def _check(spec: ModelSpec) -> None:
 
 def _check_output(spec: ModelSpec, output: OutputSpec) -> None:
     _check_fields(output)
+    for step in output.steps:
+        _check_fields(step)
     if (
         output.activation not in get_args(DenseActivation)
         or (output.activation == "none") != (output.dense == 0)
         or output.per_token != (output.kind in ("tokens", "span"))
         or (output.kind == "vector") != (output.labels == 0)
         or (output.kind == "span" and output.labels != 2)
+        or (output.steps and (output.kind != "vector" or output.dense))
+        or len(output.steps) > MAX_STEPS
         or spec.projected
         or any(layer.experts or layer.sinks or layer.score_cap for layer in spec.layers)
     ):
@@ -492,18 +523,24 @@ def _check_rope(rope: RopeSpec, head_dim: int) -> None:
         raise UnsupportedModelError("malformed model description: a factor for each pair is needed")
 
 
-def _check_fields(part: ModelSpec | LayerSpec | RopeSpec | ExpertSpec | OutputSpec) -> None:
+_Part: TypeAlias = ModelSpec | LayerSpec | RopeSpec | ExpertSpec | OutputSpec | StepSpec
+
+
+def _check_fields(part: _Part) -> None:
     for field in fields(part):
         value = getattr(part, field.name)
-        if isinstance(part, OutputSpec) and field.name == "activation":
-            continue  # A head has others than an MLP.
+        if isinstance(part, (OutputSpec, StepSpec)) and field.name == "activation":
+            # A head has others than an MLP.
+            if value in get_args(DenseActivation):
+                continue
+            raise UnsupportedModelError("malformed model description: an unknown activation")
         if not _is_valid(field.name, value):
             shown = repr(value)[:80]
             raise UnsupportedModelError(f"malformed model description: {field.name} = {shown}")
 
 
 def _is_valid(name: str, value: Any) -> bool:
-    if name in ("layers", "rope", "experts", "output"):
+    if name in ("layers", "rope", "experts", "output", "steps"):
         return True
     if name in _CHOICES:
         return value in _CHOICES[name]

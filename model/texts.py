@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,14 +69,29 @@ class Texts:
 
 
 def pooled(rows: npt.NDArray[np.float32], texts: Texts, pooling: str) -> npt.NDArray[np.float32]:
-    """Return a row for each text [texts, hidden]: its first, its last, or the mean of all."""
+    """Return a row for each text [texts, hidden]: its first, its last, or one made of all.
+
+    The mean may be over the root of the length, or weighted by positions from 1 on.
+    """
     begins = texts.begins()
-    if pooling == "first":
-        return rows[begins[:-1]]
-    if pooling == "last":
-        return rows[begins[1:] - 1]
-    sums: npt.NDArray[np.float32] = np.add.reduceat(rows, begins[:-1], axis=0)
-    return sums / np.asarray(texts.lengths, rows.dtype)[:, None]
+    lengths: npt.NDArray[Any] = np.asarray(texts.lengths, rows.dtype)[:, None]
+    found: npt.NDArray[np.float32]
+    match pooling:
+        case "first":
+            return rows[begins[:-1]]
+        case "last":
+            return rows[begins[1:] - 1]
+        case "max":
+            found = np.maximum.reduceat(rows, begins[:-1], axis=0)
+            return found
+        case "weighted_mean":
+            places: npt.NDArray[Any] = np.asarray(1 + texts.positions(), rows.dtype)
+            rows = rows * places[:, None]
+            lengths = lengths * (lengths + 1) / 2
+        case "mean_sqrt_len":
+            lengths = np.sqrt(lengths)
+    found = np.add.reduceat(rows, begins[:-1], axis=0) / lengths
+    return found
 
 
 def split(lengths: Sequence[int], most_rows: int) -> list[list[int]]:

@@ -43,6 +43,9 @@ MAX_SLOTS = 64
 THROUGHPUT_SLOTS = 4
 """Default for ``throughput``. One sequence at a time cannot reach the predicted speed."""
 
+MOST_TOGETHER = 8
+"""The most models that are planned together."""
+
 MAX_WEIGHT = 100.0
 """The largest weight of a model. With more, others on its devices would stand still."""
 
@@ -79,6 +82,7 @@ _EXPECTED = {
     "replaces": "true or false",
     "keep_s": "seconds from 1 up, or null",
     "weight": f"a number from {1 / MAX_WEIGHT} to {MAX_WEIGHT:g}",
+    "together": f"an object of at most {MOST_TOGETHER} models' names to numbers above 0",
 }
 """The allowed values of each field, in words for the user."""
 
@@ -144,6 +148,9 @@ class LoadRequest:
     """The model's part of devices that it shares, against the weights of other models there."""
     keep_s: float | None = None
     """Unload the model after so long without a request. A request loads it again. None: never."""
+    together: Mapping[str, float] = field(default_factory=dict)
+    """The models that were planned together with this one, itself included, and how many requests
+    each of them gets, in any unit. They are planned together again. Empty: it was planned alone."""
 
     def __post_init__(self) -> None:
         require_model(self.model)
@@ -180,6 +187,8 @@ class LoadRequest:
             "quality_margin": _within(self.quality_margin, 1),
             "keep_s": _within(self.keep_s, 1),
             "weight": 1 / MAX_WEIGHT <= self.weight <= MAX_WEIGHT,
+            "together": len(self.together) <= MOST_TOGETHER
+            and all(1e-6 <= weight <= 1e6 for weight in self.together.values()),
         }
 
     def for_model(self, spec: ModelSpec) -> LoadRequest:

@@ -86,6 +86,25 @@ QWEN3 = {
     "eos_token_id": 3,
     "pad_token_id": 0,
 }
+MPNET = BERT | {"pad_token_id": 1, "layer_norm_eps": 1e-5}
+GEMMA3 = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "max_position_embeddings": 64,
+    "vocab_size": VOCAB,
+    "initializer_range": 0.3,
+    "sliding_window": 8,
+    "sliding_window_pattern": 3,
+    "use_bidirectional_attention": True,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
 COLOURS = {"id2label": {0: "red", 1: "green", 2: "blue"}}
 
 
@@ -102,6 +121,8 @@ class Encoder:
     head: Any = AutoModel
     pooling: str = ""
     normalized: bool = False
+    dense: tuple[tuple[int, str, bool], ...] = ()
+    """Width, activation and bias of linear layers behind the pooling."""
     says_nothing: bool = False
     old_names: bool = False
 
@@ -120,6 +141,17 @@ MODELS = {
     ),
     "distilbert-span": Encoder("distilbert", DISTILBERT, AutoModelForQuestionAnswering),
     "modernbert": Encoder("modernbert", MODERNBERT, pooling="mean", normalized=True),
+    "mpnet": Encoder("mpnet", MPNET, pooling="mean", normalized=True),
+    "mpnet-class": Encoder("mpnet", MPNET | COLOURS, AutoModelForSequenceClassification),
+    "gemma3-embed": Encoder(
+        "gemma3_text",
+        GEMMA3,
+        pooling="mean",
+        normalized=True,
+        dense=((40, "Identity", False), (24, "Identity", False)),
+    ),
+    "bert-max": Encoder("bert", BERT, pooling="max", dense=((16, "Tanh", True),)),
+    "bert-weighted": Encoder("bert", BERT, pooling="weightedmean"),
     "qwen3-embed": Encoder("qwen3", QWEN3, pooling="lasttoken", normalized=True),
 }
 
@@ -135,21 +167,23 @@ def make(name: str, encoder: Encoder) -> None:
     config = CONFIG_MAPPING[encoder.model_type](**encoder.options)
     config._attn_implementation = "eager"
     model = encoder.head.from_config(config).eval().float()
+    linears = dense_of(encoder, model.config.hidden_size)
+    parameters = [*model.named_parameters(), *linears.named_parameters()]
     with torch.no_grad():
-        for key, parameter in model.named_parameters():
+        for key, parameter in parameters:
             if key.endswith("bias"):
                 parameter.normal_(0, 0.1)
             elif parameter.dim() == 1:
                 parameter.add_(torch.empty_like(parameter).normal_(0, 0.2))
             parameter.copy_(parameter.half().float())
-        golden = compute(model, encoder)
+        golden = compute(model, linears, encoder)
     directory = ENCODERS / name
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     model.half().save_pretrained(directory)
     np.savez_compressed(directory / "golden.npz", **golden)
     if encoder.pooling and not encoder.says_nothing:
-        write_modules(directory, encoder)
+        write_modules(directory, encoder, linears)
     if encoder.old_names:
         rename_norms(directory / "model.safetensors")
     if encoder.model_type in ("bert", "distilbert"):
@@ -159,7 +193,16 @@ def make(name: str, encoder: Encoder) -> None:
         path.chmod(0o755 if path.is_dir() else 0o644)
 
 
-def compute(model: Any, encoder: Encoder) -> dict[str, Any]:
+def dense_of(encoder: Encoder, width: int) -> torch.nn.ModuleList:
+    """The linear layers behind the pooling."""
+    widths = [width, *(one[0] for one in encoder.dense)]
+    return torch.nn.ModuleList(
+        torch.nn.Linear(before, after, bias=bias)
+        for before, (after, _, bias) in zip(widths, encoder.dense, strict=False)
+    ).float()
+
+
+def compute(model: Any, linears: Any, encoder: Encoder) -> dict[str, Any]:
     tokens = np.random.default_rng(1).integers(5, VOCAB, sum(LENGTHS))
     hidden, outputs, begin = [], [], 0
     for length, second in zip(LENGTHS, SECONDS, strict=True):
@@ -171,7 +214,7 @@ def compute(model: Any, encoder: Encoder) -> dict[str, Any]:
         result = model(**inputs, output_hidden_states=True)
         rows = result.last_hidden_state if encoder.pooling else result.hidden_states[-1]
         hidden.append(rows[0])
-        outputs.append(output_of(result, rows[0], encoder))
+        outputs.append(output_of(result, rows[0], linears, encoder))
     return {
         "tokens": tokens,
         "lengths": np.array(LENGTHS),
@@ -181,7 +224,7 @@ def compute(model: Any, encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def output_of(result: Any, rows: torch.Tensor, encoder: Encoder) -> torch.Tensor:
+def output_of(result: Any, rows: torch.Tensor, linears: Any, encoder: Encoder) -> torch.Tensor:
     """The head's result, as transformers gives it, or the vector as sentence-transformers does."""
     if encoder.head is AutoModelForQuestionAnswering:
         return torch.stack([result.start_logits[0], result.end_logits[0]], dim=1)
@@ -189,15 +232,28 @@ def output_of(result: Any, rows: torch.Tensor, encoder: Encoder) -> torch.Tensor
         return result.logits[0]
     if encoder.head is AutoModelForSequenceClassification:
         return result.logits
-    vector = {"mean": rows.mean(0), "cls": rows[0], "lasttoken": rows[-1]}[encoder.pooling]
+    weights = torch.arange(1, len(rows) + 1).float()[:, None]
+    vector = {
+        "mean": rows.mean(0),
+        "cls": rows[0],
+        "lasttoken": rows[-1],
+        "max": rows.max(0).values,
+        "weightedmean": (rows * weights).sum(0) / weights.sum(),
+    }[encoder.pooling]
+    for linear, (_, activation, _) in zip(linears, encoder.dense, strict=True):
+        vector = getattr(torch.nn, activation)()(linear(vector))
     return (torch.nn.functional.normalize(vector, dim=0) if encoder.normalized else vector)[None]
 
 
-def write_modules(directory: Path, encoder: Encoder) -> None:
+def write_modules(directory: Path, encoder: Encoder, linears: Any) -> None:
     """Write what sentence-transformers reads beside a model."""
     kinds = [("", "Transformer"), ("1_Pooling", "Pooling")]
+    for linear, (width, activation, bias) in zip(linears, encoder.dense, strict=True):
+        folder = f"{len(kinds)}_Dense"
+        kinds.append((folder, "Dense"))
+        write_dense(directory / folder, linear, width, activation, bias=bias)
     if encoder.normalized:
-        kinds.append(("2_Normalize", "Normalize"))
+        kinds.append((f"{len(kinds)}_Normalize", "Normalize"))
     modules = [
         {
             "idx": index,
@@ -209,11 +265,31 @@ def write_modules(directory: Path, encoder: Encoder) -> None:
     ]
     (directory / "modules.json").write_text(json.dumps(modules, indent=1) + "\n")
     (directory / "1_Pooling").mkdir()
-    names = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "lasttoken")
-    chosen = {"cls": "cls_token", "mean": "mean_tokens"}.get(encoder.pooling, encoder.pooling)
+    names = (
+        "cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens",
+        "lasttoken",
+    )  # fmt: skip
+    chosen = {"cls": "cls_token"}.get(encoder.pooling, f"{encoder.pooling}_tokens")
+    chosen = chosen if chosen in names else encoder.pooling
     pooling = {f"pooling_mode_{name}": name == chosen for name in names}
     text = json.dumps({"word_embedding_dimension": 32} | pooling, indent=1)
     (directory / "1_Pooling" / "config.json").write_text(text + "\n")
+
+
+def write_dense(folder: Path, linear: Any, width: int, activation: str, *, bias: bool) -> None:
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    tensors = {f"linear.{key}": value.half() for key, value in linear.state_dict().items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    part = "linear" if activation == "Identity" else "activation"
+    values = {
+        "in_features": linear.in_features,
+        "out_features": width,
+        "bias": bias,
+        "activation_function": f"torch.nn.modules.{part}.{activation}",
+    }
+    (folder / "config.json").write_text(json.dumps(values, indent=1) + "\n")
 
 
 def rename_norms(path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,7 @@ from cli.render import Screen
 
 if TYPE_CHECKING:
     from cli.client import Client
-    from planning.joint.compare import JointExplanation
+    from planning.joint.compare import JointExplanation, Turn
     from planning.joint.plan import JointPlan
     from planning.joint.problem import JointProblem
     from planning.plan import Plan
@@ -96,43 +96,81 @@ def _explained(
     screen: Screen, problem: JointProblem, plan: JointPlan
 ) -> tuple[JointPlan, JointExplanation]:
     """Compare with plans made one after the other. Return the better plan, and what is shared."""
-    from planning.joint.compare import (
-        JointExplanation,
-        better_of,
-        one_after_the_other,
-        shared_devices,
-    )
+    from planning.joint.compare import JointExplanation, better_of, shared_devices
 
-    with screen.progress() as on_step:
-        turns = one_after_the_other(
-            problem,
-            time_limit_s=EXPLAIN_LIMIT_S,
-            on_trial=lambda what, done, total: on_step(_step("trying orders", what, done, total)),
-        )
+    turns = _turns(screen, problem)
     plan = better_of(plan, turns)
     return plan, JointExplanation(shared_devices(problem, plan), turns)
 
 
 def run_live_joint(options: argparse.Namespace, screen: Screen, client: Client) -> None:
     """Run ``shoal plan A B`` with the coordinator's measurements. Raises CommandFailed."""
-    for name, asked in (
-        ("--explain", options.explain),
-        ("--plot", options.plot),
-        ("--save", options.save),
-        ("--plan", options.plan),
-    ):
-        if asked:
-            raise UsageError(f"{name} for several models needs --devices LAB.yaml")
-    request = _live_request(options, screen, client, weights=False)
+    from planning.joint.compare import JointExplanation, shared_devices
+    from planning.plan import PlanError
+
+    asked = bool(options.explain or options.plot or options.save)
+    request = _live_request(options, screen, client, weights=False, with_problem=asked)
     with screen.progress() as on_step:
         answer = client.operate("/shoal/v1/plan", request, on_step)
+    explanation = None
+    if asked:
+        problems = [entry.pop("problem") for entry in answer["models"]]
+        try:
+            problem, plan = _read_joint(answer, problems, request["weights"])
+            slots = [entry["plan"]["slots"] for entry in answer["models"]]
+            contexts = [entry["context_tokens"] for entry in answer["models"]]
+            if options.explain:
+                turns = _turns(screen, problem)
+                explanation = JointExplanation(shared_devices(problem, plan), turns)
+            write_files(
+                options, screen, Shown(problem, plan, slots, contexts, ids=answer.get("ids"))
+            )
+        except (PlanError, ValueError) as error:
+            raise CommandFailed(str(error)) from error
+        if explanation is not None:
+            answer["explanation"] = explanation.to_dict()
     _show_live(options, screen, answer, "predicted plans for")
+    if explanation is not None and not options.json:
+        show_joint_explanation(screen, plan.names, explanation, plan)
+
+
+def _read_joint(
+    answer: Mapping[str, Any], problems: Sequence[Any], weights: Sequence[float]
+) -> tuple[JointProblem, JointPlan]:
+    """The coordinator's problem and plan, verified. Raises PlanError, ValueError."""
+    from planning.joint.plan import assess_joint, verify_joint
+    from planning.joint.problem import JointProblem
+    from planning.plan import Plan, Proof
+    from planning.problem import PlanningProblem
+
+    entries = answer["models"]
+    problem = JointProblem(
+        tuple(entry["model"] for entry in entries),
+        tuple(map(PlanningProblem.from_dict, problems)),
+        tuple(weights),
+    )
+    names = [item.name for item in fields(Plan)]
+    plans = [Plan.from_dict({name: entry["plan"][name] for name in names}) for entry in entries]
+    bound = answer["planned_mean_s"] * (1 - answer["gap"])
+    plan = assess_joint(problem, plans, Proof(answer["solver"], answer["solve_s"], bound))
+    verify_joint(plan, problem)
+    return problem, plan
+
+
+def _turns(screen: Screen, problem: JointProblem) -> tuple[Turn, ...]:
+    """What loading the models one after the other would give, by order."""
+    from planning.joint.compare import one_after_the_other
+
+    with screen.progress() as on_step:
+        return one_after_the_other(
+            problem,
+            time_limit_s=EXPLAIN_LIMIT_S,
+            on_trial=lambda what, done, total: on_step(_step("trying orders", what, done, total)),
+        )
 
 
 def run_live_load(options: argparse.Namespace, screen: Screen, client: Client) -> None:
     """Run ``shoal load A B``: plan the models together and load all of them."""
-    if options.plan:
-        raise UsageError("--plan is for one model: load the models one by one with their plans")
     request = _live_request(options, screen, client, weights=True)
     request["replaces"] = options.replace
     for one in request["models"]:
@@ -145,17 +183,41 @@ def run_live_load(options: argparse.Namespace, screen: Screen, client: Client) -
 
 
 def _live_request(
-    options: argparse.Namespace, screen: Screen, client: Client, *, weights: bool
+    options: argparse.Namespace,
+    screen: Screen,
+    client: Client,
+    *,
+    weights: bool,
+    with_problem: bool = False,
 ) -> dict[str, Any]:
-    """The request for all models. Raises UsageError, CommandFailed."""
+    """The request for all models, with their plans in --plan. Raises UsageError, CommandFailed."""
+    from planning.plan import PlanError
+    from planning.request import model_name
+
     _check(options)
+    try:
+        saved = {} if options.plan is None else _saved(options.plan)
+        if options.plan is not None and options.weights is None:
+            options.weights = _saved_weights(options.plan)
+    except PlanError as error:
+        raise CommandFailed(str(error)) from error
     several = []
+    names = []
     for model in options.models:
         own = argparse.Namespace(**{**vars(options), "model": model, "shape": None, "plan": None})
         request_of(own)  # Wrong arguments are told before a model is fetched.
         locate(own, client, screen, weights=weights)
-        several.append(request_of(own).to_dict())
-    return {"models": several, "weights": list(weights_of(options, len(several)))}
+        names.append(model_name(request_of(own).model))
+        request = request_of(own, with_problem=with_problem, saved=saved.get(names[-1]))
+        several.append(request.to_dict())
+    if saved and sorted(saved) != sorted(names):
+        raise UsageError(
+            f"{options.plan} has plans of {', '.join(saved)}, not of {', '.join(names)}"
+        )
+    given = weights_of(options, len(several))
+    if saved and options.weights is not None and list(saved) != names:
+        given = tuple(dict(zip(saved, given, strict=True))[name] for name in names)
+    return {"models": several, "weights": list(given)}
 
 
 def _show_live(
@@ -297,6 +359,13 @@ def _saved(path: Path) -> dict[str, Any]:
 
     plans = read_plans(path).plans if holds_several(path) else (read_plan(path),)
     return {plan.model: plan for plan in plans}
+
+
+def _saved_weights(path: Path) -> tuple[float, ...] | None:
+    """The weights of a file of several plans, in its order. Raises PlanError."""
+    from planning.joint.saved import holds_several, read_plans
+
+    return read_plans(path).weights if holds_several(path) else None
 
 
 def _best(

@@ -85,20 +85,26 @@ def _show_times(screen: Screen, answer: Mapping[str, Any]) -> None:
     table = titled_table("predicted for each model")
     table.add_column("model", no_wrap=True)
     table.add_column("requests", justify="right", no_wrap=True)
-    for column in ("ms per token", "first token s", "alone", "all busy", "x"):
+    for column in ("ms per token or pass", "first token s", "alone", "all busy", "x"):
         table.add_column(column, justify="right", no_wrap=True)
     for entry in answer["models"]:
         alone_s, together_s = entry["predicted_alone_s"], entry["predicted_together_s"]
         table.add_row(
             escape(entry["model"]),
             f"{entry['share']:.0%}",
-            f"{entry['plan']['predicted_ms_per_token']:.2f}",
-            f"{entry['plan']['predicted_first_token_s']:.3g}",
+            *_own_times(entry["plan"]),
             _amount(alone_s, kind),
             _amount(together_s, kind),
             f"{together_s / alone_s:.2f}" if alone_s else "-",
         )
     screen.table(table)
+
+
+def _own_times(plan: Mapping[str, Any]) -> tuple[str, str]:
+    """The predicted ms of a token and s of the first one. An encoder has the ms of a pass."""
+    if plan["encodes"]:
+        return f"{plan['predicted_ms_per_pass']:.2f} a pass", "-"
+    return f"{plan['predicted_ms_per_token']:.2f}", f"{plan['predicted_first_token_s']:.3g}"
 
 
 def show_joint_explanation(

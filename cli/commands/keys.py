@@ -11,7 +11,7 @@ from pathlib import Path
 from cli.client import SERVICE_STATE
 from cli.errors import CommandFailed
 from cli.render import Screen, titled_table
-from coordinator.keys import BadKey, KeyBook
+from coordinator.keys import CLASSES, BadKey, KeyBook
 from wire.service import default_state_dir
 
 ABOUT = (
@@ -23,6 +23,7 @@ ABOUT = (
 EXAMPLES = (
     "  sudo shoal key create alice\n"
     "  shoal key create laptop --state-dir ~/shoal\n"
+    "  shoal key create nightly --class bulk\n"
     "  shoal key list\n"
     "  shoal key revoke alice\n"
 )
@@ -45,6 +46,15 @@ def add_key_arguments(parser: argparse.ArgumentParser) -> None:
         if name != "list":
             action.add_argument(
                 "name", metavar="NAME", help="Who or what uses the key. Logs show this name."
+            )
+        if name == "create":
+            action.add_argument(
+                "--class",
+                dest="urgency",
+                choices=CLASSES,
+                default="",
+                help="The class of requests with this key: realtime ones go first, bulk ones make "
+                "way. A request may say a less urgent class. Default: each says its class.",
             )
         action.add_argument(
             "--state-dir",
@@ -86,9 +96,9 @@ def coordinator_state_dir() -> Path:
 
 
 def _create(book: KeyBook, options: argparse.Namespace, screen: Screen) -> None:
-    key = book.create(options.name)
+    key = book.create(options.name, options.urgency)
     if screen.json_output:
-        screen.json({"name": options.name, "key": key})
+        screen.json({"name": options.name, "key": key, "class": options.urgency or None})
         return
     screen.out.print(key, markup=False, soft_wrap=True, highlight=False)
     screen.note("this key is shown only now; every client of the API needs a key from now on")
@@ -97,15 +107,24 @@ def _create(book: KeyBook, options: argparse.Namespace, screen: Screen) -> None:
 def _list(book: KeyBook, options: argparse.Namespace, screen: Screen) -> None:
     keys = book.listed()
     if screen.json_output:
-        screen.json({"keys": [{"name": key.name, "created_s": key.created_s} for key in keys]})
+        screen.json(
+            {
+                "keys": [
+                    {"name": key.name, "created_s": key.created_s, "class": key.urgency or None}
+                    for key in keys
+                ]
+            }
+        )
     elif not keys:
         screen.out.print("there are no keys")
     else:
         table = titled_table("API keys")
         table.add_column("name")
+        table.add_column("class")
         table.add_column("made")
         for key in keys:
-            table.add_row(key.name, time.strftime("%Y-%m-%d %H:%M", time.localtime(key.created_s)))
+            made = time.strftime("%Y-%m-%d %H:%M", time.localtime(key.created_s))
+            table.add_row(key.name, key.urgency or "any", made)
         screen.out.print(table)
 
 

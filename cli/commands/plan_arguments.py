@@ -291,10 +291,13 @@ def slots_of(options: argparse.Namespace, given: SavedPlan | None) -> int:
     return slots
 
 
-def request_of(options: argparse.Namespace, *, with_problem: bool = False) -> LoadRequest:
+def request_of(
+    options: argparse.Namespace, *, with_problem: bool = False, saved: SavedPlan | None = None
+) -> LoadRequest:
     """The request for a live plan or load. Raises UsageError, CommandFailed.
 
     with_problem: the answer must have the planning problem too.
+    saved: the plan to use. None: that of --plan, if it is given.
     """
     from model.errors import ModelError
     from planning.errors import RequestInvalid
@@ -306,7 +309,8 @@ def request_of(options: argparse.Namespace, *, with_problem: bool = False) -> Lo
     if options.check_quality and options.quality_budget in (None, math.inf):
         raise UsageError("--check-quality needs --quality-budget KL to compare with")
     try:
-        saved = read_plan(options.plan) if options.plan is not None else None
+        if saved is None and options.plan is not None:
+            saved = read_plan(options.plan)
         return LoadRequest(
             model=absolute_model(options.model),
             adapter=adapter_of(options),

@@ -19,7 +19,7 @@ from rich.text import Text
 from cli.client import Client, default_url
 from cli.errors import CommandFailed
 from cli.parser import add_url_argument
-from cli.render import PHASES, Screen
+from cli.render import PHASES, Screen, use_text, wishes_text
 from cli.service.signals import Terminated
 from wire.sizes import format_size
 
@@ -110,13 +110,16 @@ def _model(model: Mapping[str, Any]) -> list[RenderableType]:
         parts.append(Text(model["reason"], style="red"))
     if "plan" not in model:
         return parts
-    plan, slots = model["plan"], model["slots"]
-    waiting = f", {slots['waiting']} in line" if slots["waiting"] else ""
-    line.append(
-        f"   predicted {plan['predicted_ms_per_token']:.2f} ms a token"
-        f"   {slots['used']} of {slots['total']} slots in use{waiting}",
-        style="not bold",
-    )
+    plan = model["plan"]
+    if plan.get("encodes"):
+        predicted = (
+            f"{plan['predicted_ms_per_pass']:.2f} ms a pass of {plan['prompt_tokens']} tokens"
+        )
+    else:
+        predicted = f"{plan['predicted_ms_per_token']:.2f} ms a token"
+    line.append(f"   predicted {predicted}   {use_text(model)}", style="not bold")
+    if wishes := wishes_text(model):
+        parts.append(Text(wishes, style="dim"))
     parts.append(_stages(model))
     return parts
 
@@ -138,10 +141,11 @@ def _stages(model: Mapping[str, Any]) -> Table:
             bits_text(stage["bits"]),
             format_size(loaded["memory_bytes"]),
             _ms(stage["compute_s"]),
-            _ms(loaded.get("token_s")),
+            _ms(loaded.get("pass_s" if plan.get("encodes") else "token_s")),
         )
         if len(plan["stages"]) > 1:
-            what = "token back" if index == len(plan["hops"]) else "hop"
+            back = "result back" if plan.get("encodes") else "token back"
+            what = back if index == len(plan["hops"]) else "hop"
             width = str(stage.get("hop_bits") or "")
             measured = _ms(loaded.get("hop_s"))
             table.add_row(f"  {what}", "", width, "", _ms(seconds[index]), measured, style="dim")
@@ -191,7 +195,7 @@ def _progress(operation: Mapping[str, Any] | None) -> RenderableType:
 def _requests(requests: Sequence[Mapping[str, Any]], now_s: float) -> RenderableType:
     if not requests:
         return Text("no request is running", style="dim")
-    table = _table("request", "client", "state")
+    table = _table("request", "client", "class", "state")
     for column in ("prompt", "answer", "tokens/s", "since"):
         table.add_column(column, justify="right", no_wrap=True)
     for request in requests:
@@ -199,6 +203,7 @@ def _requests(requests: Sequence[Mapping[str, Any]], now_s: float) -> Renderable
         table.add_row(
             escape(request["id"][:16]),
             escape(request["key"] or request["client"]),
+            request.get("class", ""),
             request["state"],
             str(request["prompt_tokens"]),
             str(request["answer_tokens"]),

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ from coordinator.http.common import json_lines, model_state, read_json, while_co
 from coordinator.loading.deployment import Deployment, Planned, Team
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Compared, Operations
-from coordinator.loading.paces import slow_devices, token_s
+from coordinator.loading.paces import counts_of, slow_devices, token_s
 from coordinator.loading.rebalance import Verdict
 from coordinator.loading.several import PlannedTogether, SeveralRequest
 from coordinator.loading.state import (
@@ -32,6 +32,7 @@ from coordinator.loading.state import (
     deployment_of,
     directory_of,
     name_of,
+    request_of,
 )
 from coordinator.quality.measuring import QualityFound
 from coordinator.quality.store import QualityRequest
@@ -39,6 +40,7 @@ from coordinator.roster.book import BadBook, Device
 from coordinator.roster.measurements import Step
 from coordinator.roster.members import Member, Roster
 from coordinator.roster.noise import device_noise, plan_noise
+from coordinator.serving.urgency import Urgency
 from coordinator.story import Story
 from model.checkpoint import Checkpoint
 from model.hub import (
@@ -381,6 +383,8 @@ def _together(together: PlannedTogether) -> dict[str, Any]:
         entry["weights"] = part.weights
         if part.quality is not None:
             entry["quality"] = part.quality
+        if part.request.with_problem:
+            entry["problem"] = part.problem.to_dict()
     answer["ids"] = dict(together.parts[0].devices)
     return answer
 
@@ -477,6 +481,9 @@ def model_view(state: Present) -> dict[str, Any]:
         "model": name_of(state),
         "directory": str(directory_of(state)),
         **model_state(state),
+        "keep_s": request_of(state).keep_s,
+        "weight": request_of(state).weight,
+        "together": dict(request_of(state).together),
     }
     if isinstance(state, Loading):
         answer["step"] = state.step
@@ -487,7 +494,18 @@ def model_view(state: Present) -> dict[str, Any]:
 def _deployment(deployment: Deployment) -> dict[str, Any]:
     """The JSON of a deployment. Its plan also has the sums that teams measured."""
     slots = deployment.slots
-    plan = describe_plan(deployment.spec, deployment.plan, slots.total)
+    spec = deployment.spec
+    plan = describe_plan(spec, deployment.plan, slots.total)
+    use: dict[str, Any] = {
+        "slots": {
+            "total": slots.total,
+            "used": slots.used,
+            "waiting": slots.waiting,
+            "classes": {Urgency(rank).name.lower(): n for rank, n in sorted(slots.ranks.items())},
+        }
+    }
+    if spec.encodes:  # It has no KV cache.
+        use = {"requests": slots.users}
     for stage, sums in zip(plan["stages"], deployment.sums, strict=True):
         if sums is not None:
             figures = {"row_s": sums.row_s, "chunk_rows": sums.chunk_rows, "chunk_s": sums.chunk_s}
@@ -498,7 +516,7 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
         "scheme": deployment.request.scheme,
         "scheme_text_sha256": text_sha256(deployment.request.scheme_text),
         "group_size": deployment.request.group_size,
-        "slots": {"total": slots.total, "used": slots.used, "waiting": slots.waiting},
+        **use,
         "plan": plan,
         "quality": deployment.quality,
         "adapter": deployment.request.adapter,
@@ -512,10 +530,24 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
     }
 
 
+def _pace(deployment: Deployment, team: Team, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What a stage was measured to take for a token, or an encoder's for a pass."""
+    if not deployment.spec.encodes:
+        return {"token_s": max((part["token_s"] or 0.0 for part in parts), default=0.0) or None}
+    counts = counts_of(deployment, team[0])
+    if counts is None or not counts.passes:
+        return {"pass_s": None, "pass_tokens": None}
+    return {
+        "pass_s": counts.compute_us / counts.passes / 1e6,
+        "pass_tokens": counts.rows / counts.passes,
+    }
+
+
 def _stage(deployment: Deployment, team: Team, loaded: tuple[StageLoaded, ...]) -> dict[str, Any]:
     """A loaded stage: sums over its devices, the longest load, and each member of a team.
 
-    token_s: of the slowest device. None until enough tokens have passed.
+    token_s: of the slowest device. None until enough tokens have passed. An encoder has pass_s
+    instead, the mean time of its passes, and their mean tokens.
     """
     parts = [
         {
@@ -534,6 +566,6 @@ def _stage(deployment: Deployment, team: Team, loaded: tuple[StageLoaded, ...]) 
         "fetched_bytes": sum(one.fetched_bytes for one in loaded),
         "from_peers_bytes": sum(one.from_peers_bytes for one in loaded),
         "load_s": max(one.load_s for one in loaded),
-        "token_s": max((part["token_s"] or 0.0 for part in parts), default=0.0) or None,
+        **_pace(deployment, team, parts),
         "members": parts if len(team) > 1 else [],
     }

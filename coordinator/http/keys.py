@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from coordinator.http.common import tracked
 from coordinator.keys import KeyBook
+from coordinator.serving.urgency import urgency_named
 from wire.rare_log import RareLog
 
 log = logging.getLogger(__name__)
@@ -42,11 +43,13 @@ class KeyGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and self._needs_key(scope["path"]):
             given = given_key(Headers(scope=scope))
-            name = self._keys.name_of(given) if given else None
-            if name is None:
+            known = self._keys.known(given) if given else None
+            if known is None:
                 await self._refuse(scope, given)(scope, receive, send)
                 return
-            tracked(scope).key = scope[KEY] = name
+            request = tracked(scope)
+            request.key = scope[KEY] = known.name
+            request.most_urgent = urgency_named(known.urgency)
         await self._app(scope, receive, send)
 
     def _needs_key(self, path: str) -> bool:

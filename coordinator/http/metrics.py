@@ -172,9 +172,11 @@ class Metrics(Collector):
 
 def _of_deployment(deployment: Deployment) -> Iterator[Metric]:
     model, slots = deployment.name, deployment.slots
-    kinds = {(model, "used"): slots.used, (model, "free"): slots.total - slots.used}
-    yield _gauge("slots", "KV slots, each for one answer.", kinds, "model", "kind")
-    yield _gauge("queue_length", "Requests in line for a slot.", {(model,): slots.waiting}, "model")
+    if not deployment.spec.encodes:  # It has no KV cache.
+        kinds = {(model, "used"): slots.used, (model, "free"): slots.total - slots.used}
+        yield _gauge("slots", "KV slots, each for one answer.", kinds, "model", "kind")
+        waiting = {(model,): slots.waiting}
+        yield _gauge("queue_length", "Requests in line for a slot.", waiting, "model")
     yield from _of_stages(deployment)
     yield from _of_hops(deployment)
 
@@ -187,10 +189,12 @@ def _of_stages(deployment: Deployment) -> Iterator[Metric]:
     for metric, (field, about, unit) in COUNTERS.items():
         values = {(name, model): unit * getattr(counts, field) for name, counts in counted}
         yield _counter(metric, about, values, "device", "model")
-    held = {(name, model): counts.held_rows for name, counts in counted}
-    most = {(name, model): counts.most_rows for name, counts in counted}
-    yield _gauge("kv_rows", "Rows in the KV cache that sequences hold.", held, "device", "model")
-    yield _gauge("kv_rows_limit", "Rows that fit the KV cache.", most, "device", "model")
+    if not deployment.spec.encodes:
+        held = {(name, model): counts.held_rows for name, counts in counted}
+        most = {(name, model): counts.most_rows for name, counts in counted}
+        about = "Rows in the KV cache that sequences hold."
+        yield _gauge("kv_rows", about, held, "device", "model")
+        yield _gauge("kv_rows_limit", "Rows that fit the KV cache.", most, "device", "model")
     paces = {
         (member.name, model): pace
         for member in deployment.devices

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from coordinator.errors import QueueFull
 from coordinator.http.common import CLIENT_CLOSED_REQUEST, SCOPE_KEY, on_error, tracked
 from coordinator.serving.requests import InFlight, Requests
+from coordinator.serving.urgency import HEADER
 from wire.hygiene import clean_text
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,10 @@ class Tracking:
             nonlocal ended
             if message["type"] == "http.response.start":
                 request.status = request.status or message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID] = request.id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID] = request.id
+                if request.path in ANSWERS:
+                    headers[HEADER] = request.urgency.name.lower()
             elif not message.get("more_body"):
                 ended = True
             await send(message)

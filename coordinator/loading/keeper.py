@@ -9,17 +9,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
+from collections.abc import Iterable, Mapping
 from functools import partial
 
-from coordinator.errors import AgentDamaged, AgentLost, CoordinatorError, NotLoaded
+from coordinator.errors import AgentDamaged, AgentLost, CoordinatorError, Moved, NotLoaded
 from coordinator.loading import state as states
+from coordinator.loading.companions import PlannedAgain, companions
 from coordinator.loading.deployment import Deployment, unload, unload_forgotten
 from coordinator.loading.doubts import Doubts
 from coordinator.loading.idling import Idling
-from coordinator.loading.models import Models
+from coordinator.loading.models import UNLOADED, Models
 from coordinator.loading.operations import Operations
 from coordinator.loading.recovery import LoadedFile, awaited, recover
-from coordinator.loading.returns import Returns
+from coordinator.loading.returns import RETURN_S, Returns
 from coordinator.loading.state import (
     NO_MODEL,
     Adopted,
@@ -28,6 +31,8 @@ from coordinator.loading.state import (
     DevicesAwaited,
     FilesMended,
     Lost,
+    MoveBegan,
+    Nothing,
     Place,
     Placed,
     Replacing,
@@ -47,16 +52,32 @@ from coordinator.loading.state import (
 from coordinator.loading.turns import Turns
 from coordinator.roster.measurements import try_links
 from coordinator.roster.members import Member, Roster
+from coordinator.watching import Signal
 from model.errors import ModelError
 from model.families import load_spec
 from planning.errors import RequestInvalid
-from planning.request import model_name
+from planning.plan import InfeasiblePlan, PlanError
+from planning.request import LoadRequest, model_name
 from wire.messages import Message, PeerLost, StageDamaged
+from wire.patience import within
 
 log = logging.getLogger(__name__)
 
+UNPLACED = (Resuming, Replacing, Broken)
+"""The states of models that are to be placed."""
+
 WATCH_S = 5.0
 """Pause between two checks whether a failed link is due again."""
+
+
+class PlanNotFound(Exception):
+    """No joint plan was found in time. The models are planned one after the other."""
+
+
+class NoRoom(CoordinatorError):
+    """A model waits for room beside those that it was planned with."""
+
+    status = 503
 
 
 class Keeper:
@@ -95,6 +116,9 @@ class Keeper:
         models.carry_out(Rest, self._rest)
         self._records = operations.records
         self._records.update(kept.record.read())
+        self._undecided: set[str] = set()
+        """The models whose stages may still be taken over."""
+        self._decided = Signal()
         self._epochs: dict[str, int] = {}
         """The epochs whose stages joining agents keep, by model."""
         for name, record in self._records.items():
@@ -210,6 +234,7 @@ class Keeper:
         state = action.state
         work = self._resume(state) if isinstance(state, Resuming) else self._replace(state)
         name = name_of(state)
+        self._undecided.add(name)
         task = self._placing[name] = asyncio.create_task(work)
         task.add_done_callback(partial(self._placed, name))
 
@@ -217,6 +242,11 @@ class Keeper:
         """Forget a task that has ended. asyncio reports an error of one that nobody refers to."""
         if self._placing.get(name) is task:
             del self._placing[name]
+            self._decide(name)
+
+    def _decide(self, name: str) -> None:
+        self._undecided.discard(name)
+        self._decided.fire()
 
     async def _resume(self, state: Resuming) -> None:
         """Take over the stages that are still loaded, once all are there.
@@ -274,6 +304,7 @@ class Keeper:
 
     async def _until_placed(self, name: str, wait_s: float) -> None:
         """Try to place the model until that works. After ``wait_s``, answers no longer wait."""
+        self._decide(name)
         give_up = partial(self._give_up, name)
         try:
             with self._roster.changed.watch() as changed:
@@ -302,25 +333,120 @@ class Keeper:
 
     async def _attempt(self, name: str) -> Deployment:
         """Place the model once. Raises the reason if that fails."""
+        await self._companions_decided(name)
         async with self._turns.unasked("a lost device or link is being replaced"):
             state = self._models[name]
-            if not isinstance(state, (Resuming, Replacing, Broken)):
+            if not isinstance(state, UNPLACED):
                 # A cancellation is lost if a device joins then (wait_for before Python 3.12).
                 raise asyncio.CancelledError
+            found = set(companions(self._models, name, *UNPLACED)) - self._undecided
+            group = {one: self._request_of(one) for one in (name, *sorted(found))}
+            await self._leave(group)
+            if len(group) > 1:
+                with contextlib.suppress(PlanNotFound):
+                    return await self._place_together(name, group)
             broken = states.deployment_of(state)
+            wanted = state.wanted if isinstance(state, Replacing) else None
+            if wanted is not None and broken is not None:
+                placed = await self._operations.carry_out(wanted, broken)
+            else:
+                tokenizer = None if broken is None else broken.tokenizer
+                try:
+                    placed = await self._operations.place(group[name], tokenizer)
+                except InfeasiblePlan as error:
+                    return await self._place_by_moving(name, error)
+            self._models.apply(name, Placed(placed))
+            return placed
+
+    # ---- models that were planned together ------------------------------------------------------
+
+    async def _companions_decided(self, name: str) -> None:
+        """Wait a moment until it is known which models are placed anew with this one."""
+        deadline_s = time.monotonic() + 2 * RETURN_S
+        with self._decided.watch() as decided:
+            while self._undecided & set(companions(self._models, name, *UNPLACED)):
+                decided.clear()
+                try:
+                    await within(decided.wait(), deadline_s - time.monotonic())
+                except asyncio.TimeoutError:
+                    return
+
+    def _request_of(self, name: str) -> LoadRequest:
+        state = self._models[name]
+        if isinstance(state, Nothing):
+            raise NotLoaded(UNLOADED)
+        # Files of older versions have names in place of ids.
+        return states.request_of(state).identified(self._roster.names.device)
+
+    async def _leave(self, names: Iterable[str]) -> None:
+        """Unload what is left of the stages of these models."""
+        for name in names:
+            broken = states.deployment_of(self._models[name])
             if broken is not None:
                 self._keep_stages(name, 0)
                 await unload(broken.devices, broken.epoch)
-                await unload_forgotten(self._roster.members, self._roster.keeps)
-                wanted = state.wanted if isinstance(state, Replacing) else None
-                if wanted is not None:
-                    placed = await self._operations.carry_out(wanted, broken)
-                else:
-                    placed = await self._operations.place(broken.request, broken.tokenizer)
-            else:
-                await unload_forgotten(self._roster.members, self._roster.keeps)
-                # Files of older versions have names in place of ids.
-                request = states.request_of(state).identified(self._roster.names.device)
-                placed = await self._operations.place(request)
-            self._models.apply(name, Placed(placed))
-            return placed
+        await unload_forgotten(self._roster.members, self._roster.keeps)
+
+    async def _place_together(self, name: str, group: Mapping[str, LoadRequest]) -> Deployment:
+        """Place models anew by a joint plan. Raises why ``name`` was not placed."""
+        states_now = [self._models[one] for one in group]
+        wanted = [one.wanted for one in states_now if isinstance(one, Replacing) and one.wanted]
+        if len(wanted) == len(group):
+            again = PlannedAgain(dict(zip(group, wanted, strict=True)), {})
+        else:
+            try:
+                again = await self._operations.plan_again(list(group.values()))
+            except InfeasiblePlan:
+                raise
+            except PlanError as error:
+                raise PlanNotFound from error
+        return await self._deploy_together(name, group, again)
+
+    async def _deploy_together(
+        self, name: str, group: Mapping[str, LoadRequest], again: PlannedAgain
+    ) -> Deployment:
+        failures: dict[str, Exception] = {one: NoRoom(why) for one, why in again.waiting.items()}
+        for one, planned in again.parts.items():
+            broken = states.deployment_of(self._models[one])
+            tokenizer = None if broken is None else broken.tokenizer
+            try:
+                placed = await self._operations.carry_out_for(group[one], planned, tokenizer)
+            except (CoordinatorError, ModelError, PlanError, OSError) as error:
+                failures[one] = error
+                continue
+            state = self._models.apply(one, Placed(placed))
+            if states.deployment_of(state) is not placed:  # A user has unloaded it meanwhile.
+                await unload(placed.devices, placed.epoch)
+            elif one != name:
+                log.warning("%s is loaded again, on %s", one, placed.where)
+        for one, failure in failures.items():
+            if one != name:
+                log.warning("%s", self._explain(one, failure))
+        if name in failures:
+            raise failures[name]
+        found = states.deployment_of(self._models[name])
+        if found is None:
+            raise asyncio.CancelledError
+        return found
+
+    async def _place_by_moving(self, name: str, error: InfeasiblePlan) -> Deployment:
+        """Place a model that has no room, with models that were planned with it, which move.
+
+        Raises ``error`` if there are none, or if they do not fit together.
+        """
+        answering = companions(self._models, name, Serving)
+        if not answering:
+            raise error
+        why = f"{name} waits for room beside {' and '.join(answering)}: {error}"
+        group = {one: self._request_of(one) for one in (name, *answering)}
+        try:
+            again = await self._operations.plan_again(list(group.values()))
+        except PlanError:
+            raise NoRoom(why) from error
+        if again.waiting:
+            raise NoRoom(why) from error
+        reason = Moved(f"the model moves: {name} needs room")
+        for one in answering:
+            self._models.apply(one, MoveBegan(reason, again.parts[one]))
+        await self._leave(answering)
+        return await self._deploy_together(name, group, again)

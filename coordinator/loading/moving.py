@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from coordinator.errors import AgentFailed, AgentLost, LinkFailed, Moved
@@ -72,6 +72,20 @@ class Mover:
                 await self._take_over(deployment, placed, reason)
                 return
         self._models.apply(deployment.name, MoveBegan(reason, planned))
+
+    async def move_together(
+        self, moves: Sequence[tuple[Deployment, Planned]], reason: Moved
+    ) -> None:
+        """Move deployments as ``move`` does.
+
+        If one has no room beside all that is loaded, all leave their places before any is loaded.
+        """
+        if all(self._fits_beside(planned) for _, planned in moves):
+            for deployment, planned in moves:
+                await self.move(deployment, planned, reason)
+        else:
+            for deployment, planned in moves:
+                self._models.apply(deployment.name, MoveBegan(reason, planned))
 
     async def _take_over(self, before: Deployment, after: Deployment, reason: Moved) -> None:
         try:

@@ -12,11 +12,18 @@ import itertools
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 from coordinator.errors import Busy, LinkFailed, Moved, NotLoaded
 from coordinator.files.artifacts import ArtifactStore
+from coordinator.loading.companions import (
+    PlannedAgain,
+    companions,
+    compared_together,
+    plan_again,
+)
 from coordinator.loading.deployer import Deployer
 from coordinator.loading.deployment import (
     Deployment,
@@ -83,12 +90,23 @@ class Compared:
 
     present: the present plan with the present figures.
     slow: how many times longer than measured devices take.
+    beside: plans of models that were planned together with this one, and answer. They go together,
+    and ``choice`` is about all of them.
     """
 
     planned: Planned
     present: Plan
     choice: Choice
     slow: Mapping[Member, float]
+    beside: tuple[tuple[Deployment, Planned], ...] = ()
+
+    def moves_of(self, deployment: Deployment) -> list[tuple[Deployment, Planned]]:
+        """Return the models whose blocks go elsewhere, with their plans. ``deployment`` is the one
+        that was compared."""
+        both = ((deployment, self.planned), *self.beside)
+        if not self.beside:
+            return list(both)
+        return [(one, to) for one, to in both if one.plan.placements != to.plan.placements]
 
 
 class Operations:
@@ -185,9 +203,7 @@ class Operations:
                 part.request, part.checkpoint, part.plan, self._report
             )
 
-        return await plan_together(
-            asked, parts, measured, lambda what: self._step("plan", what, 0, 0, "")
-        )
+        return await plan_together(asked, parts, measured, self._say_planning)
 
     async def _load_parts(
         self, parts: Sequence[Planned], tokenizers: Sequence[Tokenizer]
@@ -265,8 +281,10 @@ class Operations:
             compared = await self.compare(deployment)
             verdict = judge_alone(compared.choice)
             if moves and verdict.moves:
-                await self.prepare(compared.planned, deployment)
-                await self.mover.move(deployment, compared.planned, Moved())
+                changes = compared.moves_of(deployment)
+                for one, planned in changes:
+                    await self.prepare(planned, one)
+                await self.mover.move_together(changes, Moved())
             return deployment, compared, verdict
 
     async def compare(
@@ -279,38 +297,94 @@ class Operations:
     ) -> Compared:
         """Compare a deployment with the best plan by the present figures.
 
-        The caller holds the turn.
+        Models that were planned together with it, and answer, are planned with it again. The caller
+        holds the turn.
 
         slow: how many times longer than measured devices took when they ran a stage last.
         measures: measure what is not known yet.
         without: members that the plan must do without.
         Raises CoordinatorError, ModelError and PlanError.
         """
+        group = self.answering_with(deployment)
+        self._crowded_out = frozenset(one.name for one in group[1:])
+        slow_now: dict[Member, float] = {}
+        try:
+            parts = [
+                await self._planned_anew(one, slow, slow_now, measures=measures, without=without)
+                for one in group
+            ]
+        finally:
+            self._crowded_out = frozenset()
+        planned = parts[0]
+        if len(group) == 1:
+            choice = choice_of(
+                planned.problem,
+                deployment.plan,
+                planned.plan,
+                deployment.load_s,
+                is_wished=planned.request.plan is not None
+                or _breaks_pins(deployment, planned.request),
+                others=[record.plan for record in self._beside(planned.request)],
+            )
+        else:
+            together, choice = await compared_together(group, parts, self._say_planning)
+            parts = list(together)
+        present = revalued(deployment.plan, planned.problem)
+        beside = tuple(zip(group[1:], parts[1:], strict=True))
+        return Compared(parts[0], present, choice, slow_now, beside)
+
+    def answering_with(self, deployment: Deployment) -> tuple[Deployment, ...]:
+        """Return a deployment, and those that answer and were planned together with it.
+
+        A model with a given plan is compared alone.
+        """
+        names = companions(self._models, deployment.name, Serving)
+        others = [one for one in self._models.all_serving if one.name in names]
+        group = (deployment, *sorted(others, key=lambda one: one.name))
+        return group if all(one.request.plan is None for one in group) else (deployment,)
+
+    async def _planned_anew(
+        self,
+        deployment: Deployment,
+        slow: Mapping[Member, float],
+        slow_now: dict[Member, float],
+        *,
+        measures: bool,
+        without: Collection[Member],
+    ) -> Planned:
+        """Plan a deployment by the present figures. Devices that are slow go to ``slow_now``."""
         here = [member.device for member in self._roster.members]
         request = remaining(deployment.request, here)
         request = replace(
             request, exclude=(*request.exclude, *(member.device for member in without))
         )
-        slow_now: dict[Member, float] = {}
 
         def slowness(problem: PlanningProblem) -> dict[str, float]:
             stages = revalued(deployment.plan, problem).stages
             elsewhere = {one: slow[one] for one in slow if one not in deployment.devices}
-            slow_now.clear()
             slow_now.update({**elsewhere, **slowness_of(deployment, stages, slow)})
             return {member.name: factor for member, factor in slow_now.items()}
 
-        planned = await self._maker.plan(request, asked=False, slowness=slowness, measures=measures)
-        choice = choice_of(
-            planned.problem,
-            deployment.plan,
-            planned.plan,
-            deployment.load_s,
-            is_wished=request.plan is not None or _breaks_pins(deployment, request),
-            others=[record.plan for record in self._beside(request)],
-        )
-        present = revalued(deployment.plan, planned.problem)
-        return Compared(planned, present, choice, slow_now)
+        return await self._maker.plan(request, asked=False, slowness=slowness, measures=measures)
+
+    async def plan_again(self, requests: Sequence[LoadRequest]) -> PlannedAgain:
+        """Plan models together again, for the devices that are here. The caller holds the turn.
+
+        Raises CoordinatorError, ModelError, PlanError.
+        """
+        here = [member.device for member in self._roster.members]
+        left = [remaining(request, here) for request in requests]
+        if not all(request.plan for request in left):
+            left = [replace(request, plan=None) for request in left]
+        self._crowded_out = frozenset(model_name(request.model) for request in left)
+        try:
+            alone = partial(self._maker.plan, asked=False)
+            return await plan_again(left, alone, self._say_planning)
+        finally:
+            self._crowded_out = frozenset()
+
+    def _say_planning(self, what: str) -> None:
+        self._step("plan", what, 0, 0, "")
 
     async def prepare(self, planned: Planned, before: Deployment) -> None:
         """Make the files of a plan for a loaded model, and have its devices fetch them.
@@ -506,15 +580,23 @@ class Operations:
 
         Raises CoordinatorError, ModelError, PlanError.
         """
-        files = await self._deployer.files(planned, before.tokenizer)
+        return await self.carry_out_for(before.request, planned, before.tokenizer)
+
+    async def carry_out_for(
+        self, request: LoadRequest, planned: Planned, tokenizer: Tokenizer | None = None
+    ) -> Deployment:
+        """Deploy a plan that was made for a part of a request. Otherwise as ``carry_out``."""
+        if tokenizer is None:
+            tokenizer = await asyncio.to_thread(_tokenizer, request.model)
+        files = await self._deployer.files(planned, tokenizer)
         members = self._roster.members
         try:
-            deployment = await self._deployer.deploy(planned, before.tokenizer, files, members)
+            deployment = await self._deployer.deploy(planned, tokenizer, files, members)
         except LinkFailed as error:
             self._fail_link(members, error)  # Or the next plan would need it again.
             raise
         # The next recovery begins from the whole request.
-        return replace(deployment, request=before.request)
+        return replace(deployment, request=request)
 
     async def adopt(self, request: LoadRequest, record: DeploymentRecord) -> Deployment:
         """Return the deployment of stages that are still loaded. The caller holds the turn.

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from coordinator.errors import CoordinatorError, Moved
@@ -132,6 +132,9 @@ class Rebalancer:
     async def _look(self, deployment: Deployment) -> None:
         watched = self._recognised(deployment)
         self._remeasuring.keep()
+        group = self._operations.answering_with(deployment)
+        if any(other.name < deployment.name for other in group):
+            return  # It is looked at with that one.
         if watched.trial is not None and await self._is_moved_back(watched, watched.trial):
             return
         with contextlib.suppress(*FAILURES):
@@ -146,7 +149,8 @@ class Rebalancer:
             before_s = self._tempo.token_s(deployment.epoch, since_s)
             log.warning("%s moves to a better plan: %s", deployment.name, verdict.why)
             move = _Move(compared.choice.key, before_s, _way_back(compared))
-            await self._move(watched, compared.planned, move, Moved(f"{MOVES}: {verdict.why}"))
+            reason = Moved(f"{MOVES}: {verdict.why}")
+            await self._move(watched, compared.moves_of(deployment), move, reason)
 
     def _recognised(self, deployment: Deployment) -> _Watched:
         """Return what is known of a deployment. One that replaced another counts as a move.
@@ -183,13 +187,18 @@ class Rebalancer:
         """Return a value that changes when a figure changes from which plans are made."""
         members = self._roster.members
         paces = []
-        for member in deployment.devices:
-            measured_s, expected_s = token_s(deployment, member), planned_s(deployment, member)
-            if measured_s and expected_s:
-                paces.append((member.device, round(math.log(measured_s / expected_s) / STEP)))
+        group = self._operations.answering_with(deployment)
+        for one in group:
+            for member in one.devices:
+                measured_s, expected_s = token_s(one, member), planned_s(one, member)
+                if measured_s and expected_s:
+                    paces.append((member.device, round(math.log(measured_s / expected_s) / STEP)))
         return (
-            deployment.epoch,
-            [(one.device, one.joined_s, one.profile, _timings(one, deployment)) for one in members],
+            [one.epoch for one in group],
+            [
+                (one.device, one.joined_s, one.profile, [_timings(one, of) for of in group])
+                for one in members
+            ],
             self._roster.links(),
             [link for link, _ in self._roster.failed_links()],
             paces,
@@ -204,12 +213,7 @@ class Rebalancer:
         basis = self._basis(deployment)
         if basis == watched.basis or begun_s < watched.plan_from_s:
             return
-        missing = self._remeasuring.missing(deployment, shares=False)
-        without = [
-            member
-            for member in self._roster.members
-            if member.device in missing and member not in deployment.devices
-        ]
+        without = self._without(deployment)
         try:
             async with self._turns.unasked("another plan is being looked for"):
                 work = self._operations.compare(
@@ -231,6 +235,19 @@ class Rebalancer:
         self._remeasuring.slow = dict(compared.slow)
         watched.basis = self._basis(deployment)
 
+    def _without(self, deployment: Deployment) -> list[Member]:
+        """Return devices that no model uses, and that have not measured a model to be planned."""
+        group = self._operations.answering_with(deployment)
+        missing = {
+            device for one in group for device in self._remeasuring.missing(one, shares=False)
+        }
+        used = {member for one in group for member in one.devices}
+        return [
+            member
+            for member in self._roster.members
+            if member.device in missing and member not in used
+        ]
+
     async def _is_moved_back(self, watched: _Watched, trial: _Move) -> bool:
         """Compare the tokens of a move with those before. Returns whether the model moves back."""
         deployment = watched.deployment
@@ -247,21 +264,38 @@ class Rebalancer:
         watched.memory = watched.memory.rolled_back(trial.key, self._clock())
         log.warning("%s moves back: %s", deployment.name, took)
         move = _Move(frozenset(trial.back.plan.placements), {}, None)
-        await self._move(watched, trial.back, move, Moved(f"the model moves back: {took}"))
+        reason = Moved(f"the model moves back: {took}")
+        await self._move(watched, [(deployment, trial.back)], move, reason)
         return True
 
-    async def _carry_out(self, deployment: Deployment, planned: Planned, reason: Moved) -> None:
-        await self._operations.prepare(planned, deployment)
-        await self._operations.mover.move(deployment, planned, reason)
+    async def _prepare(self, moves: Sequence[tuple[Deployment, Planned]]) -> bool:
+        for deployment, planned in moves:
+            await self._operations.prepare(planned, deployment)
+        return True
 
-    async def _move(self, watched: _Watched, planned: Planned, move: _Move, reason: Moved) -> None:
+    async def _move(
+        self,
+        watched: _Watched,
+        moves: Sequence[tuple[Deployment, Planned]],
+        move: _Move,
+        reason: Moved,
+    ) -> None:
         """Move to a plan, or let the keeper carry it out where memory is short."""
-        deployment = watched.deployment
+        deployment, mover = watched.deployment, self._operations.mover
         watched.begun = move
+
+        def may_go_on() -> bool:
+            return self._may_go_on(deployment)
+
         try:
             async with self._turns.unasked("a move to a better plan is under way"):
-                work = self._carry_out(deployment, planned, reason)
-                await run_while(lambda: self._may_go_on(deployment), work)
+                if not await run_while(may_go_on, self._prepare(moves)):
+                    return
+                if len(moves) == 1:
+                    await run_while(may_go_on, mover.move_together(moves, reason))
+                else:  # Some of them would be at their new places, and the others not.
+                    await mover.move_together(moves, reason)
+                    watched.memory = watched.memory.moved(self._clock())
         except FAILURES as error:
             log.warning("%s is not moved: %s", deployment.name, error)
             watched.memory = watched.memory.moved(self._clock())
@@ -287,6 +321,8 @@ def _way_back(compared: Compared) -> Planned | None:
     is taken as it is.
     """
     request = compared.planned.request
+    if compared.beside:  # One model may be slower so that others are faster.
+        return None
     if compared.choice.is_wished or request.objective.kind not in ("latency", "request"):
         return None
     return replace(compared.planned, plan=compared.present)

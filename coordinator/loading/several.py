@@ -9,14 +9,14 @@ from typing import Any
 
 from coordinator.loading.deployment import Planned
 from planning.errors import RequestInvalid
-from planning.joint.plan import JointPlan
+from planning.joint.plan import JointPlan, assess_joint, verify_joint
 from planning.joint.planner import solve_joint
 from planning.joint.problem import JointProblem
 from planning.joint.view import describe_joint
-from planning.request import LoadRequest, model_name
+from planning.plan import Proof
+from planning.request import MOST_TOGETHER, LoadRequest, model_name
 from planning.sensitivity import tightened, whole_loss
 
-MOST_MODELS = 8
 MAX_CHECKS = 8
 """The most joint plans that are measured to keep the models' budgets."""
 _ALONE_LIMIT_S = 5.0
@@ -35,16 +35,17 @@ class SeveralRequest:
     replaces: bool = False
 
     def __post_init__(self) -> None:
-        if not 2 <= len(self.requests) <= MOST_MODELS:
-            raise RequestInvalid(f"models: expected 2 to {MOST_MODELS} requests", "models")
+        if not 2 <= len(self.requests) <= MOST_TOGETHER:
+            raise RequestInvalid(f"models: expected 2 to {MOST_TOGETHER} requests", "models")
         if len(set(self.names)) < len(self.names):
             raise RequestInvalid(f"a model is named twice: {', '.join(self.names)}", "models")
         if len({request.objective for request in self.requests}) > 1:
             raise RequestInvalid("models that are planned together have one objective", "models")
         for request in self.requests:
-            if request.check_quality or request.plan is not None:
-                field = "check_quality" if request.check_quality else "plan"
-                raise RequestInvalid(f"{field} is for one model: drop it", field)
+            if request.check_quality:
+                raise RequestInvalid("check_quality is for one model: drop it", "check_quality")
+        if len({request.plan is None for request in self.requests}) > 1:
+            raise RequestInvalid("plan: give a plan of every model, or of none", "plan")
         if len(self.weights) != len(self.requests) or not all(
             1e-6 <= weight <= 1e6 for weight in self.weights
         ):
@@ -59,12 +60,13 @@ class SeveralRequest:
         return max(request.time_limit_s for request in self.requests)
 
     def each(self) -> list[LoadRequest]:
-        """The requests for a quick plan of each model alone."""
+        """The requests for a quick plan of each model alone. They name the others."""
         return [
             replace(
                 request,
                 time_limit_s=min(request.time_limit_s, _ALONE_LIMIT_S),
                 replaces=self.replaces,
+                together=dict(zip(self.names, self.weights, strict=True)),
             )
             for request in self.requests
         ]
@@ -102,6 +104,15 @@ class PlannedTogether:
         return describe_joint(self.problem, self.plan, slots)
 
 
+def _as_given(asked: SeveralRequest, parts: Sequence[Planned]) -> PlannedTogether:
+    """The plans that the requests give, together. Raises PlanError if they do not fit."""
+    problems = tuple(part.problem for part in parts)
+    problem = JointProblem(asked.names, problems, asked.weights)
+    plan = assess_joint(problem, [part.plan for part in parts], Proof("file", 0.0, 0.0))
+    verify_joint(plan, problem)
+    return PlannedTogether(problem, plan, tuple(parts))
+
+
 async def plan_together(
     asked: SeveralRequest,
     parts: Sequence[Planned],
@@ -111,8 +122,11 @@ async def plan_together(
     """The best joint plan of models that were each planned alone.
 
     ``measured`` is awaited for what a part's plan loses by its bits, or None. Plans are made again
-    while a model loses more than its budget. Raises PlanError, InfeasiblePlan.
+    while a model loses more than its budget. Plans that the requests give are taken as they are.
+    Raises PlanError, InfeasiblePlan.
     """
+    if all(part.request.plan is not None for part in parts):
+        return _as_given(asked, parts)
     problems = [part.problem for part in parts]
     for _ in range(MAX_CHECKS):
         problem = JointProblem(asked.names, tuple(problems), asked.weights)

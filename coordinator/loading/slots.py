@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
@@ -68,7 +69,10 @@ class Slots:
         self._ended = [0] * total
         """When each slot was given back last, as a count of all such moments."""
         self._endings = 0
-        self._users = 0
+        self.users = 0
+        """Those who use the deployment without a slot now."""
+        self.ranks: Counter[int] = Counter()
+        """How many requests of each rank hold a slot."""
         self.used_s = time.monotonic()
         """When the last use ended, or the last request came."""
 
@@ -84,16 +88,16 @@ class Slots:
     @property
     def is_idle(self) -> bool:
         """Whether nobody holds a slot, waits for one, or uses the deployment without one."""
-        return not (self.used or self._line or self._users)
+        return not (self.used or self._line or self.users)
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Use the deployment without a slot, as texts of an encoder do, and paused answers."""
-        self._users += 1
+        self.users += 1
         try:
             yield
         finally:
-            self._users -= 1
+            self.users -= 1
             self.used_s = time.monotonic()
 
     @property
@@ -115,9 +119,12 @@ class Slots:
         cached = _common(self._kept[slot], begin)
         held = Held(slot, prompt, cached)
         self._kept[slot] = _NOTHING
+        self.ranks[rank] += 1
         try:
             yield held
         finally:
+            self.ranks[rank] -= 1
+            self.ranks += Counter()  # Without ranks that nobody has.
             self._kept[slot] = held.kept
             self._give(slot)
 

@@ -72,6 +72,8 @@ class InFlight:
     sequences: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=MOST_SEQUENCES))
     """The epoch and number of each sequence on the stages, for ``shoal trace``."""
     urgency: Urgency = Urgency.NORMAL
+    most_urgent: Urgency | None = None
+    """The class of its key, or None without one. Its own class is no more urgent."""
     on_change: Callable[[], None] = lambda: None
 
     def asks(self, model: str, prompt_tokens: int) -> None:

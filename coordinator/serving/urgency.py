@@ -1,6 +1,7 @@
 """Classes of requests: real-time ones go before others, and bulk ones make way for them.
 
 A request says its class in the header ``x-shoal-class``, or in OpenAI's field ``service_tier``.
+A key may have a class, which is that of its requests. They may say a less urgent one.
 Real-time requests are first in the line for slots. While one runs, bulk requests on its devices
 pause, also those of other models. A paused answer keeps its tokens and goes on later.
 """
@@ -33,12 +34,29 @@ _TIERS = {"priority": Urgency.REALTIME, "flex": Urgency.BULK}
 """OpenAI's names. Its other ones, such as "auto", are normal."""
 
 
-def urgency_of(headers: Mapping[str, str], body: Mapping[str, Any]) -> Urgency:
-    """Return the class of a request. The header counts before the field. Raises RequestInvalid."""
+def urgency_named(name: str) -> Urgency | None:
+    """Return the class of this name, or None for an empty name."""
+    return _NAMES[name] if name else None
+
+
+def urgency_of(
+    headers: Mapping[str, str], body: Mapping[str, Any], most: Urgency | None = None
+) -> Urgency:
+    """Return the class of a request. The header counts before the field. Raises RequestInvalid.
+
+    most: the class of its key, which is also that of a request that says none. None: it has none.
+    """
+    given = _given(headers, body)
+    if most is None:
+        return Urgency.NORMAL if given is None else given
+    return most if given is None else max(given, most)
+
+
+def _given(headers: Mapping[str, str], body: Mapping[str, Any]) -> Urgency | None:
     name = headers.get(HEADER)
     if name is None:
         tier = body.get("service_tier")
-        return _TIERS.get(tier, Urgency.NORMAL) if isinstance(tier, str) else Urgency.NORMAL
+        return _TIERS.get(tier) if isinstance(tier, str) else None
     if name not in _NAMES:
         raise RequestInvalid(f"{HEADER}: expected one of {', '.join(_NAMES)}")
     return _NAMES[name]

@@ -32,11 +32,13 @@ from model.families.encoders import (
     DISTILBERT_NAMES,
     ENCODERS,
     MODERNBERT_NAMES,
+    MPNET_NAMES,
     bert,
     distilbert,
     encoder_sources,
     label_names,
     modernbert,
+    mpnet,
     roberta,
 )
 from model.families.experts import (
@@ -174,6 +176,8 @@ def tensor_sources(
         elif module in family.names:
             name = family.names[module].format(layer=block - 1)
             sources[canonical] = (Piece(f"{prefix}{name}.{kind}"),)
+        elif module.startswith("step_"):  # As model.checkpoint names the files of its folder.
+            sources[canonical] = (Piece(f"{module}.linear.{kind}"),)
     if family.experts is not None and spec.block_kind(block) == "layer":
         layer = spec.layer(block)
         sources |= family.experts.sources(f"{prefix}layers.{block - 1}.", layer, available)
@@ -292,6 +296,7 @@ _FAMILIES: Mapping[str, _Family] = {
     "olmo2": _Family(olmo2, _DECODER, OLMO_NAMES),
     "olmo3": _Family(olmo3, _DECODER, OLMO_NAMES),
     "modernbert": _Family(modernbert, ("model.", ""), MODERNBERT_NAMES, encoder_sources),
+    "mpnet": _Family(mpnet, ("mpnet.", ""), MPNET_NAMES, encoder_sources),
     "opt": _Family(opt, ("model.decoder.", "decoder.", ""), OPT_NAMES),
     "phi3": _Family(phi3, _DECODER, PHI3_NAMES, phi3_sources),
     "qwen2": _Family(qwen2, _DECODER, LLAMA_NAMES),

@@ -1,7 +1,7 @@
 """The files of sentence-transformers beside a model: how a text's vector comes from its rows.
 
-modules.json lists the steps: the model, pooling, and maybe the division by the length. A decoder
-that has this file is an embedder, and generates nothing. Its layers stay causal.
+modules.json lists the steps: the model, pooling, maybe linear layers, and maybe the division by the
+length. A decoder that has this file is an embedder, and generates nothing. Its layers stay causal.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
-from model.spec import ModelSpec, OutputSpec, Pooling
+from model.spec import DenseActivation, ModelSpec, OutputSpec, Pooling, StepSpec
 
 MODULES = "modules.json"
 PROMPTS = "config_sentence_transformers.json"
@@ -21,10 +21,17 @@ _MAX_BYTES = 1 << 20
 _POOLING: dict[str, Pooling] = {
     "cls": "first",
     "cls_token": "first",
+    "max": "max",
+    "max_tokens": "max",
     "mean": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
     "mean_tokens": "mean",
     "lasttoken": "last",
+    "weightedmean": "weighted_mean",
+    "weightedmean_tokens": "weighted_mean",
 }
+_ACTIVATIONS: dict[str, DenseActivation] = {"Identity": "none", "ReLU": "relu", "Tanh": "tanh"}
+_ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
 
 
 def with_files(spec: ModelSpec, directory: Path) -> ModelSpec:
@@ -36,26 +43,71 @@ def with_files(spec: ModelSpec, directory: Path) -> ModelSpec:
     modules = directory / MODULES
     if not modules.is_file() or (spec.output is not None and spec.output.kind != "vector"):
         return spec
-    steps = [_step(modules, item) for item in _list(modules)]
     pooling: Pooling | None = None
     normalized = False
-    for kind, path in steps:
+    dense: list[StepSpec] = []
+    width = spec.hidden
+    kinds = _steps(modules)
+    for kind, path in kinds:
         match kind:
-            case "Transformer":
-                continue
             case "Pooling":
                 pooling = _pooling(directory / path / "config.json")
+            case "Dense":
+                dense.append(_dense(directory / path / "config.json", width))
+                width = dense[-1].width
             case "Normalize":
                 normalized = True
-            case _:
-                raise UnsupportedModelError(
-                    f"{modules}: a step of type {kind} is not implemented; "
-                    "known: Transformer, Pooling, Normalize"
-                )
     if pooling is None:
         raise CheckpointError(f"{modules}: has no Pooling step; is the download complete?")
-    output = OutputSpec("vector", pooling, normalized=normalized)
+    output = OutputSpec("vector", pooling, normalized=normalized, steps=tuple(dense))
     return replace(spec, output=output, tied_head=False, logit_cap=None)
+
+
+def dense_folders(directory: Path) -> list[Path]:
+    """Return the folders with the weights of linear layers behind the pooling, in order.
+
+    Raises as ``with_files``.
+    """
+    modules = directory / MODULES
+    if not modules.is_file():
+        return []
+    return [directory / path for kind, path in _steps(modules) if kind == "Dense"]
+
+
+def _steps(modules: Path) -> list[tuple[str, str]]:
+    """Return the type and the folder of each step. Raises as ``with_files``."""
+    steps = [_step(modules, item) for item in _list(modules)]
+    for kind, _ in steps:
+        if kind not in _ORDER:
+            raise UnsupportedModelError(
+                f"{modules}: a step of type {kind} is not implemented; known: {', '.join(_ORDER)}"
+            )
+    kinds = [kind for kind, _ in steps]
+    once = [kind for kind in kinds if kind != "Dense"]
+    if kinds != sorted(kinds, key=_ORDER.index) or len(set(once)) < len(once):
+        raise UnsupportedModelError(
+            f"{modules}: steps in the order {', '.join(kinds)} are not implemented; they must come "
+            f"as {', '.join(_ORDER)}"
+        )
+    return steps
+
+
+def _dense(path: Path, width: int) -> StepSpec:
+    """Return a linear layer that takes rows of this width. Raises as ``with_files``."""
+    values = _object(path)
+    name = str(values.get("activation_function", "torch.nn.modules.activation.Tanh"))
+    activation = _ACTIVATIONS.get(name.rpartition(".")[2])
+    if activation is None:
+        raise UnsupportedModelError(
+            f"{path}: the activation {name} is not implemented; known: {', '.join(_ACTIVATIONS)}"
+        )
+    inward, outward, bias = (values.get(key) for key in ("in_features", "out_features", "bias"))
+    bias = True if bias is None else bias
+    if inward != width or type(outward) is not int or outward < 1 or type(bias) is not bool:
+        raise CheckpointError(
+            f"{path}: in_features, out_features and bias do not fit rows of {width} values"
+        )
+    return StepSpec(outward, activation, bias)
 
 
 def _pooling(path: Path) -> Pooling:

@@ -1,4 +1,4 @@
-"""Encoders: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, DistilBERT and ModernBERT, with their heads.
+"""Encoders: BERT, RoBERTa, XLM-RoBERTa, CamemBERT, MPNet, DistilBERT and ModernBERT, with heads.
 
 The head is read from ``architectures`` in config.json. A model without one gives a vector, and the
 files of sentence-transformers beside it say how (model/families/embedders.py).
@@ -46,6 +46,15 @@ DISTILBERT_NAMES = {
     "mlp_norm": _DISTIL_LAYER + "output_layer_norm",
 }
 
+MPNET_NAMES = BERT_NAMES | {
+    "q": _BERT_LAYER + "attention.attn.q",
+    "k": _BERT_LAYER + "attention.attn.k",
+    "v": _BERT_LAYER + "attention.attn.v",
+    "o": _BERT_LAYER + "attention.attn.o",
+    "attn_norm": _BERT_LAYER + "attention.LayerNorm",
+    "position_bias": "encoder.relative_attention_bias",
+}
+
 MODERNBERT_NAMES = {
     "tokens": "embeddings.tok_embeddings",
     "embed_norm": "embeddings.norm",
@@ -61,7 +70,9 @@ MODERNBERT_NAMES = {
     "norm": "final_norm",
 }
 
-ENCODERS = frozenset(("bert", "camembert", "distilbert", "modernbert", "roberta", "xlm-roberta"))
+ENCODERS = frozenset(
+    ("bert", "camembert", "distilbert", "modernbert", "mpnet", "roberta", "xlm-roberta")
+)
 
 VECTOR = OutputSpec("vector", "mean")
 """The mean of all rows, which sentence-transformers takes of a model that says nothing."""
@@ -78,6 +89,16 @@ def roberta(config: Config) -> ModelSpec:
     """Describe RoBERTa and its relatives, whose positions begin behind that of padding."""
     padding = config.tokens("pad_token_id")
     return _bert(config, dense="tanh", offset=1 + (padding[0] if padding else 1))
+
+
+def mpnet(config: Config) -> ModelSpec:
+    """Describe MPNet: BERT without token types, whose scores have biases by distance."""
+    buckets = config.size("relative_attention_num_buckets", 32)
+    if buckets != 32:
+        raise config.unsupported("relative_attention_num_buckets", buckets, "only 32 are")
+    spec = _bert(config, dense="tanh", offset=2)  # The code of MPNet fixes padding at token 1.
+    layer = replace(spec.layers[0], position_buckets=buckets)
+    return replace(spec, layers=(layer,) * len(spec.layers), token_types=0)
 
 
 def distilbert(config: Config) -> ModelSpec:

@@ -16,6 +16,7 @@ import numpy as np
 
 from model.families.config import Config
 from model.families.decoder import LAYER, LLAMA_NAMES, rotary_decoder, with_layers
+from model.families.encoders import VECTOR
 from model.families.mixed import (
     FULL,
     SLIDING,
@@ -61,6 +62,7 @@ def gemma(config: Config) -> ModelSpec:
 
 def gemma2(config: Config) -> ModelSpec:
     config = config.with_defaults(_SIZES | {"vocab_size": 256000, "max_position_embeddings": 8192})
+    _refuse_later_tokens(config)
     spec = _decoder(config, layer_kinds(config, 2))
     cap = _cap(config, "attn_logit_softcapping", 50.0)
     layers = tuple(replace(layer, score_cap=cap) for layer in spec.layers)
@@ -84,8 +86,19 @@ def gemma3(config: Config) -> ModelSpec:
         config.size("max_position_embeddings"),
         {FULL: ("rope_theta", 1e6), SLIDING: ("rope_local_base_freq", 10000.0)},
     )
+    encodes = config.flag("use_bidirectional_attention", False)
     spec = _decoder(without_ropes(config), kinds, qk_norm="head")
     layers = with_ropes(spec.layers, kinds, by_kind)
+    if encodes:  # EmbeddingGemma. Its window reaches half as far to either side.
+        layers = tuple(
+            replace(
+                layer,
+                bidirectional=True,
+                sliding_window=layer.sliding_window and layer.sliding_window // 2 + 1,
+            )
+            for layer in layers
+        )
+        return replace(spec, layers=layers, output=VECTOR, tied_head=False)
     return replace(spec, layers=layers, logit_cap=_cap(config, "final_logit_softcapping", None))
 
 
@@ -120,7 +133,6 @@ def normalizer(config: Config, hidden: int) -> float:
 
 def _decoder(config: Config, kinds: list[str], **features: Any) -> ModelSpec:
     """Describe what Gemma 2 and 3 share. ``features`` are those of ``rotary_decoder``."""
-    _refuse_later_tokens(config)
     bias = config.flag("attention_bias", False)
     spec = rotary_decoder(
         config,

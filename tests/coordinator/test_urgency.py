@@ -42,6 +42,25 @@ def test_the_class_of_a_request(
     assert urgency_of(headers, body) == expected
 
 
+@pytest.mark.parametrize(
+    ("most", "asked", "expected"),
+    [
+        (None, "realtime", Urgency.REALTIME),
+        (Urgency.NORMAL, None, Urgency.NORMAL),
+        (Urgency.NORMAL, "realtime", Urgency.NORMAL),
+        (Urgency.NORMAL, "bulk", Urgency.BULK),
+        (Urgency.BULK, None, Urgency.BULK),
+        (Urgency.BULK, "normal", Urgency.BULK),
+        (Urgency.REALTIME, None, Urgency.REALTIME),
+        (Urgency.REALTIME, "normal", Urgency.NORMAL),
+    ],
+)
+def test_a_key_has_a_class_that_its_requests_may_only_lower(
+    most: Urgency | None, asked: str | None, expected: Urgency
+) -> None:
+    assert urgency_of({HEADER: asked} if asked else {}, {}, most) == expected
+
+
 def test_an_unknown_class_is_refused() -> None:
     with pytest.raises(RequestInvalid, match="expected one of realtime, normal, bulk"):
         urgency_of({HEADER: "now"}, {})

@@ -78,7 +78,7 @@ def test_narrow_widths_equal_the_reference(
     np.testing.assert_allclose(rows, expected, atol=ATOL)
 
 
-@pytest.mark.parametrize("name", ["minilm", "roberta-class", "modernbert"])
+@pytest.mark.parametrize("name", ["minilm", "roberta-class", "modernbert", "mpnet"])
 def test_texts_that_share_a_pass_do_not_see_each_other(
     backend: Backend, name: str, tmp_path: Path
 ) -> None:
@@ -133,7 +133,9 @@ def test_fast_prompts_of_onnx_are_near(tmp_path: Path) -> None:
     assert cosine.min() > 0.98, ENCODERS
 
 
-@pytest.mark.parametrize("name", ["minilm", "modernbert", "bert-span", "qwen3-embed"])
+@pytest.mark.parametrize(
+    "name", ["minilm", "modernbert", "bert-span", "qwen3-embed", "mpnet", "gemma3-embed"]
+)
 def test_the_host_part_of_a_chip_equals_the_reference(name: str) -> None:
     """With exact products, all else is computed as by the reference."""
     checkpoint, golden = Checkpoint.open(ENCODERS / name), Golden.load(name)

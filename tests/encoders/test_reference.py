@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +16,10 @@ import pytest
 from model.checkpoint import Checkpoint
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import load_spec
+from model.position_bias import buckets_of
 from model.reference import ReferenceModel
 from model.spec import ModelSpec, OutputSpec
-from model.texts import Texts, split
+from model.texts import Texts, pooled, split
 from tests.encoder_cases import ENCODERS, NAMES, Golden
 
 ATOL = 1e-4
@@ -75,6 +79,89 @@ def test_steps_of_sentence_transformers_that_are_unknown_are_refused(tmp_path: P
     (model / "modules.json").write_text(json.dumps(modules[:2]))
     with pytest.raises(CheckpointError, match=r"modules.json: not a list of steps"):
         load_spec(model)
+
+
+def changed_modules(directory: Path, name: str, change: Callable[[list[Any]], list[Any]]) -> Path:
+    """A copy of a fixture with other steps."""
+    model = Path(shutil.copytree(ENCODERS / name, directory / name))
+    modules = json.loads((model / "modules.json").read_text())
+    (model / "modules.json").write_text(json.dumps(change(modules)))
+    return model
+
+
+def test_steps_in_another_order_are_refused(tmp_path: Path) -> None:
+    model = changed_modules(tmp_path, "gemma3-embed", lambda steps: [*steps[:2], *steps[:1:-1]])
+    with pytest.raises(UnsupportedModelError, match=r"in the order .*Normalize, Dense"):
+        load_spec(model)
+
+
+@pytest.mark.parametrize(
+    ("values", "error", "said"),
+    [
+        (
+            {"activation_function": "torch.nn.modules.activation.GELU"},
+            UnsupportedModelError,
+            "GELU",
+        ),
+        ({"in_features": 31}, CheckpointError, "rows of 32 values"),
+        ({"out_features": -1}, CheckpointError, "out_features"),
+    ],
+)
+def test_linear_steps_that_cannot_be_are_refused(
+    tmp_path: Path, values: dict[str, object], error: type[Exception], said: str
+) -> None:
+    model = changed_modules(tmp_path, "gemma3-embed", lambda steps: steps)
+    path = model / "2_Dense" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(error, match=said):
+        load_spec(model)
+
+
+def test_the_weights_of_a_linear_step_belong_to_the_model(tmp_path: Path) -> None:
+    model = changed_modules(tmp_path, "gemma3-embed", lambda steps: steps)
+    before = Checkpoint.open(model).fingerprint
+    weights = model / "2_Dense" / "model.safetensors"
+    os.utime(weights, (1, 1))
+    assert Checkpoint.open(model).fingerprint != before
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"2_Dense: model.safetensors is missing"):
+        Checkpoint.open(model)
+
+
+@pytest.mark.parametrize(
+    ("modes", "said"),
+    [
+        (("cls_token", "max_tokens"), "pooling cls_token, max_tokens is not implemented"),
+        (("chance",), "pooling chance"),
+    ],
+)
+def test_other_poolings_are_refused(tmp_path: Path, modes: tuple[str, ...], said: str) -> None:
+    model = changed_modules(tmp_path, "minilm", lambda steps: steps)
+    values = {f"pooling_mode_{name}": True for name in modes}
+    (model / "1_Pooling" / "config.json").write_text(json.dumps(values))
+    with pytest.raises(UnsupportedModelError, match=said):
+        load_spec(model)
+
+
+@pytest.mark.parametrize(
+    ("pooling", "expected"),
+    [("first", [1, 7]), ("last", [4, 7]), ("mean", [2.5, 7]), ("max", [4, 7]),
+     ("mean_sqrt_len", [5, 7]), ("weighted_mean", [3, 7])],
+)  # fmt: skip
+def test_a_text_has_one_row(pooling: str, expected: list[float]) -> None:
+    rows = np.array([[1], [2], [3], [4], [7]], np.float32)
+    np.testing.assert_allclose(pooled(rows, Texts.plain(4, 1), pooling)[:, 0], expected)
+
+
+def test_far_distances_share_biases_as_in_mpnet() -> None:
+    """The rows that transformers' MPNet takes for a token at these distances from the first."""
+    rows = buckets_of(513, 32)
+    at = [0, 1, 7, 8, 11, 12, 15, 16, 22, 23, 31, 32, 45, 46, 63, 64, 90, 91, 127, 128, 512]
+    expected = [0, 1, 7, 8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15, 15, 15]
+    assert rows[:, 0][at].tolist() == expected
+    assert rows[0][at].tolist() == [
+        row + 16 if place else 0 for row, place in zip(expected, at, strict=True)
+    ]
 
 
 @pytest.mark.parametrize(

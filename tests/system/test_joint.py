@@ -46,7 +46,9 @@ def joint(cluster: Cluster, command: str, *arguments: str | Path) -> Any:
     return last_json(cluster.run(command, *map(str, arguments), *EXACT, "--json"))
 
 
-def test_two_models_are_loaded_together(cluster: Cluster, models: tuple[Path, Path]) -> None:
+def test_two_models_are_loaded_together(
+    cluster: Cluster, models: tuple[Path, Path], tmp_path: Path
+) -> None:
     cluster.start_coordinator()
     for name in NAMES:
         cluster.start_agent(name, f"--coordinator=127.0.0.1:{cluster.control_port}")
@@ -64,7 +66,35 @@ def test_two_models_are_loaded_together(cluster: Cluster, models: tuple[Path, Pa
     assert [entry["share"] for entry in planned["models"]] == pytest.approx([1 / 3, 2 / 3])
     assert states(cluster) == only_last  # Nothing is loaded by planning.
 
-    loaded = joint(cluster, "load", *models, "--keep=1h")
+    saved, drawn = tmp_path / "plans.json", tmp_path / "plans.svg"
+    explained = joint(
+        cluster, "plan", *models, "--weights=1,2", "--explain", f"--save={saved}", f"--plot={drawn}"
+    )
+    assert [turn["order"] for turn in explained["explanation"]["one_after_the_other"]] == [
+        names,
+        names[::-1],
+    ]
+    assert not {"problem"} & explained["models"][0].keys()
+    assert drawn.read_text().startswith("<svg ")
+    # A saved plan is loaded as it is, also if the best one is another.
+    wanted = json.loads(saved.read_text())
+    assert wanted["weights"] == [1, 2]
+    for plan in wanted["plans"]:
+        (*_, last) = plan["stages"]
+        last["device"] = NAMES[1] if last["device"] == NAMES[0] else NAMES[0]
+    saved.write_text(json.dumps(wanted))
+    given = joint(cluster, "load", models[1], models[0], f"--plan={saved}", "--replace")
+    assert {entry["model"]: entry["share"] for entry in given["models"]} == {
+        names[0]: pytest.approx(1 / 3),
+        names[1]: pytest.approx(2 / 3),
+    }
+    assert {
+        entry["model"]: [stage["device"] for stage in entry["plan"]["stages"]]
+        for entry in given["models"]
+    } == {plan["model"]: [stage["device"] for stage in plan["stages"]] for plan in wanted["plans"]}
+    assert {name: answer(cluster, name) for name in names} == expected
+
+    loaded = joint(cluster, "load", *models, "--keep=1h", "--replace")
     kept = json.loads((cluster.directory / "coordinator" / "loaded.json").read_text())["models"]
     assert {name: one["request"]["keep_s"] for name, one in kept.items()} == dict.fromkeys(
         names, 3600

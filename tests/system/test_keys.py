@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from coordinator.serving.urgency import HEADER
 from tests.system.cluster import COMMAND, ROOT, TINY_OPT, Cluster, shoal, wait_for
 
 QUESTION = {"model": "tiny-opt", "prompt": "Hello", "max_tokens": 3, "temperature": 0}
@@ -47,7 +48,19 @@ def test_a_coordinator_beyond_loopback_asks_for_a_key(cluster: Cluster) -> None:
     assert httpx.get(f"{cluster.url}/v1/models", headers=bearer).status_code == 200
     listed = run(here, "key", "list", "--json")
     assert [item["name"] for item in json.loads(listed.stdout)["keys"]] == ["alice"]
+    assert [item["class"] for item in json.loads(listed.stdout)["keys"]] == [None]
     assert key not in listed.stdout
+
+    made = json.loads(run(here, "key", "create", "nightly", "--class=bulk", "--json").stdout)
+    assert (made["name"], made["class"]) == ("nightly", "bulk")
+    for shown, asked, got in (
+        (made["key"], "realtime", "bulk"),
+        (key, "realtime", "realtime"),
+        (key, "", "normal"),
+    ):
+        headers = {"Authorization": f"Bearer {shown}"} | ({HEADER: asked} if asked else {})
+        answer = httpx.post(f"{cluster.url}/v1/completions", headers=headers, json={"prompt": "a"})
+        assert answer.headers[HEADER] == got  # Although no model is loaded.
 
     assert run(here, "key", "revoke", "alice").returncode == 0
     assert httpx.get(f"{cluster.url}/v1/models", headers=bearer).status_code == 401

@@ -86,7 +86,8 @@ class OpenAIRoutes:
 
     async def _answer(self, request: Request, make: type[Api]) -> Response:
         api = make(await read_json(request))
-        requests.current().urgency = urgency_of(request.headers, api.body)
+        flight = requests.current()
+        flight.urgency = urgency_of(request.headers, api.body, flight.most_urgent)
         name = self._models.named(api.body.get("model"), None)
         self._require_room(name)
         state = self._models[name]

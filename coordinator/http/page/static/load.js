@@ -3,7 +3,7 @@ import { useEffect, useRef, useState } from "./vendor/hooks.js";
 import { operate } from "./api.js";
 import { bytes, ms, rate } from "./format.js";
 import { html } from "./html.js";
-import { PlanView, Progress } from "./model.js";
+import { PlanView, Progress, secondsOf, unitOf } from "./model.js";
 
 const WIDTHS = [2, 3, 4, 5, 6, 8, 16, 32];
 const DEFAULT_WIDTHS = [3, 4, 5, 6, 8];
@@ -57,11 +57,12 @@ export function requestOf(form) {
 
 function Comparison({ before, after }) {
   if (!before?.plan) return null;
-  const change = after.predicted_ms_per_token / before.plan.predicted_ms_per_token - 1;
+  if (Boolean(before.plan.encodes) !== Boolean(after.encodes)) return null;
+  const change = secondsOf(after) / secondsOf(before.plan) - 1;
   const memory = (plan) => plan.stages.reduce((sum, stage) => sum + stage.memory_bytes, 0);
   const now =
-    `Loaded now: ${before.model}, predicted ${ms(before.plan.predicted_ms_per_token / 1e3)} ms a ` +
-    `token, ${bytes(memory(before.plan))}. This plan: `;
+    `Loaded now: ${before.model}, predicted ${ms(secondsOf(before.plan))} ms ` +
+    `${unitOf(before.plan)}, ${bytes(memory(before.plan))}. This plan: `;
   const difference = `${change >= 0 ? "+" : "−"}${Math.abs(100 * change).toFixed(0)} % time`;
   return html`<p class="comparison">${now}<b>${difference}</b>${`, ${bytes(memory(after))}.`}</p>`;
 }
@@ -71,15 +72,16 @@ function Preview({ planned, current }) {
   const proof = plan.proven_optimal
     ? "proven optimal"
     : `within ${(100 * plan.gap).toFixed(1)} % of the optimum`;
-  const speed = ` a token (${rate(1e3 / plan.predicted_ms_per_token)} tokens/s), predicted. It is ${proof}.`;
+  const tokens = (plan.encodes ? plan.prompt_tokens : 1) / secondsOf(plan);
+  const speed = ` ${unitOf(plan)} (${rate(tokens)} tokens/s), predicted. It is ${proof}.`;
   return html`<div class="preview" role="region" aria-label="The plan">
-    <p><b>${planned.model}</b> would take <b>${ms(plan.predicted_ms_per_token / 1e3)} ms</b>${speed}</p>
+    <p><b>${planned.model}</b> would take <b>${ms(secondsOf(plan))} ms</b>${speed}</p>
     <${Comparison} before=${current} after=${plan} />
     <${PlanView}
       model=${planned}
       planned
-      middle=${html`<span class="big">${ms(plan.predicted_ms_per_token / 1e3)}<span class="unit"> ms</span></span>
-        <span class="small">a token, predicted</span>`}
+      middle=${html`<span class="big">${ms(secondsOf(plan))}<span class="unit"> ms</span></span>
+        <span class="small">${unitOf(plan)}, predicted</span>`}
     />
     ${(planned.weights ?? []).map((line) => html`<p key=${line} class="quiet small">${line}</p>`)}
   </div>`;

@@ -105,10 +105,10 @@ function MemberRow({ member, planned }) {
   </tr>`;
 }
 
-function HopRow({ hop, planned }) {
+function HopRow({ hop, planned, encodes }) {
   return html`<tr class="hop">
     <th scope="row">
-      <span aria-hidden="true">↓</span> ${hop.isReturn ? "token back to" : "hop to"} ${hop.target}
+      <span aria-hidden="true">↓</span> ${hop.isReturn ? `${encodes ? "result" : "token"} back to` : "hop to"} ${hop.target}
       ${hop.bits && html`<span class="dot">·</span>${hop.bits} bits`}
     </th>
     <td><${Figure} seconds=${hop.predictedS} /></td>
@@ -118,7 +118,7 @@ function HopRow({ hop, planned }) {
 }
 
 /** What a token takes in all. What the stages do not take is hops, and work between them. */
-function SumRows({ stages, tokenS, planned }) {
+function SumRows({ stages, tokenS, planned, encodes }) {
   if (planned || stages.length < 2) return null;
   const sum = (values) => values.reduce((total, value) => total + value, 0);
   const hopsS = sum(stages.map((stage) => stage.hop.predictedS));
@@ -127,7 +127,7 @@ function SumRows({ stages, tokenS, planned }) {
   const restS = isMeasured ? tokenS - sum(stages.map((stage) => stage.measuredS)) : null;
   const rows = [
     ["between the stages, in use", hopsS, restS !== null && restS > 0 ? restS : null],
-    ["a token in all", stagesS + hopsS, tokenS],
+    [`a ${encodes ? "pass" : "token"} in all`, stagesS + hopsS, tokenS],
   ];
   return html`<tfoot>
     ${rows.map(
@@ -142,12 +142,12 @@ function SumRows({ stages, tokenS, planned }) {
 }
 
 /** The stages as a table. `planned`: nothing of it is loaded, so nothing can be measured. */
-export function StageTable({ stages, tokenS = null, planned = false }) {
+export function StageTable({ stages, tokenS = null, planned = false, encodes = false }) {
   const times = stages.flatMap((stage) => [stage.predictedS, stage.measuredS ?? 0]);
   const longestS = Math.max(...times, 1e-9);
   return html`<table class="stages">
     <caption class="hidden">
-      Stages and hops in the order of the ring, in milliseconds a token
+      Stages and hops in the order of the ring, in milliseconds a ${encodes ? "pass" : "token"}
     </caption>
     <thead>
       <tr>
@@ -173,10 +173,15 @@ export function StageTable({ stages, tokenS = null, planned = false }) {
             />`,
         ),
         stage.hop &&
-          html`<${HopRow} key=${`hop ${stage.index}`} hop=${stage.hop} planned=${planned} />`,
+          html`<${HopRow}
+            key=${`hop ${stage.index}`}
+            hop=${stage.hop}
+            planned=${planned}
+            encodes=${encodes}
+          />`,
       ])}
     </tbody>
-    <${SumRows} stages=${stages} tokenS=${tokenS} planned=${planned} />
+    <${SumRows} stages=${stages} tokenS=${tokenS} planned=${planned} encodes=${encodes} />
   </table>`;
 }
 
@@ -188,19 +193,62 @@ export function PlanView({ model, lost, flowing, tokenS, planned, middle }) {
       <${Ring} stages=${stages} flowing=${flowing}>${middle}<//>
       <${Legend} widths=${widthsOf(stages)} />
     </div>
-    <${StageTable} stages=${stages} tokenS=${tokenS} planned=${planned} />
+    <${StageTable}
+      stages=${stages}
+      tokenS=${tokenS}
+      planned=${planned}
+      encodes=${Boolean(model.plan.encodes)}
+    />
   </div>`;
 }
 
+/** The predicted seconds of a token, or of an encoder's pass. */
+export function secondsOf(plan) {
+  return (plan.encodes ? plan.predicted_ms_per_pass : plan.predicted_ms_per_token) / 1e3;
+}
+
+export function unitOf(plan) {
+  return plan.encodes ? "a pass" : "a token";
+}
+
+/** What the load asked for beside the plan. */
+function wishesOf(model) {
+  const wishes = [];
+  if (model.keep_s) wishes.push(["unloads", `after ${took(model.keep_s)} without a request`]);
+  if (model.weight && model.weight !== 1) wishes.push(["weight", `${model.weight} on shared devices`]);
+  const together = Object.entries(model.together ?? {});
+  if (together.length) {
+    wishes.push(["planned with", together.map(([name, weight]) => `${name} ${weight}`).join(", ")]);
+  }
+  return wishes;
+}
+
+function useOf(model, requests) {
+  const { slots } = model;
+  if (!slots) return [["texts", plural(model.requests, "request")]];
+  const together = tokensPerS(requests);
+  const classes = Object.entries(slots.classes ?? {}).map(([name, count]) => `${count} ${name}`);
+  const line = slots.waiting ? `, ${slots.waiting} in line` : "";
+  return [
+    ["now", together ? `${rate(together)} tokens/s` : "idle"],
+    ["sequences", `${slots.used} of ${slots.total}${classes.length ? ` (${classes.join(", ")})` : ""}${line}`],
+  ];
+}
+
 function Middle({ model, requests }) {
-  const predictedS = model.plan.predicted_ms_per_token / 1e3;
-  const measuredS = measuredTokenS(requests);
+  const { plan } = model;
+  const predictedS = secondsOf(plan);
+  const measuredS = plan.encodes ? null : measuredTokenS(requests);
   const shown = measuredS ?? predictedS;
   return html`
     <span class="big">${ms(shown)}<span class="unit"> ms</span></span>
-    <span class="small">a token, ${measuredS === null ? "predicted" : "measured"}</span>
+    <span class="small">${unitOf(plan)}, ${measuredS === null ? "predicted" : "measured"}</span>
     <span class="small quiet">
-      ${measuredS === null ? "not measured yet" : `predicted ${ms(predictedS)} ms`}
+      ${plan.encodes
+        ? `of ${plural(plan.prompt_tokens, "token")}`
+        : measuredS === null
+          ? "not measured yet"
+          : `predicted ${ms(predictedS)} ms`}
     </span>
   `;
 }
@@ -212,16 +260,12 @@ function lossOf(plan, quality) {
 }
 
 function Facts({ model, requests }) {
-  const { plan, slots, quality } = model;
-  const together = tokensPerS(requests);
+  const { plan, quality } = model;
   const facts = [
-    ["now", together ? `${rate(together)} tokens/s` : "idle"],
-    [
-      "sequences",
-      `${slots.used} of ${slots.total}${slots.waiting ? `, ${slots.waiting} in line` : ""}`,
-    ],
+    ...useOf(model, requests),
     ["context", plural(model.context_tokens, "token")],
-    plan.prompt_tokens && [
+    ...wishesOf(model),
+    plan.prompt_tokens && !plan.encodes && [
       `first token after ${plan.prompt_tokens}`,
       `${took(plan.predicted_first_token_s)}, predicted`,
     ],
@@ -306,10 +350,10 @@ export function ModelCard({ model, operation, requests, lost, onUnload }) {
     html`<${PlanView}
       model=${model}
       lost=${lost}
-      tokenS=${measuredTokenS(own)}
+      tokenS=${model.plan.encodes ? null : measuredTokenS(own)}
       flowing=${model.state === "ready" ? own.filter((one) => one.state === "answering" || one.state === "prompt").length : 0}
       middle=${html`<${Middle} model=${model} requests=${own} />`}
     />`}
-    ${model.slots && html`<${Facts} model=${model} requests=${own} />`}
+    ${model.plan && html`<${Facts} model=${model} requests=${own} />`}
   </section>`;
 }

@@ -31,7 +31,7 @@ export function stagesOf(model, lost = new Set()) {
       limitBytes: planned.memory_limit_bytes,
       predictedS: planned.compute_s,
       // A team's devices are measured without their sums, so their stage as a whole is not.
-      measuredS: members.length ? null : (loaded?.token_s ?? null),
+      measuredS: members.length ? null : (loaded?.pass_s ?? loaded?.token_s ?? null),
       isLost: devices.some((device) => lost.has(device)),
       hop: alone
         ? null
