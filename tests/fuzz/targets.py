@@ -1,4 +1,4 @@
-"""What reads bytes of others, in memory: the codec, the introduction, and TLS below it.
+"""What reads bytes of others, in memory: the codec, the introduction, TLS below it, and stages.
 
 Each target's ``step`` makes hostile bytes, and returns how many frames it has read. Only an error
 that its callers expect may leave the code under test. Whatever else comes is a finding.
@@ -10,6 +10,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 
+from tests.fuzz import stages
 from tests.fuzz.frames import Frames
 from tests.machines import answering, calling, identity_of
 from wire import introduction
@@ -146,9 +147,11 @@ TARGETS: dict[str, Callable[[int], Step]] = {
     "codec": codec,
     "introduction": introductions,
     "TLS": channels,
+    "rows and tokens": stages.rows_and_tokens,
+    "texts": stages.texts,
 }
 
-SHARES = {"codec": 0.8, "introduction": 0.1, "TLS": 0.1}
+SHARES = {"codec": 0.6, "introduction": 0.1, "TLS": 0.1, "rows and tokens": 0.1, "texts": 0.1}
 """Of the time."""
 
 
