@@ -1,7 +1,7 @@
 #!/bin/sh
 # Make what the slow tests of installations need, once: about 15 minutes and 1.5 GB. Needs root and
 # debootstrap, systemd-container, qemu-user-static and binfmt-support. The test of the container
-# images also needs buildah, podman and runc.
+# images also needs buildah, podman and runc, and that of reverse proxies nginx and caddy.
 #
 #   tests/install/prepare.sh FOLDER
 set -eu

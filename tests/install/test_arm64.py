@@ -16,7 +16,7 @@ import pytest
 
 from testbed.bed import Testbed
 from tests.install.conftest import prepared
-from tests.system.cluster import TINY_OPT, last_json
+from tests.system.cluster import TINY_OPT, last_json, shoal
 from tests.system.namespaces import NetworkCluster, bed_of
 
 pytestmark = [pytest.mark.slow, pytest.mark.netns, pytest.mark.timeout(1800)]
@@ -69,6 +69,11 @@ class MixedCluster(NetworkCluster):
         """The option with a token that the Arm tree has."""
         shutil.copy(self.token(), self._root / "token")
         return "--token-file=/token"
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        # An emulated agent measures the model's blocks before it is loaded.
+        command = self.command("coordinator")
+        return shoal(*arguments, f"--url={self.url}", timeout_s=900, command=command)
 
     def command(self, name: str) -> list[str]:
         if name == "arm":

@@ -529,7 +529,12 @@ def test_a_long_name_stays_in_its_ring(
 def test_several_models_have_names_and_the_one_in_trouble_is_seen_first(
     browser: Browser, shoal: GivenShoal
 ) -> None:
-    asleep = {"model": "old-one", "state": "asleep", "reason": None, "waiting_for": [], "slow": []}
+    asleep: dict[str, Any] = {
+        "model": "old-one",
+        "state": "asleep",
+        "reason": None,
+        "waiting_for": [],
+    }
     stages = stage("attic-pi", 0, (4, 4, 4), 0.01)
     shoal.given["models"] = [
         model(stages, model="first-one"),
