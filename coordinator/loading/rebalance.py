@@ -12,9 +12,10 @@ A move costs answers a pause, and figures lie now and then. So a better plan is 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+from typing import Any
 
 from planning.joint.beside import seconds_beside
 from planning.plan import Plan, assess, of_plan
@@ -44,7 +45,7 @@ WORSE = 1.1
 REFUSED_S = 1800.0
 """A plan that measured worse is left alone for so long, and for twice as long the next time."""
 
-Key = frozenset[Hashable]
+Key = frozenset[Any]
 """The device and the bits of each block, or those of each model. Two plans with the same key are
 the same to load."""
 
