@@ -291,12 +291,7 @@ def _admit_any(prefix: Prefix) -> None:
         raise ProtocolError(f"it sent {prefix.kind.__name__} but is not the previous device")
 
 
-def measure_link(connection: Connection) -> LinkFigures:
-    """Return only the figures of ``measure_link_steadily``."""
-    return measure_link_steadily(connection)[0]
-
-
-def measure_link_steadily(connection: Connection) -> tuple[LinkFigures, Conditions]:
+def measure_link(connection: Connection) -> tuple[LinkFigures, Conditions]:
     """Measure round trips of small frames and the rate of large ones, and note disturbance.
 
     Each small frame is sent after a pause, as a stage's are. So it includes the time to wake the

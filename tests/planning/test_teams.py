@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 
 from model.share import Share
 from planning.build import DeviceInput, RequestInput, build_problem
-from planning.candidates import MOST_TEAMS, candidate_sets, division, with_teams
+from planning.candidates import MOST_TEAMS, division, with_teams
 from planning.exact.solver import SolverName
 from planning.plan import InfeasiblePlan, Plan, PlanError, Proof, Stage, assess, verify
 from planning.planner import solve
 from planning.problem import HopFormat, Objective, PlanningProblem
 from planning.search.search import search
 from planning.sensitivity import own_share
-from planning.teams import incidence, with_team, without_teams
+from planning.teams import incidence, with_team
 from tests.planning.exhaustive_teams import exhaustive, random_teams
 from tests.planning.shapes import llama_8b
 from tests.planning.test_planner import SOLVERS
@@ -38,6 +38,16 @@ WIDTHS = (4, 8)
 ETHERNET, WIFI = (0.0003, 117e6), (0.005, 7.5e6)
 FACTORS: dict[TimingKind, float] = {"embedding": 1e-3, "layer": 1.0, "head": 2.4}
 """Times of blocks, in those of a layer."""
+
+
+def without_teams(problem: PlanningProblem) -> PlanningProblem:
+    return replace(problem, no_teams=True)
+
+
+def candidate_sets(problem: PlanningProblem) -> set[tuple[str, ...]]:
+    """The devices of each candidate, lead first."""
+    teams = with_teams(problem).devices[len(problem.devices) :]
+    return {tuple(part.name for part in one.team.parts) for one in teams if one.team}
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -163,7 +173,7 @@ def test_four_equal_pis_are_one_team_that_is_three_times_as_fast() -> None:
 
 def test_over_wifi_no_devices_share_layers() -> None:
     problem = shoal(FOUR_PIS, WIFI)
-    assert candidate_sets(problem) == ()
+    assert candidate_sets(problem) == set()
     assert with_teams(problem) is problem
     plan = solve(problem)
     assert not any(stage.members for stage in plan.stages)
@@ -208,8 +218,8 @@ def test_measured_shares_count() -> None:
         )
         for device in problem.devices
     )
-    assert candidate_sets(problem) == ((0, 1),)
-    assert candidate_sets(replace(problem, devices=flat)) == ()
+    assert candidate_sets(problem) == {("a", "b")}
+    assert candidate_sets(replace(problem, devices=flat)) == set()
 
 
 def test_twins_are_compared_once() -> None:
