@@ -31,7 +31,7 @@ from agent.links import Link, Measuring
 from agent.loaded import encode
 from agent.loading import Source, StageLoader
 from agent.memory import FreeMemory
-from agent.peers import PeerServer, connect_peer, measure_link_steadily
+from agent.peers import PeerServer, connect_peer, measure_link
 from agent.quality import StreamedModel, measure_quality
 from agent.quiet import Cancelled, Figures, QuietMoments
 from agent.stages import Stages
@@ -578,7 +578,7 @@ class Agent:
 
     def _measure_link(self, request: MeasureLink) -> Message:
         with self._measuring, self._connect(request) as peer:
-            figures, conditions = measure_link_steadily(peer)
+            figures, conditions = measure_link(peer)
         self._links[request.device] = Link(request.device, figures)
         return LinkMeasured(
             request.request,

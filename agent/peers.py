@@ -323,12 +323,7 @@ def _require_small(prefix: Prefix, most_bytes: int) -> None:
         raise ProtocolError(f"it sent {prefix.kind.__name__} with {prefix.header_bytes} bytes")
 
 
-def measure_link(connection: Connection) -> LinkFigures:
-    """Return only the figures of ``measure_link_steadily``."""
-    return measure_link_steadily(connection)[0]
-
-
-def measure_link_steadily(connection: Connection) -> tuple[LinkFigures, Conditions]:
+def measure_link(connection: Connection) -> tuple[LinkFigures, Conditions]:
     """Measure round trips of small frames and the rate of large ones, and note disturbance.
 
     Each small frame is sent after a pause, as a stage's are. So it includes the time to wake the

@@ -24,10 +24,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -47,8 +47,6 @@ from testbed.cluster import Cluster
 from testbed.lab import AgentSettings
 from testbed.network import HUB, Host, Link, Network
 from wire import limits
-
-Made = TypeVar("Made")
 
 STATE = Path("/var/tmp/shoal-fidelity")  # noqa: S108 - a fixed place, so that a run can continue
 
@@ -498,12 +496,6 @@ def _with_range(errors: Sequence[float]) -> str:
     if len(errors) == 1:
         return f"{errors[0]:+.1%}"
     return f"{statistics.median(errors):+.1%} ({min(errors):+.0%} to {max(errors):+.0%})"
-
-
-def from_fields(kind: type[Made], values: Mapping[str, Any]) -> Made:
-    """Make a dataclass from the values that are its fields."""
-    names = {item.name for item in fields(kind)}  # type: ignore[arg-type] # any dataclass
-    return kind(**{name: value for name, value in values.items() if name in names})
 
 
 def say(text: str) -> None:

@@ -99,7 +99,7 @@ class StageProcess:
             if command["do"] == "connect":
                 endpoint = Endpoint(command["host"], command["port"])
                 with connect_peer(config["name"], command["name"], [endpoint]) as probe:
-                    figures = measure_link(probe)
+                    figures, _ = measure_link(probe)
                 relay.connect(
                     connect_peer(config["name"], command["name"], [endpoint], hop_key=HOP_KEY),
                     Link(command["name"], figures),

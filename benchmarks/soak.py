@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import psutil
@@ -375,17 +375,9 @@ def run(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
         again = [] if alone(shoal) == expected else ["the answers differ at the end"]
     finally:
         shoal.stop()
-    processes = watch.report()
-    logs = [f"a traceback in {name}" for name in shoal.tracebacks()]
-    return {
-        "minutes": options.minutes,
-        "seed": options.seed,
-        "did": dict(clients.did.most_common()),
-        "kills": kills,
-        "processes": processes,
-        "samples": watch.samples,
-        "faults": [*clients.faults, *left, *again, *grown(processes), *logs],
-    }
+    faults = [*clients.faults, *left, *again]
+    did = {"did": dict(clients.did.most_common())}
+    return summary(shoal, watch, options, kills, faults) | did
 
 
 def grown(processes: dict[str, Any]) -> list[str]:
@@ -411,7 +403,28 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="shoal-soak-") as directory:
         seen = run(options, Path(directory))
-    if options.json:
+    tell(seen, as_json=options.json)
+
+
+def summary(
+    shoal: Shoal, watch: Watch, options: argparse.Namespace, kills: int, faults: list[str]
+) -> dict[str, Any]:
+    """Return the run in figures, with all its faults. The processes have ended."""
+    processes = watch.report()
+    logs = [f"a traceback in {name}" for name in shoal.tracebacks()]
+    return {
+        "minutes": options.minutes,
+        "seed": options.seed,
+        "kills": kills,
+        "processes": processes,
+        "samples": watch.samples,
+        "faults": [*faults, *grown(processes), *logs],
+    }
+
+
+def tell(seen: dict[str, Any], *, as_json: bool) -> NoReturn:
+    """Print the run, and exit with 1 if it has a fault or no right answer."""
+    if as_json:
         sys.stdout.write(json.dumps(seen) + "\n")
     else:
         show(seen)
@@ -420,7 +433,7 @@ def main() -> None:
 
 def show(seen: dict[str, Any]) -> None:
     print(f"{seen['minutes']:g} minutes, seed {seen['seed']}, {seen['kills']} agents killed")
-    for what, times in seen["did"].items():
+    for what, times in {**seen.get("operations", {}), **seen["did"]}.items():
         print(f"{times:>8}  {what}")
     print(f"{'':<14}{'3rd quarter':>14}{'last quarter':>14}{'most':>14}")
     for name, figures in seen["processes"].items():

@@ -19,7 +19,6 @@ import argparse
 import json
 import random
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -214,17 +213,9 @@ def run(options: argparse.Namespace, directory: Path) -> dict[str, Any]:
         again = [] if alone(shoal) == expected else ["the answers differ at the end"]
     finally:
         shoal.stop()
-    processes = watch.report()
-    logs = [f"a traceback in {name}" for name in shoal.tracebacks()]
-    return {
-        "minutes": options.minutes,
-        "seed": options.seed,
-        "kills": kills,
-        "operations": dict(deeds.most_common()),
-        "did": dict(clients.did.most_common()),
-        "processes": processes,
-        "faults": [*clients.faults, *left, *again, *soak.grown(processes), *logs],
-    }
+    did = {"operations": dict(deeds.most_common()), "did": dict(clients.did.most_common())}
+    faults = [*clients.faults, *left, *again]
+    return soak.summary(shoal, watch, options, kills, faults) | did
 
 
 def main() -> None:
@@ -241,15 +232,7 @@ def main() -> None:
     else:
         with tempfile.TemporaryDirectory(prefix="shoal-soak-") as directory:
             seen = run(options, Path(directory))
-    if options.json:
-        sys.stdout.write(json.dumps(seen) + "\n")
-    else:
-        print(f"{seen['minutes']:g} minutes, seed {seen['seed']}, {seen['kills']} agents killed")
-        for what, times in {**seen["operations"], **seen["did"]}.items():
-            print(f"{times:>8}  {what}")
-        for fault in seen["faults"]:
-            print(f"FAULT: {fault}")
-    sys.exit(bool(seen["faults"]) or not seen["did"].get("right"))
+    soak.tell(seen, as_json=options.json)
 
 
 if __name__ == "__main__":

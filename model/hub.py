@@ -156,12 +156,6 @@ def parse_name(text: str) -> HubName | None:
     return HubName(match["repo"], match["revision"], match["file"])
 
 
-def hub_name(text: str) -> str | None:
-    """Return ORG/NAME if ``text`` is a name or an address of the hub."""
-    name = parse_name(text)
-    return None if name is None else name.repo
-
-
 def named_model(text: str) -> HubName | None:
     """Return the name in a user's ``text``, or None if it means a path on this machine.
 

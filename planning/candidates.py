@@ -58,12 +58,6 @@ def with_teams(problem: PlanningProblem) -> PlanningProblem:
     return replace(problem, devices=(*problem.devices, *made))
 
 
-def candidate_sets(problem: PlanningProblem) -> tuple[tuple[int, ...], ...]:
-    """The sets of devices that are candidates, each lead first."""
-    teams = _Candidates(problem).teams() if sharing(problem) else []
-    return tuple(dict.fromkeys(one.members for one in teams))
-
-
 def division(problem: PlanningProblem, members: Sequence[int]) -> Candidate | None:
     """The division of the layers over any devices by their speed, whether it pays or not.
 

@@ -196,11 +196,6 @@ def real_problem(problem: PlanningProblem) -> PlanningProblem:
     return replace(problem, devices=problem.devices[:count])
 
 
-def without_teams(problem: PlanningProblem) -> PlanningProblem:
-    """The problem in which no devices share layers."""
-    return replace(real_problem(problem), no_teams=True, teams=())
-
-
 def with_team(
     problem: PlanningProblem, members: Sequence[int], shares: Sequence[Share], sum_bits: int
 ) -> tuple[PlanningProblem, int]:

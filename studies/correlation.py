@@ -19,14 +19,6 @@ _COMPARED = 1 << 24
 Values = npt.NDArray[np.float64]
 
 
-def spearman(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return Spearman's rank correlation, from -1 to 1. Equal values have their mean rank.
-
-    It is 0 if all values of one are equal, because nothing can be told from them.
-    """
-    return float(_spearman(np.asarray([first], float), np.asarray([second], float))[0])
-
-
 def correlation(
     predicted: Sequence[float], measured: Sequence[float], seed: int, draws: int = DRAWS
 ) -> Estimate:
@@ -132,7 +124,10 @@ def _bootstrap(
 
 
 def _spearman(first: Values, second: Values) -> Values:
-    """Return the correlation of each pair of rows."""
+    """Return Spearman's rank correlation of each pair of rows, from -1 to 1.
+
+    It is 0 if all values of one are equal, because nothing can be told from them.
+    """
     a, b = ranks(first), ranks(second)
     a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
     scale = np.sqrt((a * a).sum(axis=1) * (b * b).sum(axis=1))

@@ -143,20 +143,29 @@ def modernbert(config: Config) -> ModelSpec:
         replace(layer, rope=RopeSpec(theta), sliding_window=window, enters_plain=not index)
         for index, (theta, window) in enumerate(_modern_layers(config))
     )
+    spec = _encoder(config, layers, config.size("max_position_embeddings"), VECTOR)
+    return replace(spec, final_norm=True)
+
+
+def _encoder(
+    config: Config, layers: tuple[LayerSpec, ...], max_context: int, output: OutputSpec
+) -> ModelSpec:
+    """Describe what encoders have in common: no tokens of their own, and a norm after the table."""
+    (hidden,) = {layer.hidden for layer in layers}
     return ModelSpec(
         vocab=config.size("vocab_size"),
         hidden=hidden,
         embed_dim=hidden,
-        max_context=config.size("max_position_embeddings"),
+        max_context=max_context,
         layers=layers,
         learned_positions=0,
         position_offset=0,
-        final_norm=True,
+        final_norm=False,
         tied_head=False,
         bos_token=None,
         eos_tokens=(),
         embed_norm=True,
-        output=VECTOR,
+        output=output,
     )
 
 
@@ -218,21 +227,12 @@ def _bert(config: Config, *, dense: DenseActivation, offset: int) -> ModelSpec:
     positions = config.size("max_position_embeddings", 512)
     if positions <= offset:
         raise CheckpointError(f"{config.path}: max_position_embeddings {positions} is too small")
-    return ModelSpec(
-        vocab=config.size("vocab_size"),
-        hidden=hidden,
-        embed_dim=hidden,
-        max_context=positions - offset,
-        layers=(layer,) * config.layer_count(),
+    layers = (layer,) * config.layer_count()
+    return replace(
+        _encoder(config, layers, positions - offset, _output(config, hidden, dense)),
         learned_positions=positions,
         position_offset=offset,
-        final_norm=False,
-        tied_head=False,
-        bos_token=None,
-        eos_tokens=(),
         token_types=config.size("type_vocab_size", 2),
-        embed_norm=True,
-        output=_output(config, hidden, dense),
     )
 
 

@@ -253,7 +253,7 @@ def test_prompts_tell_when_a_link_got_slow() -> None:
         server.start()
         endpoint = Endpoint(address, listener.port)
         connection = bed.inside("here", lambda: connect_peer("a", "b", [endpoint], hop_key=b"key"))
-        before = measure_link(connection)
+        before, _ = measure_link(connection)
         connection.set_receive_timeout(None)
         news: queue.Queue[LinkChanged] = queue.Queue()
         lost: queue.Queue[str] = queue.Queue()

@@ -14,11 +14,10 @@ from coordinator.serving import journal, requests
 from coordinator.serving.gateway import Gateway
 from coordinator.serving.journal import AnswerJournal
 from coordinator.serving.requests import InFlight, Requests
-from tests.coordinator.test_teams import BLOCKS, Parts, Shoal, plan_of, running
+from tests.coordinator.test_teams import ALONE, Shoal, plan_of, running
 from wire.messages import Sampling, StartSequence, TokenSampled
 
 STALLED = Stalled("no token")
-ALONE: tuple[Parts, ...] = ((("a",), 3), (("d",), BLOCKS))
 
 
 def test_an_answer_is_kept_until_it_ends(tmp_path: Path) -> None:

@@ -14,8 +14,8 @@ from coordinator.loading import moving, recovery
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.state import Broken, MoveBegan
 from tests.coordinator.test_teams import (
+    ALONE,
     BLOCKS,
-    Parts,
     Run,
     Shoal,
     collect,
@@ -26,8 +26,6 @@ from tests.coordinator.test_teams import (
 from wire.messages import LoadStage, StartSequence, TokenSampled, UnloadStage
 
 __all__ = ["run"]
-
-ALONE: tuple[Parts, ...] = ((("a",), 3), (("d",), BLOCKS))
 
 
 def test_an_answer_goes_on_where_the_model_moves(run: Run) -> None:

@@ -14,6 +14,7 @@ from coordinator.loading.record import DeploymentRecord, RecordFile
 from coordinator.loading.state import Resuming, Serving
 from planning.json_codec import to_plain
 from tests.coordinator.test_teams import (
+    ALONE,
     BLOCKS,
     NAMES,
     RING,
@@ -24,8 +25,6 @@ from tests.coordinator.test_teams import (
     running,
 )
 from wire.messages import LoadStage, PeerLost, StartSequence, UnloadStage
-
-ALONE: tuple[Parts, ...] = ((("a",), 3), (("d",), BLOCKS))
 
 Test = Callable[[Shoal, Deployment], Awaitable[None]]
 

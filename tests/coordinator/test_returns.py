@@ -13,6 +13,7 @@ from coordinator.loading import returns
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.state import Lost, Replacing, error_of
 from tests.coordinator.test_teams import (
+    ALONE,
     BLOCKS,
     RING,
     Parts,
@@ -33,7 +34,6 @@ from wire.messages import (
 
 __all__ = ["run"]
 
-ALONE: tuple[Parts, ...] = ((("a",), 3), (("d",), BLOCKS))
 ELSEWHERE: tuple[Parts, ...] = ((("c",), BLOCKS),)
 
 

@@ -17,9 +17,9 @@ from coordinator.loading.stalls import (
 )
 from coordinator.loading.state import Serving
 from tests.coordinator.test_teams import (
+    ALONE,
     BLOCKS,
     RING,
-    Parts,
     Run,
     Shoal,
     collect,
@@ -30,7 +30,6 @@ from wire.messages import Heartbeat, LoadStage, StageBeat, StageCounts, StartSeq
 
 __all__ = ["run"]
 
-ALONE: tuple[Parts, ...] = ((("a",), 3), (("d",), BLOCKS))
 COUNTS = StageCounts(1, 1, 1, 1, 1, 1, 1, 1, 1, 1)
 
 

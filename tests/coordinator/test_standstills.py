@@ -14,8 +14,7 @@ from coordinator.loading.state import Lost
 from coordinator.serving import gateway, standstills
 from coordinator.serving.standstills import LEAST_BEATS, Standstills
 from tests.coordinator.test_teams import (
-    BLOCKS,
-    Parts,
+    ALONE,
     Run,
     Shoal,
     collect,
@@ -26,7 +25,6 @@ from wire.messages import Heartbeat, StageBeat, StageCounts, StartSequence, Toke
 
 __all__ = ["run"]
 
-ALONE: tuple[Parts, ...] = ((("a",), 3), (("d",), BLOCKS))
 COUNTS = StageCounts(1, 1, 1, 1, 1, 1, 1, 1, 1, 1)
 Counts = Callable[[int], StageCounts]
 """The counts of a stage at its n-th heartbeat."""

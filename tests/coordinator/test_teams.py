@@ -90,6 +90,8 @@ Parts = tuple[tuple[str, ...], int]
 
 RING: tuple[Parts, ...] = ((("b", "a", "c"), 3), (("d",), BLOCKS))
 """Three devices share the embedding and two layers; a fourth one has the rest."""
+ALONE: tuple[Parts, ...] = ((("a",), 3), (("d",), BLOCKS))
+"""Two stages, each of one device."""
 
 Told = TypeVar("Told", bound=Message)
 

@@ -14,7 +14,7 @@ import pytest
 from model.checkpoint import Checkpoint
 from model.errors import CheckpointError, ModelError, TokenizerError
 from model.families import load_spec
-from model.hub import hub_name
+from model.hub import parse_name
 from model.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -77,11 +77,11 @@ def put(directory: Path, **files: bytes) -> Path:
 )  # fmt: skip
 @pytest.mark.parametrize("open_model", [Checkpoint.open, load_spec])
 def test_a_hubs_name_is_told_from_a_path(given: str, open_model: Callable[[Path], object]) -> None:
-    name = hub_name(given)
+    name = parse_name(given)
     assert name is not None
     message = refusal(Path(given), open_model)
     assert "the name of a model on a hub" in message
-    assert f"shoal pull {name}" in message
+    assert f"shoal pull {name.repo}" in message
 
 
 def test_a_hubs_name_that_was_fetched_is_found_in_the_cache(own_cache: Path) -> None:
@@ -92,7 +92,7 @@ def test_a_hubs_name_that_was_fetched_is_found_in_the_cache(own_cache: Path) -> 
 
 @pytest.mark.parametrize("text", ["./a/b", "/a/b", "a/b/c", "../a", "a", "~/a", "", "a b/c"])
 def test_a_path_is_no_hubs_name(text: str) -> None:
-    assert hub_name(text) is None
+    assert parse_name(text) is None
 
 
 def test_a_wrong_path_says_how_far_it_is_right(

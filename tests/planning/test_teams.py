@@ -17,14 +17,14 @@ from hypothesis import strategies as st
 
 from model.share import Share
 from planning.build import DeviceInput, RequestInput, build_problem
-from planning.candidates import MOST_TEAMS, candidate_sets, division, with_teams
+from planning.candidates import MOST_TEAMS, division, with_teams
 from planning.exact.solver import SolverName
 from planning.plan import InfeasiblePlan, Plan, PlanError, Proof, Stage, assess, verify
 from planning.planner import solve
 from planning.problem import HopFormat, Objective, PlanningProblem
 from planning.search.search import search
 from planning.sensitivity import own_share
-from planning.teams import incidence, with_team, without_teams
+from planning.teams import incidence, with_team
 from tests.planning.exhaustive_teams import exhaustive, random_teams
 from tests.planning.shapes import llama_8b
 from tests.planning.test_planner import SOLVERS
@@ -38,6 +38,17 @@ WIDTHS = (4, 8)
 ETHERNET, WIFI = (0.0003, 117e6), (0.005, 7.5e6)
 FACTORS: dict[TimingKind, float] = {"embedding": 1e-3, "layer": 1.0, "head": 2.4}
 """Times of blocks, in those of a layer."""
+
+
+def without_teams(problem: PlanningProblem) -> PlanningProblem:
+    return replace(problem, no_teams=True)
+
+
+def candidate_sets(problem: PlanningProblem) -> tuple[tuple[int, ...], ...]:
+    """The sets of devices that are candidates, each lead first."""
+    index = {device.name: i for i, device in enumerate(problem.devices)}
+    teams = [device.team for device in with_teams(problem).devices if device.team is not None]
+    return tuple(dict.fromkeys(tuple(index[part.name] for part in one.parts) for one in teams))
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
