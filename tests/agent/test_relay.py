@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from agent.drafter import Drafter
 from agent.links import Link, Measuring
 from agent.peers import Entrance, PeerServer, connect_peer, measure_link
 from agent.relay import Relay
@@ -109,6 +110,7 @@ class Node:
         context: int,
         hop_bits: HopBits = 32,
         slots: int = 1,
+        drafter: Drafter | None = None,
     ) -> None:
         spec = Checkpoint.open(LLAMA).spec
         blocks = range(artifacts[0][0], artifacts[-1][0] + 1)
@@ -125,6 +127,7 @@ class Node:
             context_tokens=context,
             hop_bits=hop_bits,
             report=self.reports.put,
+            drafter=drafter,
         )
         self.listener = Listener("127.0.0.1", 0)
         self.peers = PeerServer(device, self.listener)
