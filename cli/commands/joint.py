@@ -141,6 +141,8 @@ def _live_request(
     options: argparse.Namespace, screen: Screen, client: Client, *, weights: bool
 ) -> dict[str, Any]:
     """The request for all models. Raises UsageError, CommandFailed."""
+    if options.draft is not None or options.draft_bits is not None:
+        raise UsageError("--draft is for one model: load the models one by one, each with its own")
     _check(options)
     several = []
     for model in options.models:

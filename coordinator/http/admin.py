@@ -396,6 +396,8 @@ def _planned(planned: Planned) -> dict[str, Any]:
     }
     if planned.quality is not None:
         answer["quality"] = planned.quality
+    if planned.draft is not None:
+        answer["draft"] = planned.draft.on(planned.plan).describe(planned.plan)
     if planned.request.with_problem:
         answer["problem"] = planned.problem.to_dict()
     return answer
@@ -502,6 +504,7 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
         "plan": plan,
         "quality": deployment.quality,
         "adapter": deployment.request.adapter,
+        "draft": _draft(deployment),
         "weights": list(deployment.weights),
         "sampling_defaults": deployment.sampling_defaults.stated(),
         "slow": slow_devices(deployment),
@@ -510,6 +513,14 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
             for team, loaded in zip(deployment.teams, deployment.loaded, strict=True)
         ],
     }
+
+
+def _draft(deployment: Deployment) -> dict[str, Any] | None:
+    """The JSON of a draft model; None without one. One without room has a name and no device."""
+    draft, wanted = deployment.draft, deployment.request.draft
+    if draft is not None:
+        return draft.describe(deployment.plan, deployment.draft_counts)
+    return None if wanted is None else {"model": model_name(wanted), "device": None}
 
 
 def _stage(deployment: Deployment, team: Team, loaded: tuple[StageLoaded, ...]) -> dict[str, Any]:

@@ -33,6 +33,12 @@ from coordinator.loading.deployment import (
     unload_forgotten,
     wanted_artifacts,
 )
+from coordinator.loading.drafting import (
+    DRAFT,
+    PlannedDraft,
+    open_draft,
+    require_same_vocabulary,
+)
 from coordinator.loading.models import UNLOADED, Models
 from coordinator.loading.moving import Mover
 from coordinator.loading.paces import slowness_of
@@ -75,11 +81,13 @@ from coordinator.roster.measurements import (
 from coordinator.roster.members import Member, Roster
 from coordinator.roster.names import NameBook
 from model.checkpoint import Checkpoint
+from model.errors import ModelError
 from model.families import load_spec
 from model.given import require_model
 from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
 from planning.build import DeviceInput, RequestInput, build_problem
+from planning.draft import missing_bytes, places_of, with_draft
 from planning.errors import RequestInvalid
 from planning.joint.beside import solve_beside
 from planning.plan import InfeasiblePlan, Plan, PlanError
@@ -87,6 +95,7 @@ from planning.problem import PlanningProblem
 from planning.request import DEFAULT_CONTEXT_TOKENS, LoadRequest, model_name
 from planning.sensitivity import choose_hops
 from wire.messages import BlockRef, StageLoaded
+from wire.sizes import format_size
 
 log = logging.getLogger(__name__)
 
@@ -334,13 +343,21 @@ class Operations:
             slow_now.update({**elsewhere, **slowness_of(deployment, stages, slow)})
             return {member.name: factor for member, factor in slow_now.items()}
 
-        planned = await self._plan(request, asked=False, slowness=slowness, measures=measures)
+        how = partial(self._plan, asked=False, slowness=slowness, measures=measures)
+        try:
+            planned = await how(request)
+        except (InfeasiblePlan, ModelError):
+            if request.draft is None or deployment.draft is not None:
+                raise
+            planned = await how(replace(request, draft=None))
+        lacks_draft = planned.draft is not None and deployment.draft is None
         choice = choice_of(
             planned.problem,
             deployment.plan,
             planned.plan,
             deployment.load_s,
             is_wished=request.plan is not None or _breaks_pins(deployment, request),
+            lacks_draft=lacks_draft,
         )
         present = revalued(deployment.plan, planned.problem)
         return Compared(planned, present, choice, slow_now)
@@ -477,6 +494,47 @@ class Operations:
         slowness: Slowness = as_measured,
         measures: bool = True,
     ) -> Planned:
+        """Plan a request, as ``_planned`` does. Says what a draft model lacks if a user waits."""
+        how = partial(self._planned, weights=weights, slowness=slowness, measures=measures)
+        try:
+            return await how(request, asked=asked)
+        except InfeasiblePlan as error:
+            if request.draft is None or not asked:
+                raise
+            try:
+                without = await how(replace(request, draft=None), asked=False)
+            except PlanError:
+                raise error from None
+            raise InfeasiblePlan(await self._lacking(request, without), error.advice) from error
+
+    async def _lacking(self, request: LoadRequest, without: Planned) -> str:
+        """Say why a draft model does not fit beside the stages of a plan that was made without."""
+        members = self._roster.require_members()
+        draft = await self._draft(
+            request, without.context_tokens, members, weights=False, asked=None
+        )
+        places = {} if draft is None else draft.places
+        name, stage = "" if draft is None else draft.model, without.plan.stages[0]
+        lacks = missing_bytes(without.plan, places)
+        why = (
+            f"{stage.device}, which would run the first stage, cannot run it"
+            if lacks is None
+            else f"{stage.device}, which would run the first stage, lacks {format_size(lacks)}"
+        )
+        return (
+            f"no device has room for the first stage and the draft model {name} beside it: {why}. "
+            "Name a smaller --draft or fewer --draft-bits, or load without one"
+        )
+
+    async def _planned(
+        self,
+        request: LoadRequest,
+        *,
+        asked: bool,
+        weights: bool = True,
+        slowness: Slowness = as_measured,
+        measures: bool = True,
+    ) -> Planned:
         """Plan a request.
 
         asked: a user waits for the best plan, so more of the failed links are tried again.
@@ -498,6 +556,9 @@ class Operations:
         context_tokens = min(
             request.context_tokens or DEFAULT_CONTEXT_TOKENS, checkpoint.spec.max_context
         )
+        draft = await self._draft(
+            request, context_tokens, members, weights=weights, asked=asked if measures else None
+        )
         failed_before_s = time.monotonic()
 
         async def make(*, asked: bool) -> PlanningProblem:
@@ -509,7 +570,8 @@ class Operations:
                 losses,
                 asked=asked if measures else None,
             )
-            return slowed(problem, slowness(problem))
+            problem = slowed(problem, slowness(problem))
+            return problem if draft is None else with_draft(problem, draft.given, draft.places)
 
         problem = await make(asked=asked)
         try:
@@ -545,7 +607,40 @@ class Operations:
             measured_kl,
             losses.source,
             {member.name: member.device for member in members},
+            draft,
         )
+
+    async def _draft(
+        self,
+        request: LoadRequest,
+        context_tokens: int,
+        members: tuple[Member, ...],
+        *,
+        weights: bool,
+        asked: bool | None,
+    ) -> PlannedDraft | None:
+        """The draft model of a request, and what it takes on each device. None for none.
+
+        weights, asked: as of ``_problem`` and ``_planned``. Raises RequestInvalid, ModelError.
+        """
+        if request.draft is None:
+            return None
+        if asked:
+            await asyncio.to_thread(_check_vocabulary, request, weights=weights)
+        open_model = Checkpoint.open if weights else Checkpoint.open_to_plan
+        checkpoint = await asyncio.to_thread(open_model, request.draft, None)
+        draft = open_draft(request, checkpoint, context_tokens)
+        excluded = [
+            member.name for member in members if asked is None or member.device in request.exclude
+        ]
+        timings = await measure_blocks(
+            members, checkpoint.spec, (request.draft_bits,), self._report, excluded
+        )
+        devices = [
+            DeviceInput(member.name, member.profile, timings.get(member.name, ()))
+            for member in members
+        ]
+        return replace(draft, places=places_of(draft.given, devices))
 
     def _opened(
         self, open_model: Callable[[Path, str | None], Checkpoint], request: LoadRequest
@@ -698,9 +793,18 @@ class Operations:
             ),
             self._report,
         )
-        blocks: dict[str, list[BlockRef]] = {name: [] for name in names}
+        blocks: dict[str, list[BlockRef]] = {name: [] for name in (*names, DRAFT)}
         for name, ref in zip(names, refs, strict=True):
             blocks[name].append(ref)
+        draft = planned.draft
+        if draft is not None:
+            blocks[DRAFT] += await in_thread(
+                "quantize",
+                lambda on_step, cancelled: self._store.quantize(
+                    draft.checkpoint, draft.wanted, on_step, cancelled, keep=True
+                ),
+                self._report,
+            )
         return blocks
 
     def _vocabulary_of(self, tokenizer: Tokenizer, spec: ModelSpec) -> Vocabulary | None:
@@ -764,14 +868,25 @@ class Operations:
             tokenizer = await asyncio.to_thread(_tokenizer, request.model)
         left = remaining(request, [member.device for member in self._roster.members])
         try:
-            deployment = await self._put_in_room(left, tokenizer)
+            deployment = await self._put_somehow(left, tokenizer)
+        except (InfeasiblePlan, ModelError) as error:
+            if left.draft is None:
+                raise
+            name = model_name(request.model)
+            log.warning("%s is placed without its draft model, which does not fit: %s", name, error)
+            deployment = await self._put_somehow(replace(left, draft=None), tokenizer)
+        # The next recovery begins from the whole request.
+        return replace(deployment, request=request)
+
+    async def _put_somehow(self, left: LoadRequest, tokenizer: Tokenizer) -> Deployment:
+        """Put a request by its given plan, or else by another one."""
+        try:
+            return await self._put_in_room(left, tokenizer)
         except (PlanError, LinkFailed):
             if left.plan is None:
                 raise
             # The given plan's devices are here, but a link between them is not.
-            deployment = await self._put_in_room(replace(left, plan=None), tokenizer)
-        # The next recovery begins from the whole request.
-        return replace(deployment, request=request)
+            return await self._put_in_room(replace(left, plan=None), tokenizer)
 
     async def _put_in_room(self, request: LoadRequest, tokenizer: Tokenizer) -> Deployment:
         """Plan and deploy beside all other models, or else beside those that answer.
@@ -857,6 +972,7 @@ class Operations:
             quality=record.quality,
             weights=record.weights,
             vocabulary=vocabulary,
+            draft=record.draft,
             fingerprint=record.fingerprint,
             newest_sequence=newest,
         )
@@ -883,6 +999,20 @@ def _tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of a model's directory. Raises ModelError."""
     require_model(directory)
     return Tokenizer.load(directory)
+
+
+def _check_vocabulary(request: LoadRequest, *, weights: bool) -> None:
+    """Raise RequestInvalid if the draft model has another vocabulary, and ModelError.
+
+    Without ``weights`` the files of a tokenizer may not be here yet. Then nothing is checked.
+    """
+    try:
+        tokenizers = [_tokenizer(path) for path in (request.model, request.draft) if path]
+    except ModelError:
+        if weights:
+            raise
+        return
+    require_same_vocabulary(request, *tokenizers)
 
 
 def _doubts(tokenizer: Tokenizer, model: Path) -> list[str]:
