@@ -112,6 +112,9 @@ bench-throughput: $(VENV)/run.stamp ## measure several generations at once over 
 bench-serve: $(VENV)/run.stamp ## measure chats, repeated text and a long prompt beside streams, on emulated hosts (root)
 	$(BIN)/python -m benchmarks.serve $(ARGS)
 
+bench-draft: $(VENV)/run.stamp ## measure a draft model that is right more or less often, on emulated hosts (root)
+	$(BIN)/python -m benchmarks.draft $(ARGS)
+
 bench-peer-loading: $(VENV)/run.stamp ## measure loading blocks from other devices instead of the coordinator (root)
 	$(BIN)/python -m benchmarks.peer_loading $(ARGS)
 
