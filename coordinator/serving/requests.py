@@ -60,7 +60,7 @@ class InFlight:
     """Guessed tokens that were right."""
     model_drafted_tokens: int = 0
     model_accepted_tokens: int = 0
-    """Those of them that a draft model guessed. The text before gave the others."""
+    """The share of both that a draft model guessed. The text before gave the others."""
     started_s: float | None = None
     """When the first of its prompts got a slot."""
     first_s: float | None = None

@@ -106,8 +106,9 @@ def test_memory_grows_with_slots_and_containers_and_files_count() -> None:
 def test_a_guess_takes_all_blocks_and_none_may_be_unmeasured() -> None:
     draft = draft_of()
     timings = [
-        BlockTiming(kind, 0, 4, seconds, seconds)
-        for kind, seconds in (("embedding", 1e-3), ("layer", 2e-3), ("head", 4e-3))
+        BlockTiming("embedding", 0, 4, 1e-3, 1e-3),
+        BlockTiming("layer", 0, 4, 2e-3, 1e-3),
+        BlockTiming("head", 0, 4, 4e-3, 1e-3),
     ]
     assert draft.token_s(timings) == pytest.approx(9e-3)
     assert draft.token_s(timings[:2]) is None

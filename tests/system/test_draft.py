@@ -71,8 +71,7 @@ def prompts(count: int) -> list[list[int]]:
 
 
 def draft_of(cluster: Cluster) -> dict[str, Any]:
-    (model,) = cluster.get("/shoal/v1/models")["models"]
-    found: dict[str, Any] = model["draft"]
+    found: dict[str, Any] = cluster.get("/shoal/v1/ps")["model"]["draft"]
     return found
 
 
@@ -157,7 +156,7 @@ def test_draft_models_that_cannot_guess_are_refused(
     assert "nothing" in missing.stderr
     alone = cluster.run("load", str(model), *EXACT, "--draft-bits=4")
     assert "--draft-bits needs --draft" in " ".join(alone.stderr.split())
-    assert cluster.get("/shoal/v1/models")["models"] == []
+    assert "stages" not in (cluster.get("/shoal/v1/ps")["model"] or {})
 
 
 def sizes(model: Path) -> tuple[int, int]:
@@ -201,7 +200,12 @@ def test_a_draft_model_without_room_is_refused_and_lost_ones_come_back(
     # Without the wish about the last layer, pi-1 would have the whole model.
     pins = ("--pin=layers=2:pi-2", "--pin=head:pi-3")
     assert cluster.load(model, *options, *pins)["draft"]["device"] == "pi-1"
-    request = {"prompt": prompts(1)[0], "max_tokens": 150, "temperature": 1.0, "seed": 3}
+    request: dict[str, Any] = {
+        "prompt": prompts(1)[0],
+        "max_tokens": 150,
+        "temperature": 1.0,
+        "seed": 3,
+    }
     expected = asked(cluster, **{**request, **PLAIN})
     begun = threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -235,7 +239,7 @@ def test_a_restarted_coordinator_takes_the_draft_model_over(
     cluster.processes["coordinator"].wait(30)
     cluster.start_coordinator("--no-mdns", f"--port={cluster.control_port}")
     wait_for(
-        lambda: [one["state"] for one in cluster.get("/shoal/v1/models")["models"]] == ["serving"],
+        lambda: (found := cluster.get("/shoal/v1/ps")["model"]) and found["state"] == "ready",
         60,
         "the model is taken over",
     )
