@@ -45,7 +45,7 @@ def long_model(path: Path, **changes: Any) -> Path:
 @pytest.fixture
 def models(tmp_path: Path) -> tuple[Path, Path]:
     """The model, and the same one under another name. At 4 bits it is the draft model."""
-    return long_model(tmp_path / "model"), long_model(tmp_path / "small")
+    return long_model(tmp_path / "big"), long_model(tmp_path / "small")
 
 
 def start_all(cluster: Cluster, *options: str) -> None:
@@ -124,7 +124,7 @@ def cancelled_streams_leave_the_draft_model_right(cluster: Cluster) -> None:
 
 def the_sources_of_guesses_are_told(cluster: Cluster) -> None:
     metrics = httpx.get(f"{cluster.url}/metrics", trust_env=False, timeout=10).text
-    name = 'shoal_model_drafted_tokens_total{model="model"} '
+    name = 'shoal_model_drafted_tokens_total{model="big"} '
     assert any(
         line.startswith(name) and float(line.removeprefix(name)) > 0
         for line in metrics.splitlines()
@@ -149,7 +149,7 @@ def test_draft_models_that_cannot_guess_are_refused(
     refused = cluster.run("load", str(model), *EXACT, f"--draft={other}")
     assert refused.returncode != 0
     words = " ".join(refused.stderr.split())
-    assert "other has another vocabulary than model" in words
+    assert "other has another vocabulary than big" in words
     assert "token 40 is" in words or "token 41 is" in words
     missing = cluster.run("load", str(model), *EXACT, f"--draft={tmp_path / 'nothing'}")
     assert missing.returncode != 0
@@ -235,8 +235,11 @@ def test_a_restarted_coordinator_takes_the_draft_model_over(
     prompt = prompts(1)[0]
     expected = asked(cluster, prompt, temperature=0)
     before = draft_of(cluster)
-    cluster.processes["coordinator"].terminate()
-    cluster.processes["coordinator"].wait(30)
+    coordinator = cluster.processes["coordinator"]
+    coordinator.terminate()
+    coordinator.wait(30)
+    assert coordinator.stdout is not None
+    coordinator.stdout.close()
     cluster.start_coordinator("--no-mdns", f"--port={cluster.control_port}")
     wait_for(
         lambda: (found := cluster.get("/shoal/v1/ps")["model"]) and found["state"] == "ready",
