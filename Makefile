@@ -117,6 +117,9 @@ bench-serve: $(VENV)/run.stamp ## measure chats, repeated text and a long prompt
 bench-classes: $(VENV)/run.stamp ## measure a light model beside a heavy one, and what classes of requests do
 	$(BIN)/python -m benchmarks.classes $(ARGS)
 
+bench-draft: $(VENV)/run.stamp ## measure a draft model that is right more or less often, on emulated hosts (root)
+	$(BIN)/python -m benchmarks.draft $(ARGS)
+
 bench-peer-loading: $(VENV)/run.stamp ## measure loading blocks from other devices instead of the coordinator (root)
 	$(BIN)/python -m benchmarks.peer_loading $(ARGS)
 

@@ -4,17 +4,20 @@ Text that repeats itself or its context can be guessed: what followed the last t
 likely to follow them again. The first stage guesses, and the last one samples each row with the
 seed and position that it has anyway. So the answer is that of single rows, whatever the guesses.
 
-A wrong guess costs time. So the first stage measures its passes, counts which guesses were right,
-and takes the number that promises most tokens per second. It may lose about a hundredth of the
-time, and what right guesses have gained before.
+A small model may guess too, where one is loaded beside the first stage (agent.drafter).
+
+A wrong guess costs time. So the first stage measures its passes and those of the small model. It
+counts which guesses were right, and takes the source and the number that promise most tokens per
+second. It may lose about a hundredth of the time, and what right guesses have gained before.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
+from typing import NamedTuple
 
 import numpy as np
 
@@ -30,6 +33,17 @@ SIZES = (1, 3, 7, 14)
 """The numbers of guesses whose passes are measured apart. Kernels take 2, 4, 8 and 16 rows best."""
 
 
+BY_MODEL = 3
+"""The kind of guesses that the draft model makes. The others are kinds of matches."""
+
+
+class Plan(NamedTuple):
+    """How many tokens the next pass guesses, and whether the draft model guesses them."""
+
+    guesses: int
+    by_model: bool = False
+
+
 class History:
     """The tokens of a sequence so far."""
 
@@ -37,6 +51,11 @@ class History:
         self._tokens = np.empty(context_tokens + 1, np.int64)
         self._tokens[: len(prompt)] = prompt
         self._count = len(prompt)
+
+    @property
+    def tokens(self) -> Tokens:
+        """All tokens. Later ones do not change the array."""
+        return self._tokens[: self._count]
 
     def append(self, tokens: Sequence[int]) -> None:
         self._tokens[self._count : self._count + len(tokens)] = tokens
@@ -81,8 +100,9 @@ class Pacer:
     EARNED = 0.01
     """Credit is counted in passes of one row. A pass without guesses earns a hundredth."""
 
-    CHANCES = (0.3, 0.6, 0.9)
-    """The chance of a guess after a short, a longer and a long match, before any was checked."""
+    CHANCES = (0.3, 0.6, 0.9, 0.7)
+    """The chance of a guess after a short, a longer and a long match, and of one by the draft
+    model, before any was checked."""
 
     FEWEST = 3
     """So many passes of one row are measured before a guess is checked."""
@@ -102,40 +122,91 @@ class Pacer:
         """Passes without guesses."""
 
     def choose(self, most: int, matched: int) -> int:
-        """Return how many of ``most`` guesses a pass checks."""
-        if len(self._ones_s) < self.FEWEST or most < 1:
-            return 0
-        kind = _kind(matched)
+        """Return how many of ``most`` guesses from the text a pass checks."""
+        return self.plan(most, matched, 0, _no_time).guesses
+
+    def plan(
+        self, most: int, matched: int, most_by_model: int, draft_s: Callable[[int], float]
+    ) -> Plan:
+        """Choose among guesses from the text, guesses by the draft model, and none.
+
+        most, matched: the guesses from the text, and the tokens that speak for them.
+        draft_s: gives the seconds in which the draft model makes so many guesses.
+        """
+        if len(self._ones_s) < self.FEWEST:
+            return Plan(0)
+        by_text, text_rate = self._best(most, _kind(matched), _no_time)
+        by_model, model_rate = self._best(most_by_model, BY_MODEL, draft_s)
+        for guesses, limit, kind in (
+            (by_text, most, _kind(matched)),
+            (by_model, most_by_model, BY_MODEL),
+        ):
+            if limit > 0 and not guesses:  # What was true of this kind may have changed.
+                right, tried = self._right[kind]
+                self._right[kind] = [
+                    0.99 * right + 0.04 * self.CHANCES[kind],
+                    0.99 * tried + 0.04,
+                ]
+        if model_rate > text_rate:
+            return Plan(by_model, by_model=True)
+        return Plan(by_text)
+
+    def trusts_model(self, draft_s: Callable[[int], float]) -> bool:
+        """Whether guesses by the draft model would pay, once it has been fed all tokens."""
+        if len(self._ones_s) < self.FEWEST:
+            return True
+        return self._credit > 0 and self._best(SIZES[-1], BY_MODEL, draft_s)[0] > 0
+
+    def charge(self, seconds: float) -> None:
+        """Count time for which a token had to wait."""
+        lost = seconds / median(self._ones_s) if self._ones_s else 0.0
+        self._credit = max(self._credit - lost, min(self._credit, self.LEAST_CREDIT))
+
+    def _best(self, most: int, kind: int, draft_s: Callable[[int], float]) -> tuple[int, float]:
+        """Return the best number of guesses of a kind and its tokens per pass of one row.
+
+        That is 0 guesses if none would be faster.
+        """
+        best, best_rate = 0, self.FASTER
         right, tried = self._right[kind]
         chance = min(right / tried, 0.99)
         one_s = median(self._ones_s)
-        best, best_rate = 0, self.FASTER
-        for guesses in {min(size, most) for size in SIZES}:
-            cost = self._cost(guesses, one_s)
+        for guesses in {min(size, most) for size in SIZES} if most > 0 else ():
+            cost = self._cost(guesses, one_s) + draft_s(guesses) / one_s
             rate = (1 - chance ** (guesses + 1)) / (1 - chance) / (1 + cost)
             if cost <= self._credit and rate > best_rate:
                 best, best_rate = guesses, rate
-        if not best:  # What was true of this kind of match may have changed.
-            self._right[kind] = [
-                0.99 * right + 0.04 * self.CHANCES[kind],
-                0.99 * tried + 0.04,
-            ]
-        return best
+        return best, best_rate
 
-    def note(self, seconds: float, drafted: int, accepted: int, matched: int) -> None:
-        """Learn from a pass that checked ``drafted`` guesses, of which ``accepted`` were right."""
+    def note(
+        self,
+        seconds: float,
+        drafted: int,
+        accepted: int,
+        matched: int,
+        *,
+        draft_s: float = 0.0,
+        by_model: bool = False,
+    ) -> None:
+        """Learn from a pass that checked ``drafted`` guesses, of which ``accepted`` were right.
+
+        draft_s: the part of ``seconds`` in which the draft model worked.
+        """
+        check_s = max(seconds - draft_s, 0.0)
         if not drafted:
-            self._ones_s.append(seconds)
+            self._ones_s.append(check_s)
             self._credit = min(self._credit + self.EARNED, self.MOST_CREDIT)
+            self.charge(draft_s)
             self._plain += 1
             if self._plain % self.FORGET == 0:
                 for passes_s in filter(None, self._sizes_s.values()):
                     passes_s.popleft()
             return
-        self._sizes_s[_size(drafted)].append(seconds)
-        right, tried = self._right[_kind(matched)]
+        self._sizes_s[_size(drafted)].append(check_s)
+        kind = BY_MODEL if by_model else _kind(matched)
+        right, tried = self._right[kind]
         checked = accepted + (accepted < drafted)
-        self._right[_kind(matched)] = [0.95 * right + accepted, 0.95 * tried + checked]
+        self._right[kind] = [0.95 * right + accepted, 0.95 * tried + checked]
         gained = 1 + accepted - seconds / median(self._ones_s or [seconds])
         # A rare stall says little about guesses. So one pass costs no more than some credit.
         credit = max(self._credit + gained, self.LEAST_CREDIT)
@@ -157,6 +228,11 @@ class Pacer:
         if not self._sizes_s[smaller]:
             return math.inf
         return max(median(self._sizes_s[smaller]) / one_s - 1, 0.01 * smaller) * guesses / smaller
+
+
+def _no_time(guesses: int) -> float:
+    """Guesses from the text take no time."""
+    return 0.0
 
 
 def _size(guesses: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from agent.drafter import Drafter
 from agent.encoding import EncoderRelay
 from agent.relay import Relay
 from agent.turnstile import Turnstile
@@ -23,8 +24,9 @@ def relay_of(
     report: Callable[[Message], None],
     grammars: GrammarProcess | None,
     turnstile: Turnstile,
+    drafter: Drafter | None,
 ) -> AnyRelay:
-    """Return the relay that runs the stage of this request. ``turnstile`` as of Relay."""
+    """Return the relay of the stage of this request. ``turnstile``, ``drafter`` as of Relay."""
     blocks = range(request.blocks[0].block, request.blocks[-1].block + 1)
     if spec.encodes:
         return EncoderRelay(
@@ -50,6 +52,7 @@ def relay_of(
         grammars=grammars,
         turnstile=turnstile,
         weight=request.weight,
+        drafter=drafter,
     )
 
 

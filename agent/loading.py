@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from pathlib import Path
 from agent.blocks import BlockCache, CacheError
 from agent.config import AgentConfig
 from agent.credentials import Credentials
+from agent.drafter import Drafter, require_whole
 from agent.grammars import open_grammars, with_vocabulary
 from agent.holders import Holders
 from agent.integrity import Contents, Watch, load_whole
@@ -33,6 +34,7 @@ from wire.errors import WireError
 from wire.messages import (
     BlockRef,
     BlocksFetched,
+    DraftModel,
     Endpoint,
     FetchBlocks,
     FileRef,
@@ -107,7 +109,7 @@ class StageLoader:
         self._stages.keep([epoch for epoch in request.keeps if epoch != request.epoch])
         contents = Contents(check_all_first=self._had_damage)
         fetched_bytes, from_peers_bytes, started_s = 0, 0, 0.0
-        files = with_vocabulary(request.blocks, request.vocabulary)
+        files = _files(request)
 
         def fetch() -> None:
             nonlocal fetched_bytes, from_peers_bytes, started_s
@@ -120,8 +122,7 @@ class StageLoader:
             started_s = time.perf_counter()
 
         team = Team(request, self._device, spec, self._report) if request.team else None
-        self._wanted = frozenset(ref.sha256 for ref in files)
-        try:
+        with self._in_use(files), contextlib.ExitStack() as undo:
             stage = load_whole(
                 contents,
                 fetch,
@@ -130,24 +131,37 @@ class StageLoader:
                 ),
                 self._cache.remove,
             )
-        finally:
-            self._wanted = frozenset()
-        self._had_damage = False
-        with contextlib.ExitStack() as undo:
             undo.callback(stage.close)
-            loaded = self._run(request, spec, blocks, stage, team)
+            self._had_damage = False
+            drafter = None
+            if request.draft is not None and blocks.start == 0:
+                drafter = self._load_drafter(
+                    backend, request.draft, request.slots, contents, fetch, source.waiting, stage
+                )
+                undo.callback(drafter.close)
+            loaded = self._run(request, spec, blocks, stage, team, drafter)
             undo.pop_all()
-        self._stages.add(loaded)
+            self._stages.add(loaded)
         loaded.watch = Watch(contents, partial(self.stop_damaged, loaded))
         return StageLoaded(
             request.request,
-            stage.memory_bytes,
+            loaded.memory_bytes,
             fetched_bytes,
             time.perf_counter() - started_s,
             contents.damaged_files,
             library_version() if request.vocabulary is not None else "",
             from_peers_bytes,
+            0 if drafter is None else drafter.memory_bytes,
         )
+
+    @contextlib.contextmanager
+    def _in_use(self, files: Sequence[FileRef]) -> Iterator[None]:
+        """Keep files from being evicted until their stage is known."""
+        self._wanted = frozenset(ref.sha256 for ref in files)
+        try:
+            yield
+        finally:
+            self._wanted = frozenset()
 
     def stop_damaged(self, stage: LoadedStage, path: Path) -> None:
         """Stop a stage that runs from a damaged file, and have the coordinator load it again."""
@@ -190,7 +204,13 @@ class StageLoader:
         )
 
     def _run(
-        self, request: LoadStage, spec: ModelSpec, blocks: range, stage: Stage, team: Team | None
+        self,
+        request: LoadStage,
+        spec: ModelSpec,
+        blocks: range,
+        stage: Stage,
+        team: Team | None,
+        drafter: Drafter | None,
     ) -> LoadedStage:
         """Return a stage that takes rows from its previous device, unless another member leads."""
         paced = stage if isinstance(stage, PacedStage) else None
@@ -199,8 +219,8 @@ class StageLoader:
             request.epoch,
             " .. ".join(names),
             len(spec.layers),
-            stage.memory_bytes,
-            frozenset(ref.sha256 for ref in with_vocabulary(request.blocks, request.vocabulary)),
+            stage.memory_bytes + (0 if drafter is None else drafter.memory_bytes),
+            frozenset(ref.sha256 for ref in _files(request)),
             relay=None,
             team=team,
             paced=paced if team is None else team.paced,
@@ -209,7 +229,9 @@ class StageLoader:
         if team is None or team.leads:
             turnstile = self._stages.turnstile
             grammars = open_grammars(request, self._cache)
-            loaded.relay = relay_of(request, stage, spec, self._report, grammars, turnstile)
+            loaded.relay = relay_of(
+                request, stage, spec, self._report, grammars, turnstile, drafter
+            )
             if team is not None and isinstance(loaded.relay, Relay):
                 team.mesh.on_silence = loaded.relay.give_way
             loaded.entrance = Entrance(request.previous, request.hop_key, loaded.relay.deliver)
@@ -226,11 +248,12 @@ class StageLoader:
     ) -> Stage:
         """Load blocks that are in the cache. The files in ``hashed`` are known to be whole."""
         prepared_dir, prepared_bytes = self._prepared(backend, request)
+        draft_bytes = 0 if request.draft is None else request.draft.memory_bytes
         options = StageOptions(
             request.slots,
             request.context_tokens,
             self._config.threads,
-            memory_bytes=max(self._figures.profile.memory_bytes - self._stages.memory_bytes, 0),
+            memory_bytes=self._free_bytes(draft_bytes),
             exact=self._config.exact,
             prepared_dir=prepared_dir,
             prepared_bytes=prepared_bytes,
@@ -239,16 +262,73 @@ class StageLoader:
         )
 
         def load(own: ModelSpec, blocks: Artifacts, team_sum: TeamSum | None = None) -> Stage:
-            kinds = [(block, read_format(path)) for block, path in blocks]
-            self._trials.require(own, kinds, waiting)
-            return backend.stage(own, blocks, replace(options, team_sum=team_sum))
+            wished = replace(options, team_sum=team_sum)
+            return self._tried(backend, own, blocks, wished, waiting)
 
-        artifacts = [(ref.block, self._cache.path(ref.sha256)) for ref in request.blocks]
+        artifacts = self._artifacts(request.blocks)
         if team is None:
             return PacedStage(load(spec, artifacts), request.epoch)
         if not backend.probe().shares:
             raise BackendError(f"{self._config.backend} cannot run shares of layers")
         return team.load(load, artifacts)
+
+    def _load_drafter(
+        self,
+        backend: Backend,
+        draft: DraftModel,
+        slots: int,
+        contents: Contents,
+        fetch: Callable[[], None],
+        waiting: Callable[[], None],
+        stage: Stage,
+    ) -> Drafter:
+        """Load a draft model beside ``stage``. Raises BackendError, CacheError, ModelError."""
+        spec = ModelSpec.from_dict(draft.spec)
+        require_whole(_contiguous(draft.blocks, spec), spec.block_count, encodes=spec.encodes)
+
+        def load() -> Stage:
+            options = StageOptions(
+                slots,
+                draft.context_tokens,
+                self._config.threads,
+                memory_bytes=self._free_bytes(stage.memory_bytes),
+                exact=self._config.exact,
+                hashed=contents.hashed,
+            )
+            return self._tried(backend, spec, self._artifacts(draft.blocks), options, waiting)
+
+        try:
+            loaded = load_whole(contents, fetch, load, self._cache.remove)
+        except BackendError as error:
+            raise BackendError(f"the draft model: {error}") from error
+        drafter = Drafter(loaded, spec.vocab, slots=slots, context_tokens=draft.context_tokens)
+        try:
+            drafter.warm_up()
+        except BaseException:  # Raised again: no model stays that nobody knows.
+            drafter.close()
+            raise
+        return drafter
+
+    def _tried(
+        self,
+        backend: Backend,
+        spec: ModelSpec,
+        blocks: Artifacts,
+        options: StageOptions,
+        waiting: Callable[[], None],
+    ) -> Stage:
+        """Load blocks that have run in a child process without harm."""
+        kinds = [(block, read_format(path)) for block, path in blocks]
+        self._trials.require(spec, kinds, waiting)
+        return backend.stage(spec, blocks, options)
+
+    def _artifacts(self, refs: Sequence[BlockRef]) -> Artifacts:
+        return [(ref.block, self._cache.path(ref.sha256)) for ref in refs]
+
+    def _free_bytes(self, taken_bytes: int) -> int:
+        """The memory that loaded stages leave, less ``taken_bytes``."""
+        left_bytes = self._figures.profile.memory_bytes - self._stages.memory_bytes
+        return max(left_bytes - taken_bytes, 0)
 
     def _prepared(self, backend: Backend, request: LoadStage) -> tuple[Path | None, int]:
         """Return a folder for prepared weights (None without room) and its size in bytes.
@@ -261,6 +341,12 @@ class StageLoader:
             return None, 0
         size_bytes = int(factor * sum(ref.size_bytes for ref in request.blocks))
         return self._cache.prepare(request.blocks, size_bytes), size_bytes
+
+
+def _files(request: LoadStage) -> Sequence[FileRef]:
+    """All files that a stage is loaded from. Raises BackendError."""
+    draft = () if request.draft is None else request.draft.blocks
+    return (*with_vocabulary(request.blocks, request.vocabulary), *draft)
 
 
 def _contiguous(refs: Sequence[BlockRef], spec: ModelSpec) -> range:

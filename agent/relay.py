@@ -22,7 +22,8 @@ from typing import cast
 
 import numpy as np
 
-from agent.drafts import History, Pacer
+from agent.drafter import Drafter
+from agent.drafts import History, Pacer, Plan
 from agent.hop import Hop
 from agent.links import Link, Measuring
 from agent.mesh import TeamLost
@@ -77,14 +78,17 @@ class Relay:
         grammars: GrammarProcess | None = None,
         turnstile: Turnstile | None = None,
         weight: float = 1.0,
+        drafter: Drafter | None = None,
     ) -> None:
         """Run ``stage``, whose rows leave at ``hop_bits`` a value.
 
         turnstile: lets one stage of the device compute at a time. None: there is no other stage.
         weight: the part of the time that this stage gets there, against those of others.
+        drafter: guesses tokens on the first stage, where it has one.
 
         ``report`` sends to the coordinator. If it raises WireError, the sequence of the message
-        ends. Without ``grammars``, answers cannot be kept to a grammar. The relay closes it.
+        ends. Without ``grammars``, answers cannot be kept to a grammar. The relay closes it, as it
+        closes the drafter.
         """
         self.epoch = epoch
         self._stage = stage
@@ -106,6 +110,8 @@ class Relay:
         self._meter = StageMeter()
         self._table = SequenceTable(slots, context_tokens)
         self._pacer = Pacer()
+        self._drafter = self._drafts_by = drafter
+        """The draft model, and the same while it works."""
         self._busy = False
         """Whether a thread runs the stage. The stage belongs to that thread until it is done."""
         self._closed = False
@@ -140,6 +146,8 @@ class Relay:
         with self._lock:
             self._changed.wait_for(lambda: not self._busy)
         self._stage.close()
+        if self._drafter is not None:
+            self._drafter.close()
         if self._grammars is not None:
             self._grammars.close()
 
@@ -204,7 +212,9 @@ class Relay:
             elif sequence is not None and self._is_first:
                 if message.drafts:
                     history = History(prompt, self._context_tokens)
-                    sequence.drafting = Drafting(history, message.drafts)
+                    sequence.drafting = Drafting(
+                        history, message.drafts, uses_model=message.draft_model
+                    )
                 for begin in range(cached, len(prompt), chunk_tokens):
                     chunk = prompt[begin : begin + chunk_tokens]
                     last = begin + len(chunk) == len(prompt) or sampling.prompt_logprobs
@@ -270,7 +280,7 @@ class Relay:
             if sequence is not None and sequence.slot != message.slot:
                 sequence = None
             content = payload, message.bits
-            rows = Rows(position, count, message.last, content, message.drafts)
+            rows = Rows(position, count, message.last, content, message.drafts, message.by_model)
             turns = self._add(sequence, rows)
         if turns:
             self._run(turns)
@@ -299,9 +309,16 @@ class Relay:
         now_s = time.monotonic()
         alone = self._table.alone
         if drafting.began_s and alone:
-            seconds, count = now_s - drafting.began_s, len(drafting.checked)
-            self._pacer.note(seconds, count, accepted, drafting.matched)
+            self._pacer.note(
+                now_s - drafting.began_s,
+                len(drafting.checked),
+                accepted,
+                drafting.matched,
+                draft_s=drafting.draft_s,
+                by_model=drafting.by_model,
+            )
         drafting.history.append((*drafting.checked[:accepted], token))
+        drafting.by_model, drafting.draft_s = False, 0.0
         most = min(
             drafting.most,
             sequence.sampling.max_tokens - sampled.index - 2,
@@ -309,10 +326,31 @@ class Relay:
         )
         # Rows of several sequences run together, and guesses would keep them apart.
         guesses, drafting.matched = drafting.history.guess(most) if alone else ((), 0)
-        drafting.checked = guesses[: self._pacer.choose(len(guesses), drafting.matched)]
+        plan = self._planned(sequence, drafting, guesses, most if alone else 0)
+        drafting.checked = () if plan.by_model else guesses[: plan.guesses]
         drafting.began_s = now_s if alone else 0.0
         tokens = np.array([token, *drafting.checked], dtype=np.int64)
-        return Rows(position, len(tokens), True, tokens, drafting.checked)
+        rows = Rows(position, len(tokens), True, tokens, drafting.checked)
+        rows.wanted = plan.guesses if plan.by_model else 0
+        return rows
+
+    def _planned(
+        self, sequence: Sequence, drafting: Drafting, guesses: tuple[int, ...], most: int
+    ) -> Plan:
+        """Choose the guesses of the next pass, of which the text gives these.
+
+        The caller holds the lock.
+        """
+        drafter = self._drafts_by
+        if drafter is None or not drafting.uses_model:
+            return Plan(self._pacer.choose(len(guesses), drafting.matched))
+        lag = drafter.lag(sequence.slot, drafting.history.tokens)
+        return self._pacer.plan(
+            len(guesses),
+            drafting.matched,
+            0 if lag is None else most,
+            lambda count: drafter.seconds(count, lag or 1),
+        )
 
     def _started(self, number: int) -> Sequence | None:
         """Return this sequence once the coordinator has started it, or None if it is over.
@@ -354,14 +392,21 @@ class Relay:
     def _work(self) -> None:
         """Run waiting rows in the stage's thread until the relay is closed."""
         while True:
+            fed = None
             with self._lock:
                 while self._busy or not (turns := self._table.take(chunks=self._has_room())):
                     self._cede()
                     if self._closed:
                         return
+                    fed = None if self._busy else self._behind()
+                    if fed is not None:
+                        break
                     self._changed.wait()
                 self._busy = True
-            self._run(turns)
+            if turns:
+                self._run(turns)
+            elif fed is not None:
+                self._feed(*fed)
 
     def _has_room(self) -> bool:
         """Whether a chunk can be sent on. Otherwise tokens go first, which need no room."""
@@ -398,8 +443,78 @@ class Relay:
             if self._closed or not self._table.waiting:
                 # The rows for which the place was kept may be gone.
                 self._cede()
-            if self._closed or self._table.waiting:
+            if self._closed or self._table.waiting or self._behind() is not None:
                 self._changed.notify_all()
+
+    # ---- the draft model ------------------------------------------------------------------------
+
+    def _behind(self) -> tuple[Sequence, Tokens] | None:
+        """Return the lone sequence and its tokens, if the draft model is to be fed some of them.
+
+        It is fed while the device waits for the ring. The caller holds the lock.
+        """
+        drafter, sequence = self._drafts_by, self._table.lone
+        drafting = None if sequence is None else sequence.drafting
+        if drafter is None or sequence is None or drafting is None or not drafting.uses_model:
+            return None
+        if self._is_last:  # The device does not wait.
+            return None
+        tokens = drafting.history.tokens
+        lag = drafter.lag(sequence.slot, tokens)
+        if lag is None or lag < 2 or not self._pacer.trusts_model(lambda n: drafter.seconds(n, 1)):
+            return None
+        return sequence, tokens
+
+    def _feed(self, sequence: Sequence, tokens: Tokens) -> None:
+        """Feed a part of a sequence to the draft model in the thread that made the relay busy."""
+        self._turnstile.enter(self._ticket)
+        try:
+            if self._drafts_by is not None:
+                self._drafts_by.feed(sequence.slot, tokens[:-1])
+        except BackendError as error:
+            self._lose_drafter(error)
+        finally:
+            self._turnstile.leave(self._ticket, returns=self._goes_on())
+        now_s = time.monotonic()
+        with self._lock:
+            self._busy = False
+            if sequence.waiting:
+                self._pacer.charge(now_s - sequence.waiting[0].arrived_s)
+            if self._closed or not self._table.waiting:
+                self._cede()
+            self._changed.notify_all()
+
+    def _draft(self, sequence: Sequence, rows: Rows) -> None:
+        """Have the draft model guess what follows the newest token, and add the rows to ``rows``.
+
+        The caller has made the relay busy.
+        """
+        drafting, drafter = sequence.drafting, self._drafts_by
+        if drafting is None or drafter is None or not self._table.alone:
+            return
+        began_s = time.monotonic()
+        try:
+            guesses = drafter.guess(
+                sequence.slot,
+                drafting.history.tokens,
+                rows.wanted,
+                sequence.sampling,
+                self._spec.vocab,
+            )
+        except BackendError as error:
+            self._lose_drafter(error)
+            return
+        with self._lock:
+            drafting.draft_s = time.monotonic() - began_s
+            if guesses and self._table.extend(sequence, rows, guesses):
+                drafting.checked, drafting.by_model = guesses, True
+
+    def _lose_drafter(self, error: BackendError) -> None:
+        """Go on without the draft model, which failed."""
+        log.warning("the draft model failed: answers go on without it: %s", error)
+        self._drafts_by = None
+
+    # ---- one pass -------------------------------------------------------------------------------
 
     def _pass(self, turns: list[Turn], outputs: Array | None = None) -> None:
         """Run the stage, unless ``outputs`` is given, and pass each row's result on.
@@ -411,9 +526,11 @@ class Relay:
         try:
             if outputs is None:
                 self._turnstile.enter(self._ticket)
-                started_s = time.monotonic()
-                self._meter.begins(turns, started_s)
                 try:
+                    if rows.wanted and alone:
+                        self._draft(sequence, rows)
+                    started_s = time.monotonic()
+                    self._meter.begins(turns, started_s)
                     outputs = self._computed(turns)
                 finally:
                     self._meter.ends()
@@ -483,6 +600,7 @@ class Relay:
             self._hop_bits,
             rows.last,
             rows.drafts,
+            rows.by_model,
         )
         self._next().send(message, encode_rows(output, self._hop_bits))
 
@@ -531,6 +649,7 @@ class Relay:
         sequence.sampled_tokens += len(sampled)
         newest = sampled[-1]
         newest.drafted, newest.accepted = len(rows.drafts), len(sampled) - 1
+        newest.by_model = rows.by_model and bool(rows.drafts)
         if not newest.finish and not self._is_first:
             self._next().send(newest)
         for one, row in zip(sampled, logits, strict=False):  # There may be more rows.

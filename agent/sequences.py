@@ -9,6 +9,8 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from agent.drafts import History
 from agent.sampler import Sampler
 from backends.base import Tokens
@@ -30,6 +32,10 @@ class Rows:
     last: bool
     content: Tokens | tuple[memoryview, HopBits]
     drafts: tuple[int, ...] = ()
+    by_model: bool = False
+    """Whether a draft model has made the guesses."""
+    wanted: int = 0
+    """The guesses that the draft model is to make before the pass, on the first stage."""
     arrived_s: float = 0.0
     """When they were added to the table, by a monotonic clock."""
 
@@ -45,8 +51,14 @@ class Drafting:
     """The guesses of the last pass."""
     matched: int = 0
     """The number of earlier tokens that spoke for them."""
+    by_model: bool = False
+    """Whether the draft model made them."""
+    draft_s: float = 0.0
+    """How long it worked for them."""
     began_s: float = 0.0
     """When the last pass began, by a monotonic clock. 0 if its time says nothing."""
+    uses_model: bool = False
+    """Whether the draft model may guess for this sequence."""
 
 
 @dataclass(slots=True, eq=False)
@@ -181,6 +193,26 @@ class SequenceTable:
         rows.arrived_s = time.monotonic()
         sequence.waiting.append(rows)
         return True
+
+    def extend(self, sequence: Sequence, rows: Rows, guesses: tuple[int, ...]) -> bool:
+        """Append rows of guesses to the row of a sequence's newest token, which is to run now.
+
+        False, without effect, if the sequence is over or other rows have come.
+        """
+        end = rows.position + rows.count
+        if self._held.get(sequence.number) is not sequence or sequence.arrived != end:
+            return False
+        if rows.drafts or isinstance(rows.content, tuple):
+            return False
+        rows.content = np.concatenate([rows.content, np.array(guesses, np.int64)])
+        rows.drafts, rows.by_model, rows.count = guesses, True, rows.count + len(guesses)
+        sequence.arrived = rows.position + rows.count
+        return True
+
+    @property
+    def lone(self) -> Sequence | None:
+        """The only sequence that uses the stage, if there is only one."""
+        return next(iter(self._held.values())) if len(self._held) == 1 else None
 
     @property
     def held_rows(self) -> int:

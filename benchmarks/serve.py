@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
@@ -247,8 +247,11 @@ def _compared(pairs: list[tuple[float, float]]) -> dict[str, float]:
 
 
 @contextmanager
-def served(options: argparse.Namespace) -> Iterator[str]:
-    """Run a shoal on emulated hosts, with the model over three of them, and yield its URL."""
+def served(options: argparse.Namespace, wishes: Mapping[str, Any] | None = None) -> Iterator[str]:
+    """Run a shoal on emulated hosts, with the model over three of them, and yield its URL.
+
+    wishes: further fields of the request to load it.
+    """
     delay_s = options.delay_ms / 1e3
     links = {(a, b): Link(delay_s, BYTES_PER_S) for a in NAMES for b in NAMES if a != b}
     for name in NAMES:
@@ -262,6 +265,7 @@ def served(options: argparse.Namespace) -> Iterator[str]:
         "context_tokens": CONTEXT_TOKENS,
         "slots": SLOTS,
         "pins": {str(1 + at * SHAPE.layers // len(NAMES)): name for at, name in enumerate(NAMES)},
+        **(wishes or {}),
     }
     with Testbed(Network(hosts, links, None), "serve") as bed:
         shoal = Cluster(bed, options.state / "hosts")

@@ -72,8 +72,13 @@ def regions() -> dict[str, Region]:
     return found
 
 
-def make_walk_model(directory: Path, shape: Shape, context_tokens: int) -> ModelSpec:
-    """Write the checkpoint into ``directory``, unless it is there."""
+def make_walk_model(
+    directory: Path, shape: Shape, context_tokens: int, *, wrong_share: float = 0.0
+) -> ModelSpec:
+    """Write the checkpoint into ``directory``, unless it is there.
+
+    Models of different shapes walk alike, but for ``wrong_share`` of the tokens.
+    """
     if not (directory / "model.safetensors").exists():
         directory.mkdir(parents=True, exist_ok=True)
         config = {
@@ -95,7 +100,7 @@ def make_walk_model(directory: Path, shape: Shape, context_tokens: int) -> Model
         }
         (directory / "config.json").write_text(json.dumps(config))
         (directory / "tokenizer.json").write_text(json.dumps(_tokenizer()))
-        write_safetensors(directory / "model.safetensors", _tensors(shape))
+        write_safetensors(directory / "model.safetensors", _tensors(shape, wrong_share))
     return load_spec(directory)
 
 
@@ -113,7 +118,7 @@ def _tokenizer() -> dict[str, Any]:
     }
 
 
-def _tensors(shape: Shape) -> dict[str, npt.NDArray[np.float16]]:
+def _tensors(shape: Shape, wrong_share: float) -> dict[str, npt.NDArray[np.float16]]:
     hidden, kv_rows = shape.hidden, shape.hidden // KV_SHARE
     random = np.random.default_rng(SEED)
 
@@ -125,8 +130,12 @@ def _tensors(shape: Shape) -> dict[str, npt.NDArray[np.float16]]:
     # Rows of length 1, which are almost at right angles to each other.
     embedding = matrix(VOCAB, hidden)
     head = np.zeros((VOCAB, hidden), np.float32)
+    wrong = np.random.default_rng(SEED + 1)
     for region in regions().values():
-        for at, followers in enumerate(region.followers):
+        count = len(region.followers)
+        for at in range(count):
+            is_wrong = wrong.random() < wrong_share
+            followers = region.followers[(at + 1) % count if is_wrong else at]
             head[followers] += embedding[region.first + at]
     tensors = {
         "model.embed_tokens.weight": embedding,

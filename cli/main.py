@@ -147,6 +147,7 @@ def run_load(options: argparse.Namespace, screen: Screen) -> None:
         screen.plan(answer["plan"], title, noise=answer.get("noise", ()))
         show_weights(screen, answer)
         show_divergence(screen, answer["plan"], answer.get("quality"))
+        screen.draft(answer)
         screen.sampling_defaults(answer)
 
 

@@ -344,8 +344,33 @@ class Screen:
         for line in [use_text(model), wishes_text(model)]:
             if line:
                 self.out.print(escape(line), soft_wrap=True)
+        self.draft(model)
         if not model["plan"].get("encodes"):
             self.sampling_defaults(model)
+
+    def draft(self, model: Mapping[str, Any]) -> None:
+        """Print the draft model, and how much it helps: as counted so far, or as assumed."""
+        draft = model.get("draft")  # Older coordinators know none.
+        if not draft:
+            return
+        if draft["device"] is None:
+            line = f"draft model: {draft['model']} is not loaded, for lack of room; answers go on"
+            self.out.print(escape(line), soft_wrap=True)
+            return
+        share = f"{draft['acceptance']:.0%} of guesses right"
+        if draft["acceptance_is"] == "measured":
+            share += f" (measured, {draft['drafted_tokens']} guesses)"
+        else:
+            share += " (assumed, none measured yet)"
+        self.out.print(
+            escape(
+                f"draft model: {draft['model']} at {draft['bits']} bits on {draft['device']}, "
+                f"{format_size(draft['memory_bytes'])}; {draft['token_s'] * 1e3:.2f} ms a guess "
+                f"(predicted), {share}: {draft['predicted_gain']:.2f} times the tokens per second "
+                "(predicted)"
+            ),
+            soft_wrap=True,
+        )
 
     def sampling_defaults(self, model: Mapping[str, Any]) -> None:
         """Print what requests take that do not say how to draw tokens, if the model says it."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from model.hub import served_name
-from model.quantize import DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Format, Quantizer
+from model.quantize import BITS, DEFAULT_GROUP_SIZE, DEFAULT_SCHEME, Format, Quantizer
 from model.spec import ModelSpec
 from planning.errors import RequestInvalid
 from planning.json_codec import to_plain
@@ -36,6 +36,8 @@ DEFAULT_BITS = (3, 4, 5, 6, 8)
 ENCODER_BITS = (8,)
 """No loss is known for what an encoder returns, so a plan could not choose fewer."""
 DEFAULT_CONTEXT_TOKENS = 2048
+DEFAULT_DRAFT_BITS = 4
+"""A draft model may be wrong now and then, and must be fast."""
 DEFAULT_TIME_LIMIT_S = 20.0
 
 MAX_SLOTS = 64
@@ -81,6 +83,8 @@ _EXPECTED = {
     "with_problem": "true or false",
     "replaces": "true or false",
     "keep_s": "seconds from 1 up, or null",
+    "draft": f"{MODEL_EXPECTED}, or null",
+    "draft_bits": f"one of {', '.join(map(str, BITS))}",
     "weight": f"a number from {1 / MAX_WEIGHT} to {MAX_WEIGHT:g}",
     "together": f"an object of at most {MOST_TOGETHER} models' names to numbers above 0",
 }
@@ -146,6 +150,10 @@ class LoadRequest:
     """Take the place of all loaded models. Otherwise the model gets what they leave."""
     weight: float = 1.0
     """The model's part of devices that it shares, against the weights of other models there."""
+    draft: Path | None = None
+    """The path of a small model with the same vocabulary that guesses tokens. None: none does."""
+    draft_bits: int = DEFAULT_DRAFT_BITS
+    """The width of all weights of the draft model."""
     keep_s: float | None = None
     """Unload the model after so long without a request. A request loads it again. None: never."""
     together: Mapping[str, float] = field(default_factory=dict)
@@ -154,6 +162,9 @@ class LoadRequest:
 
     def __post_init__(self) -> None:
         require_model(self.model)
+        if self.draft is not None:
+            require_model(self.draft, "draft")
+        require_widths((self.draft_bits,), "draft_bits")
         require_adapter(self.adapter)
         require_form(self.scheme, self.group_size)
         require_scheme_text(self.scheme_text)

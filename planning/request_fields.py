@@ -50,11 +50,11 @@ def require(holds: bool, field: str, expected: str) -> None:
         raise RequestInvalid(f"{field}: {expected}", field)
 
 
-def require_model(model: Path) -> None:
+def require_model(model: Path, field: str = "model") -> None:
     """Raise RequestInvalid unless it is a hub's name, or an absolute path for another machine."""
     if not model.is_absolute() and parse_name(str(model)) is None:
         raise RequestInvalid(
-            f"model: {not_absolute(str(model))}; {MODEL_EXPECTED} is needed", "model"
+            f"{field}: {not_absolute(str(model))}; {MODEL_EXPECTED} is needed", field
         )
 
 

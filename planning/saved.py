@@ -40,6 +40,7 @@ _KEYS = (
     "devices",
     "slots",
     "context_tokens",
+    "draft",
     "predicted",
     "predicted_for",
 )
@@ -68,6 +69,8 @@ class SavedPlan:
     """Slots and context that the plan was made for; None if the file does not say."""
     devices: Mapping[str, str] = field(default_factory=dict)
     """Names of devices -> device ids; devices of a described lab have none."""
+    draft: tuple[str, int] | None = None
+    """The path and the bits of the draft model that the plan has room for."""
     teams: tuple[SavedTeam | None, ...] = ()
     """The team of each stage, None for a device alone. Empty: there are no teams."""
 
@@ -183,12 +186,14 @@ def plan_text(
     slots: int | None = None,
     context_tokens: int | None = None,
     devices: Mapping[str, str] | None = None,
+    draft: tuple[str, int] | None = None,
 ) -> str:
     """The file of a plan: JSON with one stage a line, ``bits`` as runs like ``16 4x11 8``.
 
     ``hop_bits`` is the width that a stage sends at; the last stage has none.
     ``slots``, ``context_tokens``: what the plan was made for. None: decided when it is loaded.
     ``devices``: ids by name. Names that the plan does not use are left out.
+    ``draft``: path and bits of a draft model.
     """
     stages = []
     for stage in plan.stages:
@@ -224,6 +229,7 @@ def plan_text(
         "  ],",
         *([f'  "devices": {json.dumps(ids)},'] if ids else []),
         *(f'  "{key}": {value},' for key, value in made_for.items() if value is not None),
+        *([f'  "draft": {json.dumps({"model": draft[0], "bits": draft[1]})},'] if draft else []),
         f'  "predicted": {json.dumps(predicted)},',
         f'  "predicted_for": "{mark}"',
         "}",
@@ -373,8 +379,20 @@ def _read(values: object, source: str) -> SavedPlan:
         plan.get("slots"),
         plan.get("context_tokens"),
         devices,
+        _draft(plan.get("draft")),
         teams if any(teams := tuple(team for _, _, _, team in stages)) else (),
     )
+
+
+def _draft(value: object) -> tuple[str, int] | None:
+    """The draft model of a file: its path and bits."""
+    if value is None:
+        return None
+    draft = _object(value, "draft", ("model", "bits"), ("model", "bits"))
+    path, bits = draft["model"], draft["bits"]
+    if not isinstance(path, str) or type(bits) is not int or bits not in BITS:
+        raise PlanError("draft: expected the path of a model, and its bits")
+    return path, bits
 
 
 def _mark(stages: Iterable[tuple[str, tuple[int, ...], int | None, SavedTeam | None]]) -> str:

@@ -321,6 +321,19 @@ class BlockRef(FileRef):
 
 
 @dataclass(frozen=True, slots=True)
+class DraftModel:
+    """A small model with the same vocabulary, whole. It guesses tokens for the ring.
+
+    memory_bytes: what the plan charges for it.
+    """
+
+    spec: dict[str, Any]
+    blocks: tuple[BlockRef, ...]
+    context_tokens: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class LoadStage:
     """Fetch these contiguous blocks, and load them as the stage of deployment ``epoch``.
 
@@ -355,6 +368,8 @@ class LoadStage:
     keeps: tuple[int, ...] = ()
     weight: float = 1.0
     """Its part of the device's time, against the weights of other stages there."""
+    draft: DraftModel | None = None
+    """For the first stage: a small model that guesses tokens on its device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,6 +384,8 @@ class StageLoaded:
     """The version of llguidance, where the stage can keep answers to a grammar."""
     from_peers_bytes: int = 0
     """The share of ``fetched_bytes`` that other devices sent."""
+    draft_memory_bytes: int = 0
+    """The share of ``memory_bytes`` that the draft model takes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -698,6 +715,8 @@ class StartSequence:
     """The largest number of prompt rows that go through the stages at once."""
     cached: int = 0
     drafts: int = 0
+    draft_model: bool = True
+    """Whether a draft model may guess, too, where one is loaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -822,6 +841,8 @@ class Activation:
     bits: HopBits
     last: bool
     drafts: tuple[int, ...] = ()
+    by_model: bool = False
+    """Whether a draft model made the guesses."""
 
 
 @dataclass(slots=True)
@@ -848,6 +869,8 @@ class TokenSampled:
     logprobs: bytes = b""
     drafted: int = 0
     accepted: int = 0
+    by_model: bool = False
+    """Whether a draft model made the guesses that were counted."""
 
 
 @dataclass(slots=True)

@@ -194,6 +194,8 @@ def _live_request(
     from planning.plan import PlanError
     from planning.request import model_name
 
+    if options.draft is not None or options.draft_bits is not None:
+        raise UsageError("--draft is for one model: load the models one by one, each with its own")
     _check(options)
     try:
         saved = {} if options.plan is None else _saved(options.plan)

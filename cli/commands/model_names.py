@@ -106,10 +106,17 @@ def locate(
 ) -> None:
     """Put the path that the coordinator reads in place of a hub's name in ``options.model``.
 
+    So it does with ``options.draft``, if there is one.
+
     A name is looked for in the coordinator's cache, then in this user's. It is fetched if the
     coordinator runs here. ``options.shape_from`` is then a path here with the model's config.json.
     weights: without them, its config.json is enough. Raises CommandFailed.
     """
+    draft = getattr(options, "draft", None)
+    if draft is not None:
+        own = argparse.Namespace(model=draft)
+        locate(own, client, screen, weights=weights)
+        options.draft = own.model
     name = named_model(options.model)
     if name is None:
         return

@@ -20,8 +20,14 @@ from cli.shared_arguments import (
     add_scheme_text_argument,
     scheme_text_of,
 )
+from model.quantize import BITS
 from planning.problem import Objective
-from planning.request import DEFAULT_CONTEXT_TOKENS, DEFAULT_TIME_LIMIT_S, THROUGHPUT_SLOTS
+from planning.request import (
+    DEFAULT_CONTEXT_TOKENS,
+    DEFAULT_DRAFT_BITS,
+    DEFAULT_TIME_LIMIT_S,
+    THROUGHPUT_SLOTS,
+)
 from planning.sensitivity import DEFAULT_QUALITY_BUDGET, PAPER_MAX_WEIGHT_ERROR
 from wire.activations import DEFAULT_HOP_BITS, HOP_BITS
 
@@ -145,6 +151,7 @@ def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
         help="Plan without this device. May be repeated.",
     )
     add_team_arguments(parser)
+    _add_draft_arguments(parser)
     parser.add_argument(
         "--migration-weight",
         type=_weight,
@@ -179,6 +186,40 @@ def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Measure the plan's divergence, and plan again until it keeps --quality-budget.",
     )
+
+
+def _add_draft_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the draft model."""
+    parser.add_argument(
+        "--draft",
+        metavar="MODEL",
+        help="A small model with the same vocabulary, given as MODEL is. It lies whole on the "
+        "first stage's device and guesses tokens, which the shoal checks together. Answers stay "
+        "the same. Default: as --plan says, else none.",
+    )
+    parser.add_argument(
+        "--draft-bits",
+        type=argument(_width, f"one of {', '.join(map(str, BITS))}"),
+        metavar="N",
+        help=f"The bits per weight of --draft. Default: as --plan says, else {DEFAULT_DRAFT_BITS}.",
+    )
+
+
+def _width(text: str) -> int:
+    if int(text) not in BITS:
+        raise ValueError(text)
+    return int(text)
+
+
+def draft_of(options: argparse.Namespace, given: SavedPlan | None) -> tuple[Path | None, int]:
+    """The draft model and its bits as asked for, else those of the plan. Raises UsageError."""
+    saved = None if given is None else given.draft
+    if options.draft is None and options.draft_bits is not None and saved is None:
+        raise UsageError("--draft-bits needs --draft MODEL")
+    path, bits = saved or (None, DEFAULT_DRAFT_BITS)
+    if options.draft is not None:
+        path, bits = str(absolute_model(options.draft)), DEFAULT_DRAFT_BITS
+    return None if path is None else Path(path), options.draft_bits or bits
 
 
 def add_quality_arguments(parser: argparse.ArgumentParser, *, with_plan: bool) -> None:
@@ -311,6 +352,7 @@ def request_of(
     try:
         if saved is None and options.plan is not None:
             saved = read_plan(options.plan)
+        draft, draft_bits = draft_of(options, saved)
         return LoadRequest(
             model=absolute_model(options.model),
             adapter=adapter_of(options),
@@ -325,6 +367,8 @@ def request_of(
             exclude=tuple(options.exclude),
             **teams_of(options),
             check_quality=options.check_quality,
+            draft=draft,
+            draft_bits=draft_bits,
             plan=saved,
             with_problem=with_problem,
             **_widths(options, saved),

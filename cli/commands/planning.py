@@ -61,6 +61,8 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
         raise UsageError("--check-quality measures on the shoal's agents: drop --devices")
     if options.migration_weight:
         raise UsageError("--migration-weight needs agents: described devices hold nothing")
+    if options.draft is not None or options.draft_bits is not None:
+        raise UsageError("--draft is planned for the shoal's agents: drop --devices")
     model = Path(options.model)
     try:
         described = read_described(options, screen)
@@ -117,6 +119,9 @@ def run_live_plan(options: argparse.Namespace, screen: Screen, client: Client) -
     found.devices = answer.get("devices")
     found.noise = answer.get("noise", ())
     found.quality, found.weights = answer.get("quality"), answer.get("weights", ())
+    found.draft = answer.get("draft")
+    if request["draft"] is not None:
+        found.saved_draft = request["draft"], request["draft_bits"]
     if not any(asked):
         _show_found(options, screen, found)
         return
@@ -180,6 +185,7 @@ def save_plan(path: Path, plan: Plan, found: _Found) -> None:
         slots=found.plan["slots"],
         context_tokens=found.context_tokens,
         devices=found.devices,
+        draft=found.saved_draft,
     )
     path.write_text(text, encoding="utf-8")
 
@@ -211,6 +217,10 @@ class _Found:
     """Lines about codes that are kept from the model's files, or quantized again."""
     devices: Mapping[str, str] | None = None
     """Ids of devices by name, or None for described devices."""
+    draft: Mapping[str, Any] | None = None
+    """The draft model with its figures, if there is one."""
+    saved_draft: tuple[str, int] | None = None
+    """Its path and bits, for a saved plan."""
     noise: Sequence[Mapping[str, Any]] = ()
     """Entries about noisy figures (coordinator.roster.noise)."""
 
@@ -286,6 +296,8 @@ def _show_found(
             answer["quality"] = found.quality
         if found.weights:
             answer["weights"] = list(found.weights)
+        if found.draft is not None:
+            answer["draft"] = dict(found.draft)
         if "devices" not in found.wording.labels:
             answer["noise"] = list(found.noise)
         if explanation is not None:
@@ -299,6 +311,7 @@ def _show_found(
     screen.plan(found.plan, found.wording.title, times=times, noise=found.noise)
     show_weights(screen, {"weights": found.weights})
     show_divergence(screen, found.plan, found.quality)
+    screen.draft({"draft": found.draft})
     if found.plan["energy_j"] is not None:
         energy_j = found.plan["energy_j"]
         screen.out.print(f"predicted energy of computing: {energy_j:.3g} J per token")

@@ -74,6 +74,21 @@ def run_trace(options: argparse.Namespace, screen: Screen) -> None:
         _show(trace, screen)
 
 
+def guesses_of(request: Mapping[str, Any]) -> list[str]:
+    """Say how many guesses were made and right, by their source; nothing where there were none."""
+    drafted, accepted = request.get("drafted_tokens", 0), request.get("accepted_tokens", 0)
+    by_model = request.get("model_drafted_tokens", 0), request.get("model_accepted_tokens", 0)
+    from_text = drafted - by_model[0], accepted - by_model[1]
+    return [
+        f"{right} of {made} guesses {source} were right"
+        for source, (made, right) in (
+            ("from the text", from_text),
+            ("by the draft model", by_model),
+        )
+        if made
+    ]
+
+
 def _show(trace: Mapping[str, Any], screen: Screen) -> None:
     request = trace["request"]
     table = titled_table(f"passes of one row in request {request['id']}, mean ms")
@@ -108,6 +123,7 @@ def _show(trace: Mapping[str, Any], screen: Screen) -> None:
         f"{request['answer_tokens']} tokens",
         f"took {request['age_s']:.3f} s",
     ]
+    parts += guesses_of(request)
     if first is not None:
         parts.insert(1, f"first token after {first:.3f} s")
     screen.out.print("; ".join(parts), soft_wrap=True)

@@ -132,7 +132,7 @@ class ArtifactStore:
     ) -> tuple[BlockRef, ...]:
         """Make the missing artifacts of ``wanted``, and return all.
 
-        keep: also those of the call before stay on disk.
+        keep: also those of the call before stay on disk, and can be repaired.
 
         Raises model.errors.ModelError (damaged weights, disk full), OSError, StorageFull,
         Cancelled.
@@ -145,7 +145,7 @@ class ArtifactStore:
         self._sources = {
             sha256: source
             for sha256, source in self._sources.items()
-            if source[0].fingerprint == same
+            if keep or source[0].fingerprint == same
         }
         try:
             for done, item in enumerate(wanted):

@@ -400,6 +400,8 @@ def _planned(planned: Planned) -> dict[str, Any]:
     }
     if planned.quality is not None:
         answer["quality"] = planned.quality
+    if planned.draft is not None:
+        answer["draft"] = planned.draft.on(planned.plan).describe(planned.plan)
     if planned.request.with_problem:
         answer["problem"] = planned.problem.to_dict()
     return answer
@@ -520,6 +522,7 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
         "plan": plan,
         "quality": deployment.quality,
         "adapter": deployment.request.adapter,
+        "draft": _draft(deployment),
         "weights": list(deployment.weights),
         "sampling_defaults": deployment.sampling_defaults.stated(),
         "slow": slow_devices(deployment),
@@ -541,6 +544,14 @@ def _pace(deployment: Deployment, team: Team, parts: Sequence[Mapping[str, Any]]
         "pass_s": counts.compute_us / counts.passes / 1e6,
         "pass_tokens": counts.rows / counts.passes,
     }
+
+
+def _draft(deployment: Deployment) -> dict[str, Any] | None:
+    """The JSON of a draft model; None without one. One without room has a name and no device."""
+    draft, wanted = deployment.draft, deployment.request.draft
+    if draft is not None:
+        return draft.describe(deployment.plan, deployment.draft_counts)
+    return None if wanted is None else {"model": model_name(wanted), "device": None}
 
 
 def _stage(deployment: Deployment, team: Team, loaded: tuple[StageLoaded, ...]) -> dict[str, Any]:

@@ -124,6 +124,7 @@ COMMON: dict[str, Schema] = {
     "return_token_ids": _FLAG,
     "cache_prompt": _FLAG,
     "speculative.n_max": _integer(0),
+    "speculative.draft_model": _FLAG,
     "response_format": _or_null(_OBJECT),
     "json_schema": _or_null({}),
     "grammar": _or_null(_TEXT),

@@ -39,6 +39,8 @@ TOKENS = {
     "answer_tokens": "Tokens of answers.",
     "drafted_tokens": "Tokens that were guessed, to be checked together.",
     "accepted_tokens": "Guessed tokens that were right.",
+    "model_drafted_tokens": "Tokens that a draft model guessed.",
+    "model_accepted_tokens": "Tokens that a draft model guessed rightly.",
 }
 """The counts of a request that are added up by model."""
 

@@ -12,6 +12,7 @@ from functools import partial
 from coordinator.files.artifacts import ArtifactStore
 from coordinator.files.vocabulary import Vocabulary, make_vocabulary
 from coordinator.loading.deployment import Deployment, Planned, deploy, unload, wanted_artifacts
+from coordinator.loading.drafting import DRAFT
 from coordinator.loading.models import Models
 from coordinator.loading.state import FilesMended, deployment_of
 from coordinator.roster.measurements import Step, in_thread
@@ -104,9 +105,18 @@ class Deployer:
             ),
             self._report,
         )
-        blocks: dict[str, list[BlockRef]] = {name: [] for name in names}
+        blocks: dict[str, list[BlockRef]] = {name: [] for name in (*names, DRAFT)}
         for name, ref in zip(names, refs, strict=True):
             blocks[name].append(ref)
+        draft = planned.draft
+        if draft is not None:
+            blocks[DRAFT] += await in_thread(
+                "quantize",
+                lambda on_step, cancelled: self._store.quantize(
+                    draft.checkpoint, draft.wanted, on_step, cancelled, keep=True
+                ),
+                self._report,
+            )
         return blocks
 
     def _vocabulary_of(self, tokenizer: Tokenizer, spec: ModelSpec) -> Vocabulary | None:

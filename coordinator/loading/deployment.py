@@ -19,6 +19,7 @@ from typing import Any
 from coordinator.errors import AgentFailed, AgentLost, LinkFailed
 from coordinator.files.artifacts import Wanted
 from coordinator.files.vocabulary import Vocabulary
+from coordinator.loading.drafting import DRAFT, Counts, Draft, PlannedDraft
 from coordinator.loading.slots import Slots
 from coordinator.roster.measurements import Step, forward, together
 from coordinator.roster.members import Member
@@ -76,6 +77,8 @@ class Planned:
     losses: LossSource
     devices: Mapping[str, str] = field(default_factory=dict)
     """Device ids by the names in the problem and the plan."""
+    draft: PlannedDraft | None = None
+    """The draft model that the plan has room for, if there is one."""
 
     @property
     def weights(self) -> list[str]:
@@ -119,6 +122,9 @@ class Deployment:
     """As of ``Planned``."""
     vocabulary: Vocabulary | None = None
     """The bytes of the model's tokens. None if they have none, or llguidance is not installed."""
+    draft: Draft | None = None
+    """The draft model on the first stage's device. None if there is none, or no room for it."""
+    draft_counts: Counts = field(default_factory=Counts)
     fingerprint: str = ""
     """The fingerprint of the checkpoint from which the stages were made."""
     newest_sequence: int = 0
@@ -218,7 +224,7 @@ async def deploy(
 ) -> Deployment:
     """Load and connect the stages of a plan. If that fails, none of them stays loaded.
 
-    blocks: the artifacts of each device, by its name in the plan.
+    blocks: the artifacts of each device, by its name in the plan, and of DRAFT.
     vocabulary: the device that samples gets it.
     keeps: the epochs of deployments whose stages stay beside the new ones.
     on_loaded: is called for each loaded stage, even if another one fails.
@@ -265,6 +271,7 @@ async def deploy(
         quality=planned.quality,
         weights=planned.weights,
         vocabulary=vocabulary,
+        draft=None if planned.draft is None else planned.draft.on(planned.plan),
         fingerprint=planned.checkpoint.fingerprint,
     )
 
@@ -280,7 +287,8 @@ async def fetch(
     teams = _teams(planned, roster)
 
     async def one(name: str, member: Member) -> None:
-        build = partial(FetchBlocks, blocks=tuple(blocks[name]))
+        draft = blocks.get(DRAFT, ()) if member is teams[0][0] else ()
+        build = partial(FetchBlocks, blocks=(*blocks[name], *draft))
         if vocabulary is not None and member is teams[-1][0]:
             build = partial(build, vocabulary=vocabulary.ref)
         await member.request(build, BlocksFetched, forward(on_step, "fetch", name))
@@ -337,6 +345,9 @@ def _orders(
             label = member.name if len(team) == 1 else f"{member.name} of {team_name(team)}"
             if vocabulary is not None and member is teams[-1][0]:
                 share = partial(share, vocabulary=vocabulary.ref)
+            if planned.draft is not None and member is teams[0][0]:
+                draft = planned.draft.message(planned.plan, blocks[DRAFT])
+                share = partial(share, draft=draft)
             orders.append((member, label, partial(share, blocks=tuple(blocks[name]))))
     return orders
 

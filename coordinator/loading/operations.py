@@ -32,6 +32,7 @@ from coordinator.loading.deployment import (
     unload,
     unload_forgotten,
 )
+from coordinator.loading.drafting import load_tokenizer
 from coordinator.loading.models import UNLOADED, Models
 from coordinator.loading.moving import Mover
 from coordinator.loading.paces import slowness_of
@@ -70,8 +71,8 @@ from coordinator.roster.measurements import (
 )
 from coordinator.roster.members import Member, Roster
 from model.checkpoint import Checkpoint
+from model.errors import ModelError
 from model.families import load_spec
-from model.given import require_model
 from model.tokenizer import Tokenizer
 from planning.errors import RequestInvalid
 from planning.plan import InfeasiblePlan, Plan, PlanError
@@ -325,6 +326,7 @@ class Operations:
                 is_wished=planned.request.plan is not None
                 or _breaks_pins(deployment, planned.request),
                 others=[record.plan for record in self._beside(planned.request)],
+                lacks_draft=planned.draft is not None and deployment.draft is None,
             )
         else:
             together, choice = await compared_together(group, parts, self._say_planning)
@@ -365,7 +367,13 @@ class Operations:
             slow_now.update({**elsewhere, **slowness_of(deployment, stages, slow)})
             return {member.name: factor for member, factor in slow_now.items()}
 
-        return await self._maker.plan(request, asked=False, slowness=slowness, measures=measures)
+        how = partial(self._maker.plan, asked=False, slowness=slowness, measures=measures)
+        try:
+            return await how(request)
+        except (InfeasiblePlan, ModelError):
+            if request.draft is None or deployment.draft is not None:
+                raise
+            return await how(replace(request, draft=None))
 
     async def plan_again(self, requests: Sequence[LoadRequest]) -> PlannedAgain:
         """Plan models together again, for the devices that are here. The caller holds the turn.
@@ -527,17 +535,28 @@ class Operations:
         The caller holds the turn. Raises CoordinatorError, ModelError, PlanError.
         """
         if tokenizer is None:
-            tokenizer = await asyncio.to_thread(_tokenizer, request.model)
+            tokenizer = await asyncio.to_thread(load_tokenizer, request.model)
         left = remaining(request, [member.device for member in self._roster.members])
         try:
-            deployment = await self._put_in_room(left, tokenizer)
+            deployment = await self._put_somehow(left, tokenizer)
+        except (InfeasiblePlan, ModelError) as error:
+            if left.draft is None:
+                raise
+            name = model_name(request.model)
+            log.warning("%s is placed without its draft model, which does not fit: %s", name, error)
+            deployment = await self._put_somehow(replace(left, draft=None), tokenizer)
+        # The next recovery begins from the whole request.
+        return replace(deployment, request=request)
+
+    async def _put_somehow(self, left: LoadRequest, tokenizer: Tokenizer) -> Deployment:
+        """Put a request by its given plan, or else by another one."""
+        try:
+            return await self._put_in_room(left, tokenizer)
         except (PlanError, LinkFailed):
             if left.plan is None:
                 raise
             # The given plan's devices are here, but a link between them is not.
-            deployment = await self._put_in_room(replace(left, plan=None), tokenizer)
-        # The next recovery begins from the whole request.
-        return replace(deployment, request=request)
+            return await self._put_in_room(replace(left, plan=None), tokenizer)
 
     async def _put_in_room(self, request: LoadRequest, tokenizer: Tokenizer) -> Deployment:
         """Plan and deploy beside all other models, or else beside those that answer.
@@ -587,7 +606,7 @@ class Operations:
     ) -> Deployment:
         """Deploy a plan that was made for a part of a request. Otherwise as ``carry_out``."""
         if tokenizer is None:
-            tokenizer = await asyncio.to_thread(_tokenizer, request.model)
+            tokenizer = await asyncio.to_thread(load_tokenizer, request.model)
         files = await self._deployer.files(planned, tokenizer)
         members = self._roster.members
         try:
@@ -604,7 +623,7 @@ class Operations:
         Raises CoordinatorError if a stage is gone or the model's files have changed, and
         ModelError.
         """
-        tokenizer = await asyncio.to_thread(_tokenizer, request.model)
+        tokenizer = await asyncio.to_thread(load_tokenizer, request.model)
         checkpoint = await asyncio.to_thread(self._maker.opened, Checkpoint.open, request)
         if checkpoint.fingerprint != record.fingerprint:
             raise NotLoaded("the model's files have changed")
@@ -628,6 +647,7 @@ class Operations:
             quality=record.quality,
             weights=record.weights,
             vocabulary=vocabulary,
+            draft=record.draft,
             fingerprint=record.fingerprint,
             newest_sequence=newest,
         )
@@ -650,15 +670,9 @@ def _breaks_pins(deployment: Deployment, request: LoadRequest) -> bool:
     )
 
 
-def _tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a model's directory. Raises ModelError."""
-    require_model(directory)
-    return Tokenizer.load(directory)
-
-
 async def _checked_tokenizer(request: LoadRequest) -> Tokenizer:
     """The tokenizer of a request's model. What is doubtful of it is logged. Raises ModelError."""
-    tokenizer = await asyncio.to_thread(_tokenizer, request.model)
+    tokenizer = await asyncio.to_thread(load_tokenizer, request.model)
     for doubt in await asyncio.to_thread(_doubts, tokenizer, request.model):
         log.warning("%s", doubt)
     return tokenizer

@@ -10,6 +10,8 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,6 +19,7 @@ from coordinator.errors import Busy
 from coordinator.files.artifacts import ArtifactStore
 from coordinator.loading.beside import use_of
 from coordinator.loading.deployment import Planned
+from coordinator.loading.drafting import PlannedDraft, check_vocabulary, open_draft
 from coordinator.loading.models import Models
 from coordinator.loading.rebalance import slowed
 from coordinator.loading.record import DeploymentRecord
@@ -35,6 +38,7 @@ from coordinator.roster.members import Member, Roster
 from coordinator.roster.names import NameBook
 from model.checkpoint import Checkpoint
 from planning.build import DeviceInput, RequestInput, build_problem
+from planning.draft import missing_bytes, places_of, with_draft
 from planning.errors import RequestInvalid
 from planning.joint.beside import solve_beside
 from planning.plan import InfeasiblePlan, Plan, PlanError
@@ -42,6 +46,7 @@ from planning.problem import PlanningProblem
 from planning.request import DEFAULT_CONTEXT_TOKENS, LoadRequest
 from planning.sensitivity import choose_hops
 from wire.profile import BlockTiming
+from wire.sizes import format_size
 
 Slowness: TypeAlias = Callable[[PlanningProblem], Mapping[str, float]]
 """Says how many times longer than in a problem its devices take, by their names."""
@@ -87,8 +92,31 @@ class PlanMaker:
         weights: without them, config.json is enough, and losses are assumed.
         slowness: says how many times longer than measured devices take, by their names.
         measures: measure what is not known yet.
-        Raises CoordinatorError, ModelError, PlanError.
+        Raises CoordinatorError, ModelError, PlanError. If a user waits, InfeasiblePlan says what a
+        draft model lacks.
         """
+        how = partial(self._plan, weights=weights, slowness=slowness, measures=measures)
+        try:
+            return await how(request, asked=asked)
+        except InfeasiblePlan as error:
+            if request.draft is None or not asked:
+                raise
+            try:
+                without = await how(replace(request, draft=None), asked=False)
+            except PlanError:
+                raise error from None
+            raise InfeasiblePlan(await self._lacking(request, without), error.advice) from error
+
+    async def _plan(
+        self,
+        request: LoadRequest,
+        *,
+        asked: bool,
+        weights: bool,
+        slowness: Slowness,
+        measures: bool,
+    ) -> Planned:
+        """Plan a request, as ``plan`` does."""
         open_model = Checkpoint.open if weights else Checkpoint.open_to_plan
         checkpoint = await asyncio.to_thread(self.opened, open_model, request)
         request = request.for_model(checkpoint.spec)
@@ -103,6 +131,9 @@ class PlanMaker:
         context_tokens = min(
             request.context_tokens or DEFAULT_CONTEXT_TOKENS, checkpoint.spec.max_context
         )
+        draft = await self._draft(
+            request, context_tokens, members, weights=weights, asked=asked if measures else None
+        )
         failed_before_s = time.monotonic()
 
         async def make(*, asked: bool) -> PlanningProblem:
@@ -114,7 +145,8 @@ class PlanMaker:
                 losses,
                 asked=asked if measures else None,
             )
-            return slowed(problem, slowness(problem))
+            problem = slowed(problem, slowness(problem))
+            return problem if draft is None else with_draft(problem, draft.given, draft.places)
 
         problem = await make(asked=asked)
         try:
@@ -137,6 +169,58 @@ class PlanMaker:
             measured_kl,
             losses.source,
             {member.name: member.device for member in members},
+            draft,
+        )
+
+    async def _draft(
+        self,
+        request: LoadRequest,
+        context_tokens: int,
+        members: tuple[Member, ...],
+        *,
+        weights: bool,
+        asked: bool | None,
+    ) -> PlannedDraft | None:
+        """The draft model of a request, and what it takes on each device. None for none.
+
+        weights, asked: as of ``plan`` and ``_problem``. Raises RequestInvalid, ModelError.
+        """
+        if request.draft is None:
+            return None
+        if asked:
+            await asyncio.to_thread(check_vocabulary, request, weights=weights)
+        open_model = Checkpoint.open if weights else Checkpoint.open_to_plan
+        checkpoint = await asyncio.to_thread(open_model, request.draft, None)
+        draft = open_draft(request, checkpoint, context_tokens)
+        excluded = [
+            member.name for member in members if asked is None or member.device in request.exclude
+        ]
+        timings = await measure_blocks(
+            members, checkpoint.spec, (request.draft_bits,), self._report, excluded
+        )
+        devices = [
+            DeviceInput(member.name, member.profile, timings.get(member.name, ()))
+            for member in members
+        ]
+        return replace(draft, places=places_of(draft.given, devices))
+
+    async def _lacking(self, request: LoadRequest, without: Planned) -> str:
+        """Say why a draft model does not fit beside the stages of a plan that was made without."""
+        members = self._roster.require_members()
+        draft = await self._draft(
+            request, without.context_tokens, members, weights=False, asked=None
+        )
+        places = {} if draft is None else draft.places
+        name, stage = "" if draft is None else draft.model, without.plan.stages[0]
+        lacks = missing_bytes(without.plan, places)
+        why = (
+            f"{stage.device}, which would run the first stage, cannot run it"
+            if lacks is None
+            else f"{stage.device}, which would run the first stage, lacks {format_size(lacks)}"
+        )
+        return (
+            f"no device has room for the first stage and the draft model {name} beside it: {why}. "
+            "Name a smaller --draft or fewer --draft-bits, or load without one"
         )
 
     def opened(

@@ -206,12 +206,14 @@ def choice_of(
     *,
     is_wished: bool = False,
     others: Sequence[Plan] = (),
+    lacks_draft: bool = False,
 ) -> Choice:
     """Compare the present plan with another one of ``problem``, which has the present figures.
 
     load_s: how long stages take to load blocks that their devices have.
     is_wished: the present plan is not as the user asked for.
     others: of other models on these devices. What a plan takes of their time counts, too.
+    lacks_draft: it has no draft model, which the user asked for, and the other one has room for it.
     Raises PlanError if the present plan needs a device or link that is not there.
     """
     now = revalued(present, problem)
@@ -222,7 +224,7 @@ def choice_of(
         now.total_sensitivity,
         other.total_sensitivity,
         other.load_s + load_s,
-        is_wished and frozenset(present.placements) != frozenset(other.placements),
+        lacks_draft or (is_wished and frozenset(present.placements) != frozenset(other.placements)),
     )
 
 

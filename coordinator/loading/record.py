@@ -17,6 +17,7 @@ from typing import Any
 
 from coordinator.disk import Disk, write
 from coordinator.loading.deployment import Deployment, Team
+from coordinator.loading.drafting import Draft
 from coordinator.roster.members import Member
 from model.bounded import read_json
 from planning.json_codec import from_plain, to_plain
@@ -34,7 +35,7 @@ class DeploymentRecord:
 
     fingerprint: of the checkpoint from which the stages were made.
     devices: ids of the devices by the names in the plan.
-    loaded, sums, quality, weights: as of ``Deployment``.
+    loaded, sums, quality, weights, draft: as of ``Deployment``.
     """
 
     epoch: int
@@ -46,6 +47,7 @@ class DeploymentRecord:
     sums: tuple[TeamMeasured | None, ...]
     quality: Mapping[str, Any] | None = None
     weights: tuple[str, ...] = ()
+    draft: Draft | None = None
     version: int = VERSION
 
     @staticmethod
@@ -66,6 +68,7 @@ class DeploymentRecord:
             deployment.sums,
             deployment.quality,
             tuple(deployment.weights),
+            deployment.draft,
         )
 
     def teams(self, members: Sequence[Member]) -> tuple[Team, ...] | None:

@@ -107,15 +107,19 @@ class Shortcuts:
     cache_prompt: the prompt may begin with rows that a slot has kept. Their last bits depend on the
         chunks in which they were computed.
     drafts: the most tokens that the first stage may guess ahead. 0: none.
+    draft_model: a draft model may guess them, where one is loaded.
     """
 
     cache_prompt: bool = True
     drafts: int = limits.DRAFT_TOKENS
+    draft_model: bool = True
 
     def within(self, allowed: Shortcuts) -> Shortcuts:
         """Return those that are allowed, too."""
         return Shortcuts(
-            self.cache_prompt and allowed.cache_prompt, min(self.drafts, allowed.drafts)
+            self.cache_prompt and allowed.cache_prompt,
+            min(self.drafts, allowed.drafts),
+            self.draft_model and allowed.draft_model,
         )
 
 
@@ -415,8 +419,10 @@ class Gateway:
                         if event.logprobs and piece.tokens:
                             piece = _with_logprobs(piece, event, sampling, deployment.spec.vocab)
                         request.answers(len(piece.tokens))
-                        request.drafted_tokens += event.drafted
-                        request.accepted_tokens += event.accepted
+                        request.guesses(event.drafted, event.accepted, by_model=event.by_model)
+                        if event.by_model:
+                            deployment.draft_counts.drafted += event.drafted
+                            deployment.draft_counts.accepted += event.accepted
                         answer += piece.tokens
                         given += piece.tokens
                         entry.add(piece.tokens)
@@ -463,9 +469,7 @@ class Gateway:
             if urgency == Urgency.BULK and self._lanes.are_urgent(deployment):
                 raise _Paused("a real-time request has come")
             while True:
-                events = self._sequence(
-                    deployment, held, prompt, sampling, timing, shortcuts.drafts
-                )
+                events = self._sequence(deployment, held, prompt, sampling, timing, shortcuts)
                 try:
                     async with aclosing(events):
                         async for event in events:
@@ -503,7 +507,7 @@ class Gateway:
         prompt: tuple[int, ...],
         sampling: Sampling,
         timing: Timing,
-        drafts: int,
+        shortcuts: Shortcuts,
     ) -> AsyncGenerator[_Told, None]:
         """Run a sequence in a slot, and yield its tokens. Raises CoordinatorError."""
         # Stages that were loaded before this coordinator was started know earlier sequences.
@@ -526,7 +530,7 @@ class Gateway:
             chunk_tokens = deployment.plan.chunk_tokens(len(prompt) - held.cached)
             if shares:
                 chunk_tokens = min(chunk_tokens, SHARED_CHUNK_TOKENS)
-            await _begin(deployment, number, held, prompt, sampling, drafts, chunk_tokens)
+            await _begin(deployment, number, held, prompt, sampling, shortcuts, chunk_tokens)
             while not flight.ended or not flight.events.empty():
                 event = await _next_event(flight, len(prompt) - held.cached)
                 if isinstance(event, CoordinatorError):
@@ -550,7 +554,9 @@ class Gateway:
         async def run(tokens: tuple[int, ...]) -> None:
             async with after.slots.one(tokens) as held:
                 sampling = Sampling(1, ())
-                events = self._sequence(after, held, tokens, sampling, Timing(), 0)
+                events = self._sequence(
+                    after, held, tokens, sampling, Timing(), Shortcuts(drafts=0)
+                )
                 async with aclosing(events):
                     async for _ in events:
                         pass
@@ -739,7 +745,7 @@ async def _begin(
     held: Held,
     prompt: tuple[int, ...],
     sampling: Sampling,
-    drafts: int,
+    shortcuts: Shortcuts,
     chunk_tokens: int,
 ) -> None:
     """Start a sequence on every stage. The loss of a device ends the flight elsewhere.
@@ -765,7 +771,8 @@ async def _begin(
         common,
         chunk_tokens,
         cached=held.cached,
-        drafts=drafts,
+        drafts=shortcuts.drafts,
+        draft_model=shortcuts.draft_model,
     )
     told = [start for _ in deployment.leads]
     if sampling.repetition_penalty != 1:

@@ -58,6 +58,9 @@ class InFlight:
     """Tokens that were guessed, to be checked together."""
     accepted_tokens: int = 0
     """Guessed tokens that were right."""
+    model_drafted_tokens: int = 0
+    model_accepted_tokens: int = 0
+    """The share of both that a draft model guessed. The text before gave the others."""
     started_s: float | None = None
     """When the first of its prompts got a slot."""
     first_s: float | None = None
@@ -100,6 +103,14 @@ class InFlight:
             self.first_s = self.last_s
             self.state = "answering"
             self.on_change()
+
+    def guesses(self, drafted: int, accepted: int, *, by_model: bool) -> None:
+        """Count the guesses of a pass. Called for each step, so it does no more."""
+        self.drafted_tokens += drafted
+        self.accepted_tokens += accepted
+        if by_model:
+            self.model_drafted_tokens += drafted
+            self.model_accepted_tokens += accepted
 
     @property
     def seed(self) -> int:
@@ -152,6 +163,8 @@ class InFlight:
             "answer_tokens": self.answer_tokens,
             "drafted_tokens": self.drafted_tokens,
             "accepted_tokens": self.accepted_tokens,
+            "model_drafted_tokens": self.model_drafted_tokens,
+            "model_accepted_tokens": self.model_accepted_tokens,
             "status": self.status,
             "error": self.error,
         }

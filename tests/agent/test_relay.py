@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from agent.drafter import Drafter
 from agent.links import Link, Measuring
 from agent.peers import Entrance, PeerServer, connect_peer, measure_link
 from agent.relay import Relay
@@ -124,6 +125,7 @@ class Node:
         hop_bits: HopBits = 32,
         slots: int = 1,
         grammars: GrammarProcess | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
         spec = Checkpoint.open(LLAMA).spec
         blocks = range(artifacts[0][0], artifacts[-1][0] + 1)
@@ -141,6 +143,7 @@ class Node:
             hop_bits=hop_bits,
             report=self.reports.put,
             grammars=grammars,
+            drafter=drafter,
         )
         self.listener = Listener("127.0.0.1", 0)
         self.peers = PeerServer(device, self.listener)

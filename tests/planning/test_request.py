@@ -129,6 +129,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("with_problem", "yes", "true or false"),
     ("replaces", "a", "true or false"),
     ("keep_s", 0.5, "seconds from 1 up, or null"),
+    ("draft", "here", "the absolute path of a model, or a hub's name for it"),
+    ("draft_bits", 7, "draft_bits: a list out of"),
     ("weight", 0, "a number from"),
 ]
 

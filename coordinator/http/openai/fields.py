@@ -54,6 +54,7 @@ KNOWN = frozenset(
         "return_token_ids",
         "cache_prompt",
         "speculative.n_max",
+        "speculative.draft_model",
         "response_format",
         "json_schema",
         "grammar",

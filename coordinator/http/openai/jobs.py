@@ -129,7 +129,8 @@ def read_shortcuts(body: Mapping[str, Any]) -> Shortcuts:
     """Read llama-server's fields for the prompt's cache and for guesses. Raises RequestInvalid."""
     most = number(body, "speculative.n_max", limits.DRAFT_TOKENS, 0, 1 << 31, whole=True)
     keeps = body.get("cache_prompt") is None or flag(body, "cache_prompt")
-    return Shortcuts(keeps, int(most))
+    model = body.get("speculative.draft_model") is None or flag(body, "speculative.draft_model")
+    return Shortcuts(keeps, int(most), model)
 
 
 def read_conversation(deployment: Deployment, body: Mapping[str, Any]) -> tuple[Reading, list[int]]:

@@ -10,6 +10,7 @@ generation_config.json, then by OpenAI's defaults. Beyond OpenAI's fields there 
 - ``ignore_eos`` goes on after the model's own end of text, up to ``max_tokens``.
 - ``cache_prompt`` false computes the whole prompt, also if a slot keeps its first rows.
 - ``speculative.n_max`` limits the tokens that are guessed ahead. 0: none.
+- ``speculative.draft_model``: whether a draft model may guess them, where one is loaded.
 - ``return_token_ids`` adds a ``shoal`` object with token ids and measured speeds.
 - ``json_schema``, ``grammar``, ``structured_outputs`` and ``guided_...`` give the answer's format.
 - ``enable_thinking`` and ``chat_template_kwargs`` are variables for the chat template.
