@@ -25,7 +25,7 @@ from wire.messages import (
     KnownDevice,
     Message,
     PeerHello,
-    ReleaseSequence,
+    TokenSampled,
 )
 
 COORDINATOR_KEY = bytes(range(32))
@@ -101,9 +101,9 @@ def ring(tmp_path: Path) -> Iterator[Ring]:
 
 def test_the_device_before_sends_to_the_stage(ring: Ring) -> None:
     with ring.connect("attic", KEY) as connection:
-        connection.send(ReleaseSequence(1, 2))
+        connection.send(TokenSampled(1, 2, 0, 5, ""))
         assert ring.arrived.wait(ANSWER_S)
-    assert ring.delivered == [ReleaseSequence(1, 2)]
+    assert ring.delivered == [TokenSampled(1, 2, 0, 5, "")]
 
 
 def test_a_stranger_says_nothing_to_a_stage(ring: Ring) -> None:
