@@ -642,7 +642,8 @@ class Operations:
         held: Mapping[str, Sequence[Collection[int]]] = {}
         rates: Mapping[str, float] = {}
         if request.objective.migration_weight > 0:
-            artifacts = self._store.known(checkpoint, map(request.format, request.bits))
+            formats = [request.format(bits) for bits in request.bits]
+            artifacts = await asyncio.to_thread(self._store.known, checkpoint, formats)
             held = await find_held(members, artifacts, spec.block_count)
             rates = load_rates(self._roster, members)
         devices = [
