@@ -41,7 +41,7 @@ class FreeMemory:
         self._idle_bytes = self._base_bytes = available()
         """The free bytes if other programs were as at the start: without stages, and with them."""
         self._more_bytes = 0
-        """What others have given back since then. Negative if they took more."""
+        """The bytes that others have given back since then. Negative if they took more."""
         self._granted_bytes = 0
         """The part of it that stages may take."""
         self._least_bytes = 0

@@ -28,7 +28,7 @@ class Disk:
         """The thread. It has done all earlier work before what it is given now."""
         self._lock = threading.Lock()
         self._newest: dict[Path, tuple[str | None, Failed]] = {}
-        """What waits to be written, by file."""
+        """The contents that wait to be written, by file."""
         self._closed = False
 
     def replace(self, path: Path, text: str | None, failed: Failed) -> None:

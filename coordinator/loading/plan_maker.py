@@ -341,7 +341,8 @@ class PlanMaker:
         held: Mapping[str, Sequence[Collection[int]]] = {}
         rates: Mapping[str, float] = {}
         if request.objective.migration_weight > 0:
-            artifacts = self._store.known(checkpoint, map(request.format, request.bits))
+            formats = [request.format(bits) for bits in request.bits]
+            artifacts = await asyncio.to_thread(self._store.known, checkpoint, formats)
             held = await find_held(members, artifacts, checkpoint.spec.block_count)
             rates = load_rates(self._roster, members)
         uses = use_of(self._beside(request))

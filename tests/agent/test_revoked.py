@@ -25,12 +25,12 @@ from tests.agent.test_team_daemon import (
     ShareBackend,
     artifacts_of,
     load,
-    shares_of,
 )
 from tests.figures import leave_figures
+from tests.team import shares_of
 from wire.connection import Listener
 from wire.identity import Identity, own_identity
-from wire.introduction import COORDINATOR, Answerer
+from wire.introduction import COORDINATOR, Answerer, Purpose
 from wire.invite import new_invite
 from wire.messages import (
     ConnectStage,
@@ -79,7 +79,7 @@ def shoal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Shoal]:
     monkeypatch.setattr(daemon, "backend_class", lambda name: ShareBackend)
     monkeypatch.setattr(Trials, "require", lambda *_: None)
     identity = own_identity(tmp_path / "coordinator.pem")
-    purposes = frozenset(("control", "blocks"))
+    purposes: frozenset[Purpose] = frozenset(("control", "blocks"))
     answerer = Answerer(identity, COORDINATOR, purposes, lambda claim: None)
     devices, known = [], []
     with ExitStack() as stack:

@@ -166,6 +166,7 @@ def run(
                 connection.close()
             with suppress(asyncio.CancelledError, AgentFailed):
                 await asked
+            shoal.coordinator._disk.close()
 
     asyncio.run(main())
 

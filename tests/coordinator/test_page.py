@@ -66,11 +66,12 @@ class Parts:
             self.config, self.roster, self.models, self.turns, self.requests, self.story
         )
 
+    async def invite(self) -> str:
+        return self.token
+
     def client(self, *, address: str = "127.0.0.1", key: str = "") -> TestClient:
         """A client at ``address`` whose requests were admitted with the key of this name."""
-        routes = PageRoutes(
-            self.config, self.feed, lambda: self.token, lambda *_: self.user
-        ).routes()
+        routes = PageRoutes(self.config, self.feed, self.invite, lambda *_: self.user).routes()
         app = Starlette(routes=routes, exception_handlers=HANDLERS)
         return TestClient(_with_key(app, key), client=(address, 40000))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -146,6 +147,13 @@ def test_an_answer_that_the_others_pass_runs_again(
     run(test)
 
 
+async def served_after(shoal: Shoal, before: Deployment) -> Deployment:
+    await shoal.until(lambda: shoal.models.serving not in (None, before))
+    after = shoal.models.serving
+    assert after is not None
+    return after
+
+
 def test_nothing_is_remembered_of_deployments_that_have_ended(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,16 +164,13 @@ def test_nothing_is_remembered_of_deployments_that_have_ended(
         watch = Standstills(shoal.roster, shoal.models, shoal.gateway)
         deployment = await shoal.load(plan_of(ALONE))
         answer = asyncio.ensure_future(collect(shoal))
-        for number in range(1, 4):
-            await shoal.until(lambda number=number: len(starts(shoal)) == number)
+        for _ in range(3):
+            await shoal.until(partial(shoal.gateway.waits, deployment))
             await beat(shoal, deployment)
             assert list(watch._quiet) == [deployment.epoch]
             shoal.operations.plans = [plan_of(ALONE)]
             shoal.models.apply(deployment.name, Lost(RowsLost()))
-            ended = deployment
-            await shoal.until(lambda ended=ended: shoal.models.serving not in (None, ended))
-            assert shoal.models.serving is not None
-            deployment = shoal.models.serving
+            deployment = await served_after(shoal, deployment)
         answer.cancel()
 
     run(test)

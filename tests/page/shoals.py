@@ -75,9 +75,12 @@ class GivenShoal(StateFeed):
     def state(self) -> State:
         return cast("State", {**super().state(), **self.given})
 
+    async def invite(self) -> str:
+        return self.token
+
     def routes(self) -> list[Route]:
         return [
-            *PageRoutes(self.config, self, lambda: self.token).routes(),
+            *PageRoutes(self.config, self, self.invite).routes(),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/shoal/v1/plan", self.planned, methods=["POST"]),
             Route("/shoal/v1/ps", self.ps, methods=["GET"]),
