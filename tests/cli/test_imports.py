@@ -60,3 +60,8 @@ def test_what_only_asks_the_coordinator_needs_no_numerics_and_no_messages(comman
     shown = run_without(["numpy", "msgpack", "cryptography"], command, "--url=http://127.0.0.1:9")
     assert shown.returncode == EXIT_UNREACHABLE, shown.stderr
     assert "shoal coordinator" in shown.stderr
+
+
+def test_services_that_name_each_other_need_no_discovery() -> None:
+    code = "import sys, agent.daemon, coordinator.server; sys.exit('zeroconf' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
