@@ -48,7 +48,6 @@ from model.spec import ModelSpec
 from wire import limits
 from wire.addresses import is_everywhere, is_loopback, is_own, reachable_addresses
 from wire.connection import Connection, Listener, protocol_of_silent
-from wire.discovery import find_coordinator
 from wire.errors import ConnectFailed, ConnectionLost, NoTls, ProtocolError, WireError
 from wire.exhaustive import assert_never
 from wire.hygiene import clean
@@ -286,6 +285,8 @@ class Agent:
         if self._config.coordinator is not None:
             candidates: tuple[Endpoint, ...] = (self._config.coordinator,)
         else:
+            from wire.discovery import find_coordinator  # With zeroconf, for who searches.
+
             self._service.status(f"searching for cluster {self._config.cluster!r} by mDNS")
             candidates = find_coordinator(
                 self._config.cluster,

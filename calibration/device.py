@@ -57,13 +57,17 @@ _WRITE_LIMIT_BYTES = 32 << 20
 _WRITE_TIME_S = 0.25
 
 _CHILD = """
-import json, sys
+import gc, json, os, sys
+gc.disable()
 settings = json.load(sys.stdin)
 sys.path[:] = settings.pop("path")
 from calibration.device import answer_parent
 answer_parent(settings)
+sys.stdout.flush()
+os._exit(0)
 """
-"""The child finds modules where its parent does, and never in its working directory."""
+"""The child finds modules where its parent does, and never in its working directory. It lives for
+its answer alone: it collects no garbage, and does not take its modules apart."""
 
 
 def profile_device(

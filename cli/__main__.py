@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -16,6 +17,7 @@ when a process starts, and after each product."""
 def run() -> int:
     """Run the command and return its exit code. Ctrl-C is quiet from the first import on."""
     os.environ.setdefault(*NUMPY_THREADS_SLEEP)
+    gc.disable()  # It would look at modules, which stay. cli.collector.resume enables it.
     try:
         from cli.main import main
         from cli.service.signals import ignore_until_the_end
@@ -25,7 +27,8 @@ def run() -> int:
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         code = 128 + signal.SIGINT
-    if any(thread.daemon for thread in threading.enumerate()):
+    # Python's own end waits for the other threads, unless they are daemons.
+    if threading.active_count() == 1 or any(thread.daemon for thread in threading.enumerate()):
         _end_at_once(code)
     return code
 
@@ -33,8 +36,9 @@ def run() -> int:
 def _end_at_once(code: int) -> None:
     """End the process without finalizing the interpreter.
 
-    A stopped agent does not wait for measurements or loads. Their threads may return from native
-    code while the interpreter ends. Such a thread is unwound through C++, which aborts.
+    To take all modules apart takes as long as to import some of them. And a stopped agent does not
+    wait for measurements or loads. Their threads may return from native code while the interpreter
+    ends. Such a thread is unwound through C++, which aborts.
     """
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cli.collector import resume
 from cli.errors import EXIT_SIGNAL, CommandFailed, Unavailable, UsageError
 from cli.parser import Parser, add_url_argument
 from cli.render import Screen
@@ -45,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
                 options.parser.set_defaults(**read_settings(options.config, options.parser))
                 options = parser.parse_args(arguments)
+            if options.command not in SERVICES:  # They resume it after their last import.
+                resume()
             options.run(options, screen)
     except Terminated as signalled:
         if options.command in SERVICES and signalled.number == signal.SIGTERM:

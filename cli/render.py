@@ -12,18 +12,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from cli.service.journal import prefixed
 from cli.tables import fitting
 from wire.sizes import format_size
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 BAR_AFTER_S = 2.0
 """Work that ends sooner needs no progress bar."""
@@ -98,6 +100,8 @@ class Screen:
     @contextmanager
     def progress(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
         """Yield a function that takes the coordinator's steps, and draws bars for slow ones."""
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
         bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -119,6 +119,17 @@ def add_memory_argument(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_book_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --state-dir, for the list of devices and tokens of a coordinator on this machine."""
+    parser.add_argument(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="The coordinator's state directory. Default: that of the coordinator installed here, "
+        "else the user's.",
+    )
+
+
 def add_threads_argument(parser: argparse._ActionsContainer, *, of_service: bool = False) -> None:
     """Add --threads. ``of_service`` leaves None as the default, for the agent service's setting."""
     default = "as the agent service here, else one for each core"

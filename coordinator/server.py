@@ -65,7 +65,6 @@ from wire import admission, limits
 from wire.chunks import file_chunks
 from wire.claim import Claim, Fingerprint
 from wire.connection import ACCEPT_AT_ONCE, AsyncConnection, serve
-from wire.discovery import Advertisement, DiscoveryUnavailable
 from wire.errors import AuthFailed, ProtocolError, VersionMismatch, WireError
 from wire.hygiene import clean
 from wire.identity import IdentityError, own_identity
@@ -320,6 +319,8 @@ class Coordinator:
         if not self._config.advertise:
             yield
             return
+        from wire.discovery import Advertisement, DiscoveryUnavailable  # With zeroconf.
+
         loop = asyncio.get_running_loop()
         advertisement = Advertisement(
             self._config.cluster,

@@ -9,11 +9,10 @@ from typing import Any
 
 from cli.client import Client, default_url
 from cli.commands.keys import coordinator_state_dir
-from cli.commands.tokens import add_book_argument, with_book
 from cli.errors import CommandFailed, CoordinatorUnreachable
 from cli.parser import add_url_argument
 from cli.render import Screen
-from coordinator.roster.book import FILE, DeviceBook
+from cli.shared_arguments import add_book_argument
 
 ABOUT = (
     "It shows each device, its measured links, the beginning of its key, and the devices that "
@@ -102,6 +101,10 @@ def _revoke(options: argparse.Namespace, screen: Screen) -> None:
 
 
 def _revoke_in_file(options: argparse.Namespace) -> dict[str, Any]:
+    # With them come cryptography and numpy, which `shoal devices` does not need.
+    from cli.commands.tokens import with_book
+    from coordinator.roster.book import DeviceBook
+
     def revoke(directory: Path) -> dict[str, Any]:
         gone = DeviceBook(directory).revoke_device(options.name)
         return {"revoked": gone.name or gone.device, "device": gone.device}
@@ -110,6 +113,8 @@ def _revoke_in_file(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _has_book(directory: Path) -> bool:
+    from coordinator.roster.book import FILE
+
     try:
         return (directory / FILE).exists()
     except PermissionError as error:

@@ -14,6 +14,7 @@ from cli.commands.keys import coordinator_state_dir
 from cli.errors import CommandFailed
 from cli.render import Screen, titled_table
 from cli.service.running import Running, running_in
+from cli.shared_arguments import add_book_argument
 from coordinator.roster.book import DEFAULT_TTL_S, BadBook, DeviceBook
 from wire.addresses import is_loopback, reachable_addresses
 from wire.identity import IdentityError, own_identity
@@ -93,16 +94,6 @@ def add_token_arguments(parser: argparse.ArgumentParser) -> None:
             help="Print JSON instead of tables.",
         )
         action.set_defaults(act=act)
-
-
-def add_book_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--state-dir",
-        type=Path,
-        metavar="DIR",
-        help="The coordinator's state directory. Default: that of the coordinator installed here, "
-        "else the user's.",
-    )
 
 
 def run_token(options: argparse.Namespace, screen: Screen) -> None:

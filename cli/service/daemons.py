@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TextIO
 
 from cli import argument_types
 from cli.argument_types import CONTROL_PORT, HTTP_PORT
+from cli.collector import resume
 from cli.errors import CommandFailed, Unavailable, UsageError
 from cli.render import Screen
 from cli.service.install import add_service_actions
@@ -323,6 +324,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
     from wire.claim import shown
     from wire.invite import TokenError
 
+    resume()
     _set_log_level(options)
     if options.http_key is not None and options.http_cert is None:
         raise UsageError("--http-key needs the certificate: name it with --http-cert FILE")
@@ -525,6 +527,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
     from cli.service.token_input import given_invite
     from wire.invite import TokenError
 
+    resume()
     _raise_descriptor_limit()
     service = ServiceManager.from_environment()
     try:

@@ -55,7 +55,13 @@ def test_plans_for_described_devices_need_no_server(
     assert list((tmp_path / "shoal" / "coordinator").rglob("*.json"))
 
 
-def test_what_only_asks_the_coordinator_needs_no_numerics_and_no_messages() -> None:
-    shown = run_without(["numpy", "msgpack", "cryptography"], "ps", "--url=http://127.0.0.1:9")
+@pytest.mark.parametrize("command", ["ps", "devices"])
+def test_what_only_asks_the_coordinator_needs_no_numerics_and_no_messages(command: str) -> None:
+    shown = run_without(["numpy", "msgpack", "cryptography"], command, "--url=http://127.0.0.1:9")
     assert shown.returncode == EXIT_UNREACHABLE, shown.stderr
     assert "shoal coordinator" in shown.stderr
+
+
+def test_services_that_name_each_other_need_no_discovery() -> None:
+    code = "import sys, agent.daemon, coordinator.server; sys.exit('zeroconf' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0

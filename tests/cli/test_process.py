@@ -69,3 +69,44 @@ def test_numpys_threads_do_not_spin_unless_they_are_told_to(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, env=environment, cwd=ROOT, timeout=60
     )
     assert shown.stdout.decode().strip() == expected
+
+
+def test_a_command_waits_for_its_threads() -> None:
+    code = (
+        "import threading, cli.main\n"
+        "from cli.__main__ import run\n"
+        "go = threading.Event()\n"
+        "def late():\n"
+        "    go.wait()\n"
+        "    threading.main_thread().join()\n"
+        "    print('late')\n"
+        "def main():\n"
+        "    threading.Thread(target=late).start()\n"
+        "    go.set()\n"
+        "    return 0\n"
+        "cli.main.main = main\n"
+        "run()"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT, timeout=60
+    )
+    assert shown.stdout == "late\n"
+
+
+def test_the_collector_runs_while_a_command_does_and_leaves_modules_alone() -> None:
+    code = (
+        "import gc, cli.commands.keys\n"
+        "from cli.__main__ import run\n"
+        "def shown(options, screen):\n"
+        "    print(gc.isenabled(), gc.get_freeze_count() > 10_000)\n"
+        "cli.commands.keys.run_key = shown\n"
+        "run()"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code, "key", "list"],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+    )
+    assert shown.stdout == "True True\n"

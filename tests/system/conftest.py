@@ -36,6 +36,14 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="module")
+def shared_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster for tests of a module that leave it as they found it."""
+    cluster = Cluster(tmp_path_factory.mktemp("shared"))
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="module")
 def serving(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The demo model at 16 bits, split over three agents, for the tests of a module."""
     cluster = Cluster(tmp_path_factory.mktemp("serving"))

@@ -24,15 +24,21 @@ sys.exit(main())
 LINE = '    "onnx_cpu": "backends.onnx_cpu:OnnxCpuBackend",\n'
 
 
+@pytest.fixture(scope="module")
+def one(shared_cluster: Cluster) -> Cluster:
+    """A coordinator and an agent."""
+    shared_cluster.start_coordinator()
+    shared_cluster.start_agent("pi")
+    shared_cluster.wait_for_agents("pi")
+    return shared_cluster
+
+
 @pytest.mark.parametrize("bits", [2, 16, 32])
-def test_a_narrow_model_answers(cluster: Cluster, bits: int) -> None:
-    cluster.start_coordinator()
-    cluster.start_agent("pi")
-    cluster.wait_for_agents("pi")
+def test_a_narrow_model_answers(one: Cluster, bits: int) -> None:
     for _ in range(2):
-        cluster.load(NARROW, f"--bits={bits}", "--max-weight-error=1")
+        one.load(NARROW, f"--bits={bits}", "--max-weight-error=1")
         body = {"prompt": "the lamp", "max_tokens": 4}
-        url = f"{cluster.url}/v1/completions"
+        url = f"{one.url}/v1/completions"
         assert httpx.post(url, json=body, timeout=60, trust_env=False).status_code == 200
 
 
