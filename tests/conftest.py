@@ -99,6 +99,13 @@ LONGEST = (
     "testbed/",
     "page/",
     "examples/",
+    "test_packaging.py",
+    "backends/",
+    "planning/",
+    "families/",
+    "agent/",
+    "cli/",
+    "calibration/",
 )
 """Files and folders whose tests run first, so that short ones fill the last minute of all workers.
 ``make test`` hands out whole files in this order, and a file's fixtures start once."""
