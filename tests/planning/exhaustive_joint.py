@@ -11,8 +11,6 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from planning.candidates import with_teams
 from planning.joint.problem import JointProblem
 from planning.plan import Plan, PlanError, Proof, assess, keeps_budget
@@ -145,15 +143,13 @@ def ways_of(problem: PlanningProblem) -> list[Way]:
     for plan in plans_of(problem):
         for way in _ways(problem, plan):
             found[way.figures] = way
-    if not found:
-        return []
-    order = sorted(found)
-    rows = np.array(order)
-    kept: list[int] = []
-    for at, row in enumerate(rows):
-        if not (rows[kept] <= row).all(1).any():
-            kept.append(at)
-    return [found[order[at]] for at in kept]
+    kept: list[Way] = []
+    for way in sorted(found.values(), key=lambda one: one.figures):
+        if not any(
+            all(a <= b for a, b in zip(other.figures, way.figures, strict=True)) for other in kept
+        ):
+            kept.append(way)
+    return kept
 
 
 def _ways(problem: PlanningProblem, plan: Plan) -> Iterator[Way]:

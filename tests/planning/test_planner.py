@@ -282,8 +282,7 @@ def exhaustive_in_chunks_s(problem: PlanningProblem, chunk_rows: int) -> float:
         """Those that no other one is at least as good as, in everything."""
         kept: list[Figures] = []
         for one in sorted(set(found)):
-            # In this order, no kept one has a larger first figure.
-            if not any(other[1] <= one[1] and other[2] <= one[2] for other in kept):
+            if not any(all(x <= y for x, y in zip(other, one, strict=True)) for other in kept):
                 kept.append(one)
         return kept
 
