@@ -6,12 +6,12 @@ fingerprints of all others. With --insecure there is nothing to show, and everyb
 
 from __future__ import annotations
 
-import os
 import threading
 from dataclasses import dataclass
 
 from agent.config import AgentConfig, ConfigError
 from agent.contacts import NOT_KNOWN, Contacts
+from model.durable import replace_text
 from wire.claim import FINGERPRINT_BYTES, Claim, Fingerprint
 from wire.errors import AuthFailed, ConnectFailed
 from wire.identity import Identity, IdentityError, own_identity
@@ -94,12 +94,7 @@ class Credentials:
         tls = self._tls
         if tls is None or tls.invite is None:
             return
-        new = self._path.with_suffix(".new")
-        with new.open("w", encoding="ascii") as file:
-            file.write(tls.coordinator.hex())
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self._path)
+        replace_text(self._path, tls.coordinator.hex())
 
     def learn(self, message: DevicesKnown) -> None:
         """Take the list of devices that may be connected from now on, and cut off all others."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from model.bounded import read_json
 from model.checkpoint import Checkpoint
 from model.durable import replace_text
 from model.errors import ModelError
@@ -71,7 +72,7 @@ class LossStore:
         """Return earlier measurements, or None if there are none or their file is damaged."""
         path = self._path(form)
         try:
-            return _read(json.loads(path.read_text(encoding="utf-8")), form.checkpoint.spec)
+            return _read(read_json(path), form.checkpoint.spec)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
