@@ -438,7 +438,7 @@ def _add_member(
 
 
 def use_text(model: Mapping[str, Any]) -> str:
-    """Who uses a model now: sequences by their classes, or requests with texts."""
+    """The use of a model now: sequences by their classes, or requests with texts."""
     slots = model.get("slots")
     if slots is None:
         count = model["requests"]
@@ -453,7 +453,7 @@ def use_text(model: Mapping[str, Any]) -> str:
 
 
 def wishes_text(model: Mapping[str, Any]) -> str:
-    """What the load of a model asked for beside its plan, or empty."""
+    """The wishes of a model's load beside its plan, or empty."""
     found = []
     if model.get("keep_s") is not None:
         found.append(f"unloaded after {_duration(model['keep_s'])} without a request")

@@ -85,7 +85,7 @@ class KeyBook:
         return self._path.exists()
 
     def known(self, key: str) -> Key | None:
-        """What the file says of a key, or None if it is not known. A damaged file has no keys."""
+        """The entry of a key, or None if it is not known. A damaged file has no keys."""
         given = key.encode(errors="replace")
         if self._local and hmac.compare_digest(given, self._local.encode()):
             return Key(LOCAL_NAME, "", 0.0)

@@ -158,7 +158,7 @@ def _read_joint(
 
 
 def _turns(screen: Screen, problem: JointProblem) -> tuple[Turn, ...]:
-    """What loading the models one after the other would give, by order."""
+    """The plans that loading the models one after the other would give, by order."""
     from planning.joint.compare import one_after_the_other
 
     with screen.progress() as on_step:

@@ -534,7 +534,7 @@ def _deployment(deployment: Deployment) -> dict[str, Any]:
 
 
 def _pace(deployment: Deployment, team: Team, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a stage was measured to take for a token, or an encoder's for a pass."""
+    """The measured time of a token in a stage, or of an encoder's pass."""
     if not deployment.spec.encodes:
         return {"token_s": max((part["token_s"] or 0.0 for part in parts), default=0.0) or None}
     counts = counts_of(deployment, team[0])

@@ -70,7 +70,7 @@ class Slots:
         """When each slot was given back last, as a count of all such moments."""
         self._endings = 0
         self.users = 0
-        """Those who use the deployment without a slot now."""
+        """The requests that use the deployment without a slot now."""
         self.ranks: Counter[int] = Counter()
         """How many requests of each rank hold a slot."""
         self.used_s = time.monotonic()
