@@ -468,6 +468,7 @@ class Relay:
     def _feed(self, sequence: Sequence, tokens: Tokens) -> None:
         """Feed a part of a sequence to the draft model in the thread that made the relay busy."""
         self._turnstile.enter(self._ticket)
+        began_s = time.monotonic()
         try:
             if self._drafts_by is not None:
                 self._drafts_by.feed(sequence.slot, tokens[:-1])
@@ -479,7 +480,7 @@ class Relay:
         with self._lock:
             self._busy = False
             if sequence.waiting:
-                self._pacer.charge(now_s - sequence.waiting[0].arrived_s)
+                self._pacer.charge(now_s - max(sequence.waiting[0].arrived_s, began_s))
             if self._closed or not self._table.waiting:
                 self._cede()
             self._changed.notify_all()

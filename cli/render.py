@@ -363,7 +363,7 @@ class Screen:
             return
         share = f"{draft['acceptance']:.0%} of guesses right"
         if draft["acceptance_is"] == "measured":
-            share += f" (measured, {draft['drafted_tokens']} guesses)"
+            share += f" (measured, {draft['checked_tokens']} checked)"
         else:
             share += " (assumed, none measured yet)"
         self.out.print(

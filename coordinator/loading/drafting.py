@@ -28,10 +28,20 @@ ENOUGH_GUESSES = 100
 
 @dataclass(slots=True)
 class Counts:
-    """The guesses of a deployment's draft model so far."""
+    """The guesses of a deployment's draft model so far.
+
+    checked: those that were right, and the first wrong one of each pass. The others tell nothing.
+    """
 
     drafted: int = 0
     accepted: int = 0
+    checked: int = 0
+
+    def add(self, drafted: int, accepted: int) -> None:
+        """Count the guesses of a pass."""
+        self.drafted += drafted
+        self.accepted += accepted
+        self.checked += accepted + (accepted < drafted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +61,18 @@ class Draft:
 
         Without enough counted guesses the share of right ones is an assumption.
         """
-        drafted, accepted = (0, 0) if counts is None else (counts.drafted, counts.accepted)
-        is_measured = drafted >= ENOUGH_GUESSES
-        acceptance = accepted / drafted if is_measured else ASSUMED_ACCEPTANCE
+        found = counts or Counts()
+        is_measured = found.checked >= ENOUGH_GUESSES
+        acceptance = found.accepted / found.checked if is_measured else ASSUMED_ACCEPTANCE
         return {
             "model": self.model,
             "bits": self.bits,
             "device": plan.stages[0].device,
             "memory_bytes": self.memory_bytes,
             "token_s": self.token_s,
-            "drafted_tokens": drafted,
-            "accepted_tokens": accepted,
+            "drafted_tokens": found.drafted,
+            "accepted_tokens": found.accepted,
+            "checked_tokens": found.checked,
             "acceptance": acceptance,
             "acceptance_is": "measured" if is_measured else "assumed",
             "predicted_gain": gain(plan.decode_s, self.token_s, acceptance),

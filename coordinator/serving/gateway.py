@@ -421,8 +421,7 @@ class Gateway:
                         request.answers(len(piece.tokens))
                         request.guesses(event.drafted, event.accepted, by_model=event.by_model)
                         if event.by_model:
-                            deployment.draft_counts.drafted += event.drafted
-                            deployment.draft_counts.accepted += event.accepted
+                            deployment.draft_counts.add(event.drafted, event.accepted)
                         answer += piece.tokens
                         given += piece.tokens
                         entry.add(piece.tokens)
