@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from coordinator.errors import CoordinatorError, Moved
 from coordinator.loading.deployment import Deployment, Planned
@@ -22,6 +22,7 @@ from coordinator.loading.models import Models
 from coordinator.loading.operations import Compared, Operations
 from coordinator.loading.paces import planned_s, token_s
 from coordinator.loading.rebalance import (
+    STEADY_S,
     Key,
     Memory,
     is_worse,
@@ -74,6 +75,7 @@ class _Watched:
     basis: the figures from which ``compared`` was made.
     begun: the move that ends this deployment, once it has begun.
     trial: the move that led to this deployment, until its tokens have been compared.
+    proved_s: when the links of a plan were measured again, by its key.
     """
 
     deployment: Deployment
@@ -84,6 +86,7 @@ class _Watched:
     basis: object = None
     compared: Compared | None = None
     plan_from_s: float = -math.inf
+    proved_s: dict[Key, float] = field(default_factory=dict)
 
 
 class Rebalancer:
@@ -144,13 +147,29 @@ class Rebalancer:
         if compared is None or not self._answers(deployment):
             return
         watched.memory, verdict = judge(watched.memory, compared.choice, self._clock())
-        if verdict.moves:
+        if verdict.moves and await self._are_links_proved(watched, compared):
             since_s = watched.memory.better_since_s or -math.inf
             before_s = self._tempo.token_s(deployment.epoch, since_s)
             log.warning("%s moves to a better plan: %s", deployment.name, verdict.why)
             move = _Move(compared.choice.key, before_s, _way_back(compared))
             reason = Moved(f"{MOVES}: {verdict.why}")
             await self._move(watched, compared.moves_of(deployment), move, reason)
+
+    async def _are_links_proved(self, watched: _Watched, compared: Compared) -> bool:
+        """Measure the links that a move begins to use. Returns whether their figures are new.
+
+        If one link got worse, so did others of its device. Only those in use have told it.
+        """
+        key, now_s = compared.choice.key, self._clock()
+        links = self._remeasuring.new_links(compared.moves_of(watched.deployment))
+        if not links or now_s - watched.proved_s.get(key, -math.inf) <= STEADY_S:
+            return True
+        with contextlib.suppress(*FAILURES):
+            await self._remeasuring.prove(watched.deployment, links)
+        kept = {of: at for of, at in watched.proved_s.items() if now_s - at <= STEADY_S}
+        watched.proved_s = {**kept, key: now_s}
+        watched.basis, watched.plan_from_s = None, -math.inf  # It plans at the next look.
+        return False
 
     def _recognised(self, deployment: Deployment) -> _Watched:
         """Return what is known of a deployment. One that replaced another counts as a move.

@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from coordinator.errors import CoordinatorError
-from coordinator.loading.deployment import Deployment
+from coordinator.loading.deployment import Deployment, Planned
 from coordinator.loading.models import Models
 from coordinator.loading.stale import Link, Stale, device_cost, link_cost
 from coordinator.loading.state import Serving
@@ -67,10 +67,31 @@ class Remeasuring:
 
     def link_costs(self, deployment: Deployment) -> LinkCosts:
         """Return the present costs of a deployment's links."""
-        leads = deployment.leads
-        ring = zip(leads, leads[1:] + leads[:1], strict=True)
-        costs = {link: link_cost(self._roster, link) for link in ring if link[0] is not link[1]}
+        costs = {link: link_cost(self._roster, link) for link in _ring(deployment.leads)}
         return {link: cost for link, cost in costs.items() if cost is not None}
+
+    def new_links(self, moves: Iterable[tuple[Deployment, Planned]]) -> list[Link]:
+        """Return the links that models would use after moves, and do not use now."""
+        here = {member.device: member for member in self._roster.members}
+        found: dict[Link, None] = {}
+        for before, planned in moves:
+            leads = [
+                here[planned.devices[stage.members[0].device if stage.members else stage.device]]
+                for stage in planned.plan.stages
+            ]
+            used = set(_ring(before.leads))
+            found |= dict.fromkeys(link for link in _ring(leads) if link not in used)
+        return list(found)
+
+    async def prove(self, deployment: Deployment, links: Iterable[Link]) -> None:
+        """Measure links again, one at a time, because that disturbs answers less.
+
+        Nobody uses them, so nothing has told what they cost since they were measured.
+        """
+        async with self._turns.unasked("the links of a better plan are being measured"):
+            for link in links:
+                work = try_links(self._roster, [link], self._turns.report)
+                await run_while(lambda: self._models.ended_by(deployment) is None, work)
 
     def left(self, before: Deployment, links: LinkCosts, now: Deployment) -> None:
         """Note slow devices and links that a model has left, to measure them again.
@@ -207,6 +228,15 @@ class Remeasuring:
     def _is_quiet(self) -> bool:
         """Whether nothing is answered and nobody waits for an answer."""
         return all(one.slots.is_idle for one in self._models.all_serving)
+
+
+def _ring(leads: Sequence[Member]) -> list[Link]:
+    """The links of a ring of stages, none for a single one."""
+    return [
+        (one, other)
+        for one, other in zip(leads, [*leads[1:], *leads[:1]], strict=True)
+        if one is not other
+    ]
 
 
 async def run_while(holds: Callable[[], bool], work: Coroutine[Any, Any, Result]) -> Result | None:

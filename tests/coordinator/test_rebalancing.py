@@ -43,6 +43,7 @@ from wire.messages import (
 
 ALONE: tuple[Parts, ...] = ((("d",), BLOCKS),)
 BETTER: tuple[Parts, ...] = ((("c",), BLOCKS),)
+SPLIT: tuple[Parts, ...] = ((("c",), 2), (("d",), BLOCKS))
 NAMES = ("c", "d")
 
 
@@ -177,6 +178,31 @@ def test_the_model_moves_once_to_a_plan_that_stays_better(run: Callable[[Test], 
         await world.look(PAUSE_S)
         assert world.told("moving", "moved", "move kept") == ["moved", "move kept"]
         assert world.operations.looked <= 4  # It plans only when figures have changed.
+
+    run(test)
+
+
+def test_links_that_a_move_begins_to_use_are_measured_before(run: Callable[[Test], None]) -> None:
+    """Nobody uses them, so their figures may be from before the cause of the move."""
+
+    async def test(world: World) -> None:
+        world.operations.gain = 0.5
+        world.operations.other = plan_of(SPLIT)
+        ends = {"c": "d", "d": "c"}
+        world.shoal.told.clear()
+        async with world.served.slots.one((1, 2)):  # An answer runs.
+            await world.look(STEADY_S)
+            assert not world.shoal.of(MeasureLink)
+            await world.look(LOOK_S)
+            links = [(name, message.device) for name, message in world.shoal.of(MeasureLink)]
+            assert sorted(links) == [(name, f"id-of-{other}") for name, other in ends.items()]
+            assert world.served.where == "d"
+            before = world.operations.looked
+            await world.look(LOOK_S)
+        # The plan was made again, from the new figures.
+        assert world.operations.looked == before + 1
+        assert world.served.where == "c, d"
+        assert len(world.shoal.of(MeasureLink)) == 2
 
     run(test)
 
