@@ -29,12 +29,11 @@ def moving_svg(result: Mapping[str, Any]) -> str:
     """Draw each scenario as a panel: grey where the model stays, blue where it moves."""
     rows = result["rows"]
     title = "Milliseconds per token while a shoal changes"
-    note = (
-        "grey: the model stays as it was; blue: it moves by itself; medians of 2 s; "
-        f"{result['machine']}, {result['date']}, load {result['load']:.1f}"
-    )
+    note = f"grey: the model stays as it was; blue: it moves by itself; medians of {BIN_S:g} s"
+    where = f"{result['machine']}, {result['date']}, load {result['load']:.1f}"
     drawing = Drawing(_WIDTH, _TOP + len(rows) * _HEIGHT, title)
     drawing.words(20, 28, clipped(title, _WIDTH - 40, 16), size=16, bold=True)
+    drawing.words(_WIDTH - _RIGHT, 28, where, size=11, anchor="end", fill=_GREY)
     drawing.words(20, 47, clipped(note, _WIDTH - 40, 11), size=11, fill=_GREY)
     for number, row in enumerate(rows):
         _panel(drawing, _TOP + number * _HEIGHT, row)
@@ -50,13 +49,16 @@ def binned(tokens: Sequence[Point]) -> list[Point]:
 
 
 def _panel(drawing: Drawing, top: float, row: Mapping[str, Any]) -> None:
-    lines = {setting: binned(row[setting]["tokens"]) for setting in ("off", "auto")}
-    times_ms = [took for line in lines.values() for _, took in line]
     last_s: float = row["last_s"]
+    lines = {
+        setting: [point for point in binned(row[setting]["tokens"]) if point[0] <= last_s]
+        for setting in ("off", "auto")
+    }
+    times_ms = [took for line in lines.values() for _, took in line]
     low, high = math.log(min(times_ms) / 1.2), math.log(max(times_ms) * 1.2)
 
     def x(at_s: float) -> float:
-        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * min(at_s / last_s, 1.0)
+        return _LEFT + (_WIDTH - _LEFT - _RIGHT) * at_s / last_s
 
     def y(took_ms: float) -> float:
         share = (math.log(took_ms) - low) / (high - low)
@@ -70,17 +72,18 @@ def _panel(drawing: Drawing, top: float, row: Mapping[str, Any]) -> None:
         drawing.words(_LEFT - 6, y(value) + 4, f"{value:g} ms", size=10, anchor="end", fill=_GREY)
     for at_s in range(0, int(row["last_s"]) + 1, 60):
         drawing.words(x(at_s), top + _HEIGHT - 8, f"{at_s} s", size=10, anchor="middle", fill=_GREY)
-    marks = [(at, words, _GREY) for at, words in row["auto"]["happened"]]
+    # Words of moves have a line of their own: a move often comes just before another change.
+    marks = [(at, words, _GREY, 31) for at, words in row["auto"]["happened"]]
     moves = [move for move in row["auto"]["moves"] if move[1] in ("moved", "moving")]
-    marks += [(at, "moves", _MOVES) for at, _, _ in moves]
-    for at, words, colour in marks:
+    marks += [(at, "moves", _MOVES, 45) for at, _, _ in moves]
+    for at, words, colour, below in marks:
         drawing.path(
             [(x(at), top + _HEAD - 12), (x(at), top + _HEIGHT - _FOOT)],
             stroke=colour,
             width=1,
             dashed=True,
         )
-        drawing.words(x(at), top + _HEAD - 17, words, size=10, anchor="middle", fill=colour)
+        drawing.words(x(at), top + below, words, size=10, anchor="middle", fill=colour)
     for setting, colour in (("off", _STAYS), ("auto", _MOVES)):
         for piece in _pieces(lines[setting]):
             drawing.path([(x(at), y(took)) for at, took in piece], stroke=colour, width=1.5)
