@@ -29,7 +29,8 @@ from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection as Pipe
 from pathlib import Path
 
-from wire.connection import AsyncConnection, Connection, serve
+from wire.async_connection import AsyncConnection, serve
+from wire.connection import Connection
 from wire.identity import Identity, own_identity
 from wire.introduction import COORDINATOR, Answerer, Caller
 from wire.messages import Endpoint, Heartbeat, ProbePing

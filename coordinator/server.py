@@ -62,9 +62,9 @@ from coordinator.serving.standstills import Standstills
 from coordinator.story import Story
 from model.errors import ModelError
 from wire import admission, limits
+from wire.async_connection import ACCEPT_AT_ONCE, AsyncConnection, serve
 from wire.chunks import file_chunks
 from wire.claim import Claim, Fingerprint
-from wire.connection import ACCEPT_AT_ONCE, AsyncConnection, serve
 from wire.errors import AuthFailed, ProtocolError, VersionMismatch, WireError
 from wire.hygiene import clean
 from wire.identity import IdentityError, own_identity
@@ -398,7 +398,7 @@ class Coordinator:
             cause = error.refusal or "refused"
             self._rare_log.warning(cause, "connection refused: %s", error)
         except VersionMismatch:
-            raise  # wire.connection.serve knows whether it was told before.
+            raise  # wire.async_connection.serve knows whether it was told before.
         except ProtocolError as error:
             cause = type(error).__name__
             self._rare_log.warning(cause, "connection from %s dropped: %s", connection.peer, error)

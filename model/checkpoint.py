@@ -8,7 +8,7 @@ import itertools
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,19 +18,16 @@ import numpy.typing as npt
 
 from model.adapters import NO_ADAPTER, Adapter
 from model.artifact import Tensor
-from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import Config, Piece, Source, describe, read_config, tensor_sources
-from model.families.embedders import dense_folders
 from model.families.quantization import old_settings, read_quantization
 from model.families.sources import shape_of
-from model.given import ADAPTER, gguf_of, kind_of_file, without_weights
-from model.given import INDEX as _INDEX
-from model.given import SINGLE as _SINGLE
+from model.given import ADAPTER, gguf_of
 from model.hub import lacks_weights
 from model.quantize import Format, QuantizedMatrix, own_format, stack
 from model.row_pieces import RowPieces
-from model.safetensors import SafetensorsFile, read_safetensors
+from model.safetensors import SafetensorsFile
+from model.shards import open_shards, open_steps, some, unread_files, wrong_places
 from model.spec import QUANTIZED_TENSORS, ModelSpec
 from model.weights import PlainTensor, StoredTensor
 
@@ -55,7 +52,6 @@ _RECOMPUTED = (
 The second and third are GPT-2's causal mask, and the next two BERT's numbers of positions. BERT's
 pooler is stored with each model, but only a head that classifies texts takes it.
 """
-_SHOWN_NAMES = 3
 _PIECE = 1 << 22
 """The number of values that are compared at once."""
 _LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h)\.(\d{1,6})\.")
@@ -326,13 +322,13 @@ class Checkpoint:
         ]
         if unused and self.config.has("text_config"):
             parts = sorted({name.removeprefix("model.").partition(".")[0] for name in unused})
-            which = f"{len(unused)} tensors of {_some(parts)}"
+            which = f"{len(unused)} tensors of {some(parts)}"
             note = f"{self.directory}: {which} not used: the language model runs alone"
             _tell(self.fingerprint, note)
         elif unused:
             _tell(
                 self.fingerprint,
-                f"{self.directory}: {_some(unused)} not used: "
+                f"{self.directory}: {some(unused)} not used: "
                 f"{self.config.path.name} describes no such part",
             )
 
@@ -407,7 +403,7 @@ class Checkpoint:
         if tensor is None:
             known = sorted({tensor.path.name for tensor in self.tensors.values()})
             raise CheckpointError(
-                f"{self.directory}: tensor {name!r} is in none of its files ({_some(known)}); "
+                f"{self.directory}: tensor {name!r} is in none of its files ({some(known)}); "
                 "is the download complete, and does config.json belong to it?"
             )
         if not tensor.readable:
@@ -422,7 +418,7 @@ def _open_folder(directory: Path) -> Checkpoint:
     """Open a model's folder as Hugging Face stores it."""
     config = read_config(directory)
     spec = describe(config, directory)
-    shards = _open_shards(directory)
+    shards = open_shards(directory)
     stored: dict[str, PlainTensor] = {}
     for shard in shards.values():
         for name in shard.entries:
@@ -431,7 +427,7 @@ def _open_folder(directory: Path) -> Checkpoint:
                     f"{shard.path}: tensor {name!r} is also in {stored[name].path.name}"
                 )
             stored[name] = PlainTensor(shard, name)
-    more = _open_steps(directory) if spec.output is not None and spec.output.steps else {}
+    more = open_steps(directory) if spec.output is not None and spec.output.steps else {}
     for index, shard in enumerate(more.values()):
         stored |= {f"step_{index}.{name}": PlainTensor(shard, name) for name in shard.entries}
     tensors: dict[str, StoredTensor] = dict(stored)
@@ -443,7 +439,7 @@ def _open_folder(directory: Path) -> Checkpoint:
         tensors = unpacked(config, stored)
     fingerprint = _fingerprint(config, {**shards, **more})
     checkpoint = Checkpoint(directory, spec, fingerprint, config, tensors)
-    notes = _unread_files(directory, shards), _wrong_places(directory, stored)
+    notes = unread_files(directory, shards), wrong_places(directory, stored)
     for note in filter(None, notes):
         _tell(checkpoint.fingerprint, note)
     checkpoint._check_tensors()
@@ -461,37 +457,6 @@ def _open_gguf(given: Path, gguf: Path) -> Checkpoint:
     return checkpoint
 
 
-def _open_shards(directory: Path) -> dict[str, SafetensorsFile]:
-    """Return the weight files by name. A single file wins over an index, as in transformers."""
-    if (directory / _SINGLE).exists():
-        return {_SINGLE: read_safetensors(directory / _SINGLE)}
-    index = directory / _INDEX
-    if index.exists():
-        return {name: _open_shard(directory, name) for name in _shard_names(index)}
-    raise without_weights(directory)
-
-
-def _open_steps(directory: Path) -> dict[str, SafetensorsFile]:
-    """Return the files of the linear layers behind an embedder's pooling, in order."""
-    found = {}
-    for folder in dense_folders(directory):
-        if not (folder / _SINGLE).exists():
-            raise CheckpointError(
-                f"{folder}: {_SINGLE} is missing; complete the download, or convert the model to "
-                "safetensors"
-            )
-        found[f"{folder.name}/{_SINGLE}"] = read_safetensors(folder / _SINGLE)
-    return found
-
-
-def _open_shard(directory: Path, name: str) -> SafetensorsFile:
-    if not (directory / name).exists():
-        raise CheckpointError(
-            f"{directory / name}: missing, but {_INDEX} lists it; complete the download"
-        )
-    return read_safetensors(directory / name)
-
-
 def _refuse_adapter(directory: Path) -> None:
     """Refuse weights beside an adapter, because the adapter would be left out of every answer.
 
@@ -503,45 +468,6 @@ def _refuse_adapter(directory: Path) -> None:
             f"`--adapter {directory}` to merge it, or `--adapter {NO_ADAPTER}` to run the weights "
             "without it"
         )
-
-
-def _unread_files(directory: Path, shards: Mapping[str, SafetensorsFile]) -> str:
-    """Return a line that names unread weights beside the others, or "" if there are none."""
-    unread = {path.name for path in directory.glob("*.safetensors")} - shards.keys()
-    index = directory / _INDEX
-    if _SINGLE in shards and index.exists() and _listed(index) != {_SINGLE}:
-        unread.add(_INDEX)
-    read = _some(sorted(shards))
-    return f"{directory}: {_some(sorted(unread))} ignored, the weights are {read}" * bool(unread)
-
-
-def _wrong_places(directory: Path, tensors: Mapping[str, StoredTensor]) -> str:
-    """Return a line that names tensors in other files than the index in use says."""
-    index = directory / _INDEX
-    if (directory / _SINGLE).exists() or not index.exists():
-        return ""
-    wrong = [
-        name
-        for name, shard in _weight_map(index).items()
-        if name in tensors and tensors[name].path.name != shard
-    ]
-    where = "not in the files that the index names, but read where they are"
-    return f"{index}: {_some(sorted(wrong))} {where}" * bool(wrong)
-
-
-def _listed(index: Path) -> set[str]:
-    """Return the files of an index that is not used, or none if it is damaged."""
-    try:
-        return set(_shard_names(index))
-    except CheckpointError:
-        return set()
-
-
-def _some(names: Sequence[str]) -> str:
-    """Return the first of many names, and the number of further ones."""
-    shown = [name if name.isprintable() else repr(name) for name in names[:_SHOWN_NAMES]]
-    more = len(names) - len(shown)
-    return ", ".join(shown) + (f" and {more} more" if more else "")
 
 
 @functools.lru_cache(maxsize=256)
@@ -561,33 +487,6 @@ def _same_values(one: StoredTensor, other: StoredTensor) -> bool:
         )
         for first in range(0, one.shape[0], rows)
     )
-
-
-def _shard_names(index: Path) -> list[str]:
-    """Return an index's file names. They must be beside it, because a path could name any file."""
-    return sorted(set(_weight_map(index).values()))
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    """Return the index's map of tensor names to names of files beside it."""
-    try:
-        values = read_json(index)
-    except OSError as error:
-        raise CheckpointError(f"{index}: cannot be read: {error.strerror or error}") from error
-    except ValueError as error:
-        kind = kind_of_file(index)
-        wrong = f"not an index, but {kind}" if kind else f"{error}; fetch it again"
-        raise CheckpointError(f"{index}: {wrong}") from error
-    weight_map = values.get("weight_map") if isinstance(values, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: has no weight_map; fetch it again")
-    for name in weight_map.values():
-        plain = isinstance(name, str) and name.isprintable() and not set(name) & set("/\\:")
-        if not plain or not name.endswith(".safetensors") or name.startswith("."):
-            raise CheckpointError(
-                f"{index}: lists {name!r}; only .safetensors files beside it are read"
-            )
-    return weight_map
 
 
 def _fingerprint(config: Config, shards: Mapping[str, SafetensorsFile]) -> str:

@@ -1,4 +1,4 @@
-"""What all devices together lack, whatever the placement. No solver is needed to prove it."""
+"""A proof, without a solver, of what all devices together lack, whatever the placement."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from planning.usable import Floats, Usable
 
 
 def shortage(problem: PlanningProblem) -> str | None:
-    """What no placement can mend, in words; None if nothing is proved.
+    """Say what no placement can mend; None if nothing is proved.
 
     A problem may have no plan although this finds nothing: it takes each block at its smallest.
     """

@@ -8,7 +8,7 @@
     └── ConnectFailed           nobody answered at the address
         └── NoTls               ... in TLS
 
-wire.connection and wire.codec raise them. The owner of the connection drops the peer,
+Connections and wire.codec raise them. The owner of the connection drops the peer,
 retries, or reports the device as lost.
 """
 

@@ -1,6 +1,6 @@
 """Bytes in, messages out: one end of a connection, without I/O.
 
-An adapter (wire.connection) gives a Framer a transport and a clock:
+An adapter (wire.connection, wire.async_connection) gives a Framer a transport and a clock:
 
     while (frame := framer.next_frame()) is None:
         send framer.take_outgoing()

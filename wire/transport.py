@@ -6,7 +6,6 @@ takes a StreamReader and a StreamWriter.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import fcntl
@@ -231,7 +230,7 @@ def peer_name(sock: socket.socket) -> str:
 
 def reason(error: BaseException) -> str:
     """Describe an operating system error in words that a user can use."""
-    if isinstance(error, (TimeoutError, asyncio.TimeoutError, BlockingIOError)):
+    if isinstance(error, (TimeoutError, BlockingIOError)):
         return "no answer in time"
     if isinstance(error, (socket.gaierror, UnicodeError)):
         return "unknown host"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import logging
 import os
@@ -319,6 +318,8 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
+    import asyncio
+
     from cli.service.making import LocalMakers
     from coordinator.server import Coordinator
     from wire.claim import shown

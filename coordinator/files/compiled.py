@@ -28,7 +28,7 @@ from model.bounded import read_json
 from model.errors import Cancelled, ModelError
 from model.spec import ModelSpec
 from wire import limits
-from wire.connection import AsyncConnection
+from wire.async_connection import AsyncConnection
 from wire.errors import ProtocolError
 from wire.messages import (
     BlockChunk,

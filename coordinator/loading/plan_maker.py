@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from coordinator.errors import Busy
 from coordinator.files.artifacts import ArtifactStore
@@ -55,6 +55,12 @@ Slowness: TypeAlias = Callable[[PlanningProblem], Mapping[str, float]]
 def as_measured(problem: PlanningProblem) -> Mapping[str, float]:
     """Say that each device takes what was measured."""
     return {}
+
+
+class MakeProblem(Protocol):
+    """Makes the problem of a request. asked: as of ``PlanMaker.plan``."""
+
+    async def __call__(self, *, asked: bool) -> PlanningProblem: ...
 
 
 class PlanMaker:
@@ -134,7 +140,6 @@ class PlanMaker:
         draft = await self._draft(
             request, context_tokens, members, weights=weights, asked=asked if measures else None
         )
-        failed_before_s = time.monotonic()
 
         async def make(*, asked: bool) -> PlanningProblem:
             problem = await self._problem(
@@ -148,14 +153,7 @@ class PlanMaker:
             problem = slowed(problem, slowness(problem))
             return problem if draft is None else with_draft(problem, draft.given, draft.places)
 
-        problem = await make(asked=asked)
-        try:
-            plan = await self._solve(request, problem)
-        except PlanError as error:
-            if not measures or not await self._links_back(error, failed_before_s):
-                raise
-            problem = await make(asked=False)
-            plan = await self._solve(request, problem)
+        problem, plan = await self._solved(request, make, asked=asked, retries=measures)
         plan, measured_kl = await self._kept(
             request, checkpoint, members, problem, plan, losses, asked=asked
         )
@@ -171,6 +169,20 @@ class PlanMaker:
             {member.name: member.device for member in members},
             draft,
         )
+
+    async def _solved(
+        self, request: LoadRequest, make: MakeProblem, *, asked: bool, retries: bool
+    ) -> tuple[PlanningProblem, Plan]:
+        """Solve a problem, and once more if links are back that it may have lacked."""
+        failed_before_s = time.monotonic()
+        problem = await make(asked=asked)
+        try:
+            return problem, await self._solve(request, problem)
+        except PlanError as error:
+            if not retries or not await self._links_back(error, failed_before_s):
+                raise
+        problem = await make(asked=False)
+        return problem, await self._solve(request, problem)
 
     async def _draft(
         self,

@@ -25,8 +25,8 @@ from model.spec import ModelSpec
 from planning.problem import NoLink
 from wire import hygiene, limits
 from wire.addresses import is_loopback, is_shared
+from wire.async_connection import AsyncConnection
 from wire.claim import Fingerprint
-from wire.connection import AsyncConnection
 from wire.errors import ProtocolError, WireError
 from wire.hygiene import (
     are_plausible,

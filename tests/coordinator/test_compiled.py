@@ -21,7 +21,7 @@ from model.checkpoint import Checkpoint
 from model.spec import ModelSpec
 from tests.coordinator.test_members import PROFILE, hello, next_message
 from wire import limits
-from wire.connection import AsyncConnection, serve
+from wire.async_connection import AsyncConnection, serve
 from wire.errors import ConnectionLost
 from wire.messages import (
     BlockChunk,

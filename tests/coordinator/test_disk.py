@@ -16,7 +16,7 @@ from coordinator.roster.members import Roster
 from coordinator.roster.names import NameBook
 from planning.request import LoadRequest
 from tests.coordinator.test_members import Coordinator, hello, next_message
-from wire.connection import serve
+from wire.async_connection import serve
 from wire.messages import CoordinatorWelcome
 
 REQUEST = LoadRequest(Path("/models/llama"))

@@ -46,7 +46,7 @@ from planning.errors import RequestInvalid
 from planning.plan import Plan, Proof, Stage
 from planning.prompt import Passage
 from planning.request import LoadRequest
-from wire.connection import AsyncConnection, serve
+from wire.async_connection import AsyncConnection, serve
 from wire.errors import ConnectionLost
 from wire.logprobs import encode_logprobs
 from wire.messages import (

@@ -12,7 +12,7 @@ from coordinator.roster import holders as holders_module
 from coordinator.roster.holders import MOST_ASKED, holders
 from coordinator.roster.members import Member, Roster
 from tests.coordinator.test_measurements import PROFILE
-from wire.connection import AsyncConnection, serve
+from wire.async_connection import AsyncConnection, serve
 from wire.messages import (
     AgentHello,
     BlocksFound,

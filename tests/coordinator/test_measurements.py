@@ -24,8 +24,8 @@ from coordinator.roster.measurements import (
 from coordinator.roster.members import Member, Roster
 from coordinator.roster.noise import device_noise, plan_noise
 from model.checkpoint import Checkpoint
+from wire.async_connection import AsyncConnection, serve
 from wire.conditions import Conditions
-from wire.connection import AsyncConnection, serve
 from wire.messages import (
     AgentHello,
     DeviceMeasured,

@@ -17,8 +17,8 @@ from coordinator.roster.measurements import measure_blocks
 from coordinator.roster.members import Member, Roster
 from model.families import load_spec
 from wire import limits
+from wire.async_connection import AsyncConnection, serve
 from wire.codec import MAGIC, PREFIX
-from wire.connection import AsyncConnection, serve
 from wire.errors import ConnectionLost
 from wire.messages import (
     PROTOCOL_VERSION,

@@ -15,7 +15,7 @@ from coordinator.roster import members, names
 from coordinator.roster.members import Member
 from coordinator.roster.names import NameBook
 from tests.coordinator.test_members import PROFILE, Coordinator, hello, next_message, run
-from wire.connection import AsyncConnection
+from wire.async_connection import AsyncConnection
 from wire.messages import AgentHello, CoordinatorWelcome, Endpoint, Heartbeat, JoinRefused
 
 WISHES = {"a" * 16: "pi", "b" * 16: "pi", "c" * 16: "pi-2"}

@@ -45,7 +45,7 @@ from planning.request import LoadRequest
 from planning.sensitivity import LossSource
 from tests.team import shares_of
 from wire import limits
-from wire.connection import AsyncConnection, serve
+from wire.async_connection import AsyncConnection, serve
 from wire.messages import (
     AgentHello,
     BlocksFetched,

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from wire.async_connection import AsyncConnection, serve
 from wire.codec import encode
-from wire.connection import AsyncConnection, Connection, Listener, serve
+from wire.connection import Connection, Listener
 from wire.errors import ConnectFailed, ConnectionLost, ProtocolError
 from wire.framing import BUFFER_BYTES
 from wire.messages import (

@@ -14,9 +14,10 @@ import pytest
 
 from tests.machines import answering, calling, identity_of
 from wire import limits
+from wire.async_connection import AsyncConnection, serve
 from wire.claim import Claim
 from wire.codec import PREFIX, encode
-from wire.connection import AsyncConnection, Connection, Listener, serve
+from wire.connection import Connection, Listener
 from wire.errors import AuthFailed, ConnectionLost, ProtocolError, WireError
 from wire.handshake import CAME_PLAIN, NEEDED
 from wire.introduction import COORDINATOR
@@ -215,9 +216,9 @@ class Warnings(logging.Handler):
 @pytest.fixture
 def warned() -> Iterator[Warnings]:
     handler = Warnings()
-    logging.getLogger("wire.connection").addHandler(handler)
+    logging.getLogger("wire").addHandler(handler)
     yield handler
-    logging.getLogger("wire.connection").removeHandler(handler)
+    logging.getLogger("wire").removeHandler(handler)
 
 
 def test_the_awaiting_end_speaks_the_same_handshake(warned: Warnings) -> None:

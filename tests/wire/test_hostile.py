@@ -12,8 +12,9 @@ import pytest
 
 from model.checkpoint import Checkpoint
 from model.spec import ModelSpec
+from wire.async_connection import AsyncConnection, serve
 from wire.codec import decode_header, encode
-from wire.connection import AsyncConnection, Connection, serve
+from wire.connection import Connection
 from wire.discovery import Advertisement, DiscoveryUnavailable
 from wire.errors import ConnectFailed, ProtocolError
 from wire.limits import MAX_NESTING

@@ -17,9 +17,10 @@ from dataclasses import replace
 import pytest
 
 from wire import introduction
+from wire.async_connection import AsyncConnection, serve
 from wire.claim import Claim
 from wire.codec import encode
-from wire.connection import AsyncConnection, Connection, Listener, serve
+from wire.connection import Connection, Listener
 from wire.errors import AuthFailed, ConnectFailed, WireError
 from wire.handshake import NEEDED
 from wire.identity import Identity, own_identity

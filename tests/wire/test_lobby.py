@@ -16,8 +16,9 @@ import pytest
 
 from tests.machines import answering
 from wire import limits, rare_log
+from wire.async_connection import AsyncConnection, serve
 from wire.codec import encode
-from wire.connection import AsyncConnection, Connection, Listener, serve
+from wire.connection import Connection, Listener
 from wire.errors import ConnectionLost, ProtocolError, WireError
 from wire.lobby import Lobby
 from wire.messages import (

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
+from wire.async_connection import AsyncConnection
 from wire.codec import encode
-from wire.connection import AsyncConnection
 from wire.errors import ConnectionLost
 from wire.messages import Heartbeat
 from wire.patience import within

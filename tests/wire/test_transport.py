@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from wire import limits
-from wire.connection import AsyncConnection, Connection, Listener
+from wire.async_connection import AsyncConnection
+from wire.connection import Connection, Listener
 from wire.errors import ConnectFailed, ConnectionLost
 from wire.messages import Endpoint, Heartbeat, ProbePing
 from wire.transport import Buffer, OnWait, TcpTransport, Transport, peer_name

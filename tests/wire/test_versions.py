@@ -15,8 +15,9 @@ import pytest
 
 from tests.machines import answering, calling
 from wire import limits
+from wire.async_connection import AsyncConnection, serve
 from wire.codec import MAGIC, PREFIX, decode_header, decode_prefix, encode_refusal
-from wire.connection import AsyncConnection, Connection, Listener, protocol_of_silent, serve
+from wire.connection import Connection, Listener, protocol_of_silent
 from wire.errors import NoTls, ProtocolError, VersionMismatch
 from wire.messages import PROTOCOL_VERSION, Endpoint, JoinRefused
 from wire.versions import Stranger, shoal_version
