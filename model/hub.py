@@ -48,6 +48,7 @@ DESCRIPTIONS = (
     "quant_config.json",
     MODULES,
     "config_sentence_transformers.json",
+    "sentence_bert_config.json",
 )
 """The files beside weights that a model may need. Most have a few KB."""
 

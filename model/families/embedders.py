@@ -16,6 +16,7 @@ from model.spec import DenseActivation, ModelSpec, OutputSpec, Pooling, StepSpec
 
 MODULES = "modules.json"
 PROMPTS = "config_sentence_transformers.json"
+LENGTH = "sentence_bert_config.json"
 
 _MAX_BYTES = 1 << 20
 _POOLING: dict[str, Pooling] = {
@@ -60,7 +61,18 @@ def with_files(spec: ModelSpec, directory: Path) -> ModelSpec:
     if pooling is None:
         raise CheckpointError(f"{modules}: has no Pooling step; is the download complete?")
     output = OutputSpec("vector", pooling, normalized=normalized, steps=tuple(dense))
-    return replace(spec, output=output, tied_head=False, logit_cap=None)
+    length = _most_tokens(directory / LENGTH, spec.max_context)
+    return replace(spec, output=output, tied_head=False, logit_cap=None, max_context=length)
+
+
+def _most_tokens(path: Path, context_tokens: int) -> int:
+    """Return the longest text that the model was trained for, within its context."""
+    length = _object(path).get("max_seq_length") if path.is_file() else None
+    if length is None:
+        return context_tokens
+    if type(length) is not int or length < 1:
+        raise CheckpointError(f"{path}: max_seq_length {length!r:.40} is not a number of tokens")
+    return min(length, context_tokens)
 
 
 def dense_folders(directory: Path) -> list[Path]:

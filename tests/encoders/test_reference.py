@@ -81,6 +81,25 @@ def test_steps_of_sentence_transformers_that_are_unknown_are_refused(tmp_path: P
         load_spec(model)
 
 
+@pytest.mark.parametrize("name", ["minilm", "mpnet", "gemma3-embed"])
+def test_a_text_is_as_long_at_most_as_the_model_was_trained_for(tmp_path: Path, name: str) -> None:
+    model = Path(shutil.copytree(ENCODERS / name, tmp_path / name))
+    length = model / "sentence_bert_config.json"
+    length.write_text('{"max_seq_length": 16, "do_lower_case": false}')
+    whole, cut = Checkpoint.open(ENCODERS / name), Checkpoint.open(model)
+    assert whole.spec.max_context > 16
+    assert cut.spec.max_context == 16
+    for block in range(whole.spec.block_count):
+        ours, theirs = cut.block(block), whole.block(block)
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(ours[one], theirs[one]) for one in ours)
+    length.write_text('{"max_seq_length": 100000}')
+    assert load_spec(model).max_context == whole.spec.max_context
+    length.write_text('{"max_seq_length": -1}')
+    with pytest.raises(CheckpointError, match="max_seq_length -1 is not a number of tokens"):
+        load_spec(model)
+
+
 def changed_modules(directory: Path, name: str, change: Callable[[list[Any]], list[Any]]) -> Path:
     """A copy of a fixture with other steps."""
     model = Path(shutil.copytree(ENCODERS / name, directory / name))
