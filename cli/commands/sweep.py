@@ -144,6 +144,7 @@ def _planned(options: argparse.Namespace) -> argparse.Namespace:
     if not budgets and options.quality_budget:
         values["quality_budget"] = math.inf  # Only "none" was given.
     values["objective"] = options.objective[0]
+    values["draft"] = values["draft_bits"] = None
     return argparse.Namespace(**values)
 
 

@@ -41,8 +41,7 @@ MISSING: Mapping[str, str] = {
     **dict.fromkeys(("lfm2", "lfm2_moe", "lfm2_vl"), _CONVOLUTION),
     **dict.fromkeys(
         (
-            "albert", "deberta", "deberta-v2", "electra", "eurobert", "gte", "mpnet",
-            "nomic_bert",
+            "albert", "deberta", "deberta-v2", "electra", "eurobert", "gte", "nomic_bert",
         ),
         _ENCODER,
     ),

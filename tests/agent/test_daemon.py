@@ -24,7 +24,7 @@ from calibration.store import CalibrationStore
 from model.checkpoint import Checkpoint
 from model.memory import memory_bytes
 from tests.figures import FIGURES, leave_figures
-from wire import conditions
+from wire import conditions, discovery
 from wire.conditions import Conditions
 from wire.connection import Connection, Listener
 from wire.messages import (
@@ -299,7 +299,7 @@ def test_another_address_is_tried_where_the_first_is_no_coordinator(
         Endpoint("127.0.0.1", wrong.port),
         Endpoint("127.0.0.1", coordinator.listener.port),
     )
-    monkeypatch.setattr(daemon, "find_coordinator", lambda *_: endpoints)
+    monkeypatch.setattr(discovery, "find_coordinator", lambda *_: endpoints)
     with running_agent(tmp_path, None, said):
         coordinator.welcome()
         # Two refusals in a row are one line.
@@ -321,7 +321,7 @@ def test_a_coordinator_of_another_cluster_is_not_joined(
 ) -> None:
     other = Coordinator(Listener("127.0.0.1", 0))
     endpoints = tuple(Endpoint("127.0.0.1", one.listener.port) for one in (other, coordinator))
-    monkeypatch.setattr(daemon, "find_coordinator", lambda *_: endpoints)
+    monkeypatch.setattr(discovery, "find_coordinator", lambda *_: endpoints)
     with running_agent(tmp_path, None, said):
         assert other.hello().cluster == "test"
         other.send(CoordinatorWelcome("kitchen", "pi"))

@@ -175,7 +175,6 @@ def test_exaone4_patterns(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"use_bidirectional_attention": True}, "attention to later tokens"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, "rope_parameters"),
         ({"layer_types": ["chunked_attention"] * 26}, "chunked_attention"),
@@ -191,6 +190,11 @@ def test_exaone4_patterns(tmp_path: Path) -> None:
 def test_what_is_missing_is_named(change: dict[str, Any], named: str, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=named):
         spec_of(tmp_path, GEMMA3_1B | change)
+
+
+def test_attention_to_later_tokens_makes_an_encoder(tmp_path: Path) -> None:
+    assert spec_of(tmp_path, GEMMA3_1B | {"use_bidirectional_attention": True}).encodes
+    assert not spec_of(tmp_path, GEMMA3_1B | {"use_bidirectional_attention": False}).encodes
 
 
 @pytest.mark.parametrize(

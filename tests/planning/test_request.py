@@ -128,6 +128,8 @@ WRONG: list[tuple[str, Any, str]] = [
     ("generation_defaults", 0, "true or false"),
     ("with_problem", "yes", "true or false"),
     ("replaces", "a", "true or false"),
+    ("together", {"a": 0}, "names to numbers above 0"),
+    ("together", ["a"], "an object of at most 8 models' names"),
     ("keep_s", 0.5, "seconds from 1 up, or null"),
     ("draft", "here", "the absolute path of a model, or a hub's name for it"),
     ("draft_bits", 7, "draft_bits: a list out of"),

@@ -43,7 +43,7 @@ def shared(cluster: Cluster, tmp_path: Path) -> Cluster:
         *("--pin=embedding:pi-1", "--pin=layers=1:pi-2", "--pin=head:pi-3"),
     )
     assert [stage["device"] for stage in answer["plan"]["stages"]] == list(NAMES)
-    assert answer["slots"] == {"total": SLOTS, "used": 0, "waiting": 0}
+    assert answer["slots"] == {"total": SLOTS, "used": 0, "waiting": 0, "classes": {}}
     return cluster
 
 
@@ -117,7 +117,7 @@ def test_who_leaves_or_is_lost_among_several(shared: Cluster, stack: ExitStack) 
     first, second = Endless(shared, stack), Endless(shared, stack)
     # A third one is answered meanwhile.
     assert len(tokens_of(shared, {"prompt": "x", "temperature": 0})) == 40
-    assert slots() == {"total": SLOTS, "used": 2, "waiting": 0}
+    assert slots() == {"total": SLOTS, "used": 2, "waiting": 0, "classes": {"normal": 2}}
     third = Endless(shared, stack)
     assert last_json(shared.run("ps", "--json"))["model"]["slots"]["used"] == SLOTS
     assert f"{SLOTS} of {SLOTS} slots" in shared.run("ps").stdout
