@@ -108,24 +108,25 @@ class StageLoader:
             raise BackendError(f"the coordinator sent a stage of weight {request.weight}")
         self._stages.keep([epoch for epoch in request.keeps if epoch != request.epoch])
         contents = Contents(check_all_first=self._had_damage)
-        fetched_bytes, from_peers_bytes, started_s = 0, 0, 0.0
+        fetched_bytes, from_peers_bytes, fetching_s = 0, 0, 0.0
         files = _files(request)
+        started_s = time.perf_counter()
 
-        def fetch() -> None:
-            nonlocal fetched_bytes, from_peers_bytes, started_s
-            came: set[Path] = set()
-            contents.expect({self._cache.path(ref.sha256): ref.sha256 for ref in files})
-            every_bytes, peers_bytes = self._fetch(files, source, came)
+        def fetch(wanted: Sequence[FileRef], into: Contents) -> None:
+            nonlocal fetched_bytes, from_peers_bytes, fetching_s
+            began_s, came = time.perf_counter(), set[Path]()
+            into.expect({self._cache.path(ref.sha256): ref.sha256 for ref in wanted})
+            every_bytes, peers_bytes = self._fetch(wanted, source, came)
             fetched_bytes += every_bytes
             from_peers_bytes += peers_bytes
-            contents.trust(came)
-            started_s = time.perf_counter()
+            into.trust(came)
+            fetching_s += time.perf_counter() - began_s
 
         team = Team(request, self._device, spec, self._report) if request.team else None
         with self._in_use(files), contextlib.ExitStack() as undo:
             stage = load_whole(
                 contents,
-                fetch,
+                lambda: fetch(files, contents),
                 lambda: self._load_stage(
                     backend, request, spec, contents.hashed, source.waiting, team
                 ),
@@ -147,7 +148,7 @@ class StageLoader:
             request.request,
             loaded.memory_bytes,
             fetched_bytes,
-            time.perf_counter() - started_s,
+            time.perf_counter() - started_s - fetching_s,
             contents.damaged_files,
             library_version() if request.vocabulary is not None else "",
             from_peers_bytes,
@@ -278,12 +279,18 @@ class StageLoader:
         draft: DraftModel,
         slots: int,
         contents: Contents,
-        fetch: Callable[[], None],
+        fetch: Callable[[Sequence[FileRef], Contents], None],
         waiting: Callable[[], None],
         stage: Stage,
     ) -> Drafter:
-        """Load a draft model beside ``stage``. Raises BackendError, CacheError, ModelError."""
+        """Load a draft model beside ``stage``. Raises BackendError, CacheError, ModelError.
+
+        contents: the files of both. A damaged one of the stage is left to its watch, because the
+        stage would go on with what it has read.
+        """
         spec = ModelSpec.from_dict(draft.spec)
+        own = Contents(check_all_first=self._had_damage)
+        own.trust(contents.hashed)
         require_whole(_contiguous(draft.blocks, spec), spec.block_count, encodes=spec.encodes)
 
         def load() -> Stage:
@@ -293,14 +300,16 @@ class StageLoader:
                 self._config.threads,
                 memory_bytes=self._free_bytes(stage.memory_bytes),
                 exact=self._config.exact,
-                hashed=contents.hashed,
+                hashed=own.hashed,
             )
             return self._tried(backend, spec, self._artifacts(draft.blocks), options, waiting)
 
         try:
-            loaded = load_whole(contents, fetch, load, self._cache.remove)
+            loaded = load_whole(own, lambda: fetch(draft.blocks, own), load, self._cache.remove)
         except BackendError as error:
             raise BackendError(f"the draft model: {error}") from error
+        contents.trust(own.hashed)
+        contents.damaged_files += own.damaged_files
         drafter = Drafter(loaded, spec.vocab, slots=slots, context_tokens=draft.context_tokens)
         try:
             drafter.warm_up()

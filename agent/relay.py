@@ -472,7 +472,7 @@ class Relay:
         try:
             if self._drafts_by is not None:
                 self._drafts_by.feed(sequence.slot, tokens[:-1])
-        except BackendError as error:
+        except Exception as error:  # It ends the draft model's work, and the thread goes on.
             self._lose_drafter(error)
         finally:
             self._turnstile.leave(self._ticket, returns=self._goes_on())
@@ -502,7 +502,7 @@ class Relay:
                 sequence.sampling,
                 self._spec.vocab,
             )
-        except BackendError as error:
+        except Exception as error:  # The answer needs no guesses.
             self._lose_drafter(error)
             return
         with self._lock:
@@ -510,7 +510,7 @@ class Relay:
             if guesses and self._table.extend(sequence, rows, guesses):
                 drafting.checked, drafting.by_model = guesses, True
 
-    def _lose_drafter(self, error: BackendError) -> None:
+    def _lose_drafter(self, error: Exception) -> None:
         """Go on without the draft model, which failed."""
         log.warning("the draft model failed: answers go on without it: %s", error)
         self._drafts_by = None

@@ -41,7 +41,7 @@ def _end_at_once(code: int) -> None:
     ends. Such a thread is unwound through C++, which aborts.
     """
     logging.shutdown()
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed from the start.
         try:
             stream.flush()
         except OSError:  # The reader has gone away.

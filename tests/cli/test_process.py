@@ -93,6 +93,19 @@ def test_a_command_waits_for_its_threads() -> None:
     assert shown.stdout == "late\n"
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_command_ends_with_its_code_where_a_stream_was_closed(closed: str) -> None:
+    code = "import sys, cli.main as m; from cli.__main__ import run; m.main = lambda: 5; run()"
+    ended = subprocess.run(
+        ["/bin/sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (5, "", "")
+
+
 def test_the_collector_runs_while_a_command_does_and_leaves_modules_alone() -> None:
     code = (
         "import gc, cli.commands.keys\n"
