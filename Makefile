@@ -26,8 +26,8 @@ demo: $(VENV)/run.stamp ## split the embedded model over three agents on this ma
 # The tests start a thousand processes, and each would compile the project again.
 test test-fast test-system: export PYTHONDONTWRITEBYTECODE =
 
-test: $(VENV)/dev.stamp ## run all tests in 4 processes (options in ARGS; durations go to build/tests.xml)
-	$(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations 20 \
+test: $(VENV)/dev.stamp ## run all tests in 6 processes (options in ARGS; durations go to build/tests.xml)
+	$(BIN)/python -m pytest -n 6 --dist loadfile --no-loadscope-reorder --durations 20 \
 		--junitxml build/tests.xml $(ARGS)
 
 test-fast: $(VENV)/dev.stamp ## run the tests that start no process and open no connection
