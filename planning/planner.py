@@ -630,7 +630,9 @@ def _advice(
         return _hopeless(changed) is None and runner.plan(changed, "any") is not None
 
     def roomy(changed: PlanningProblem) -> bool:
-        return shortage(changed) is None
+        if shortage(changed) is None or not runner.left_s():
+            return True
+        return shortage(with_teams(changed)) is None  # Teams hold layers that devices cannot.
 
     room = reason is None and not links
     freed = advice.enough_placement(problem, possible)
