@@ -46,12 +46,13 @@ class Disk:
 
     async def run(self, work: Callable[[], Result]) -> Result:
         """Return the result of ``work``, which the thread does. Raises its errors."""
+        if self._closed:
+            return work()
         return await asyncio.get_running_loop().run_in_executor(self.executor, work)
 
     async def flush(self) -> None:
         """Return once everything is written that was given before, or has failed."""
-        if not self._closed:
-            await self.run(lambda: None)
+        await self.run(lambda: None)
 
     def close(self) -> None:
         """Write what waits, and end the thread. Later work is done at once."""

@@ -115,17 +115,22 @@ def with_draft(
     )
 
 
-def missing_bytes(plan: Plan, places: Mapping[str, DraftOn]) -> int | None:
-    """Return the memory that the first device of a plan lacks for the draft model.
+def missing_bytes(
+    plan: Plan, draft: DraftInput, places: Mapping[str, DraftOn]
+) -> tuple[int, int] | None:
+    """Return the memory and the storage that the first device of a plan lacks for the draft model.
 
-    None if it cannot run the draft model. ``plan`` was made without it.
+    0 for what it does not lack. None if it cannot run the draft model. ``plan`` was made without
+    it.
     """
     stage = plan.stages[0]
     holder = stage.members[0] if stage.members else stage
     place = places.get(holder.device)
     if place is None:
         return None
-    return holder.memory_bytes + place.memory_bytes - holder.memory_limit_bytes
+    memory = holder.memory_bytes + place.memory_bytes - holder.memory_limit_bytes
+    storage = holder.storage_bytes + draft.stored_bytes - holder.storage_limit_bytes
+    return max(memory, 0), max(storage, 0)
 
 
 def gain(token_s: float, draft_token_s: float, acceptance: float) -> float:

@@ -577,7 +577,7 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
     storage: Shortage = ()
     proved = shortage(with_teams(problem)) if reason is None else None
     links: tuple[tuple[int, int], ...] = ()
-    soon = runner
+    soon, closed = runner, False
     if reason is None and proved is None:
         links = _missing_links(problem, runner, problem.no_links)
     # Before the advice, which may take all the time.
@@ -585,7 +585,8 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
         if proved is not None:
             soon = _Runner(min(runner.deadline_s, now_s() + _SHORTAGE_S), runner.solver)
         memory, storage = _shortage(problem, soon)
-        if not soon.closed and proved is not None:
+        closed = soon.closed  # The advice solves other programs.
+        if not closed and proved is not None:
             memory, storage = (), ()  # These are far from the least.
     found = replace(
         _advice(problem, reason, runner, links),
@@ -595,7 +596,7 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
     if links:
         reason = "; ".join(problem.no_link(*pair) for pair in links)
     ways = _ways(problem, found, links)
-    at_most = "" if soon.closed else "at most "
+    at_most = "" if closed else "at most "
     lacking = [
         f"{kind} is short by {at_most}{_mb(sum(size for _, size in short))} in all"
         for kind, short in (("memory", memory), ("storage", storage))
@@ -629,7 +630,9 @@ def _advice(
         return _hopeless(changed) is None and runner.plan(changed, "any") is not None
 
     def roomy(changed: PlanningProblem) -> bool:
-        return shortage(changed) is None
+        if shortage(changed) is None or not runner.left_s():
+            return True
+        return shortage(with_teams(changed)) is None  # Teams hold layers that devices cannot.
 
     room = reason is None and not links
     freed = advice.enough_placement(problem, possible)

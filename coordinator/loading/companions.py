@@ -119,5 +119,11 @@ async def compared_together(
         loss_now,
         loss_then,
         max(plan.load_s + one.load_s for plan, one in zip(then.plans, group, strict=True)),
+        is_wished=any(map(lacks_draft, group, together.parts)),
     )
     return together.parts, choice
+
+
+def lacks_draft(deployment: Deployment, planned: Planned) -> bool:
+    """Whether a plan has the draft model that the user asked for, and the deployment has none."""
+    return planned.draft is not None and deployment.draft is None

@@ -22,6 +22,7 @@ from coordinator.loading.companions import (
     PlannedAgain,
     companions,
     compared_together,
+    lacks_draft,
     plan_again,
 )
 from coordinator.loading.deployer import Deployer
@@ -107,7 +108,11 @@ class Compared:
         both = ((deployment, self.planned), *self.beside)
         if not self.beside:
             return list(both)
-        return [(one, to) for one, to in both if one.plan.placements != to.plan.placements]
+        return [
+            (one, to)
+            for one, to in both
+            if one.plan.placements != to.plan.placements or lacks_draft(one, to)
+        ]
 
 
 class Operations:
@@ -307,7 +312,7 @@ class Operations:
         Raises CoordinatorError, ModelError and PlanError.
         """
         group = self.answering_with(deployment)
-        self._crowded_out = frozenset(one.name for one in group[1:])
+        self._crowded_out = frozenset(one.name for one in group)
         slow_now: dict[Member, float] = {}
         try:
             parts = [
@@ -326,7 +331,7 @@ class Operations:
                 is_wished=planned.request.plan is not None
                 or _breaks_pins(deployment, planned.request),
                 others=[record.plan for record in self._beside(planned.request)],
-                lacks_draft=planned.draft is not None and deployment.draft is None,
+                lacks_draft=lacks_draft(deployment, planned),
             )
         else:
             together, choice = await compared_together(group, parts, self._say_planning)
@@ -387,7 +392,20 @@ class Operations:
         self._crowded_out = frozenset(model_name(request.model) for request in left)
         try:
             alone = partial(self._maker.plan, asked=False)
-            return await plan_again(left, alone, self._say_planning)
+            bare = [replace(request, draft=None) for request in left]
+            again = None
+            try:
+                again = await plan_again(left, alone, self._say_planning)
+            except ModelError:
+                if bare == left:
+                    raise
+            if again is not None and (bare == left or not again.waiting):
+                return again
+            # No model waits for room, or for files, that a draft model alone would need.
+            without = await plan_again(bare, alone, self._say_planning)
+            if again is None or len(without.waiting) < len(again.waiting):
+                return without
+            return again
         finally:
             self._crowded_out = frozenset()
 

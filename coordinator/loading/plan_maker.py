@@ -222,16 +222,18 @@ class PlanMaker:
         draft = await self._draft(
             request, without.context_tokens, members, weights=False, asked=None
         )
-        places = {} if draft is None else draft.places
-        name, stage = "" if draft is None else draft.model, without.plan.stages[0]
-        lacks = missing_bytes(without.plan, places)
-        why = (
-            f"{stage.device}, which would run the first stage, cannot run it"
-            if lacks is None
-            else f"{stage.device}, which would run the first stage, lacks {format_size(lacks)}"
+        if draft is None:
+            raise ValueError("the request names no draft model")
+        device = without.plan.stages[0].device
+        lacks = missing_bytes(without.plan, draft.given, draft.places)
+        kinds = () if lacks is None else zip(("memory", "storage"), lacks, strict=True)
+        short = " and ".join(f"{format_size(size)} of {kind}" for kind, size in kinds if size)
+        why = f"{device}, which would run the first stage, " + (
+            f"lacks {short}" if short else "cannot run it"
         )
         return (
-            f"no device has room for the first stage and the draft model {name} beside it: {why}. "
+            "no device has room for the first stage and the draft model "
+            f"{draft.model} beside it: {why}. "
             "Name a smaller --draft or fewer --draft-bits, or load without one"
         )
 

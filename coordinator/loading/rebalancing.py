@@ -22,13 +22,13 @@ from coordinator.loading.models import Models
 from coordinator.loading.operations import Compared, Operations
 from coordinator.loading.paces import planned_s, token_s
 from coordinator.loading.rebalance import (
-    STEADY_S,
     Key,
     Memory,
     is_worse,
     judge,
 )
 from coordinator.loading.remeasuring import LinkCosts, Remeasuring, run_while
+from coordinator.loading.stale import Link
 from coordinator.loading.state import Serving
 from coordinator.loading.tempo import Tempo, in_common
 from coordinator.loading.turns import Turns
@@ -75,7 +75,7 @@ class _Watched:
     basis: the figures from which ``compared`` was made.
     begun: the move that ends this deployment, once it has begun.
     trial: the move that led to this deployment, until its tokens have been compared.
-    proved_s: when the links of a plan were measured again, by its key.
+    proved_s: when links that it does not use were measured again for a better plan.
     """
 
     deployment: Deployment
@@ -86,7 +86,7 @@ class _Watched:
     basis: object = None
     compared: Compared | None = None
     plan_from_s: float = -math.inf
-    proved_s: dict[Key, float] = field(default_factory=dict)
+    proved_s: dict[Link, float] = field(default_factory=dict)
 
 
 class Rebalancer:
@@ -160,14 +160,17 @@ class Rebalancer:
 
         If one link got worse, so did others of its device. Only those in use have told it.
         """
-        key, now_s = compared.choice.key, self._clock()
         links = self._remeasuring.new_links(compared.moves_of(watched.deployment))
-        if not links or now_s - watched.proved_s.get(key, -math.inf) <= STEADY_S:
+        if links is None:
+            return False  # Another plan is made as soon as one is due.
+        # The cause of the move is older, so each link is measured once for it.
+        since_s = watched.memory.better_since_s or -math.inf
+        watched.proved_s = {link: at for link, at in watched.proved_s.items() if at >= since_s}
+        links = [link for link in links if link not in watched.proved_s]
+        if not links:
             return True
-        with contextlib.suppress(*FAILURES):
-            await self._remeasuring.prove(watched.deployment, links)
-        kept = {of: at for of, at in watched.proved_s.items() if now_s - at <= STEADY_S}
-        watched.proved_s = {**kept, key: now_s}
+        done = await self._remeasuring.prove(watched.deployment, links)
+        watched.proved_s |= dict.fromkeys(done, self._clock())
         watched.basis, watched.plan_from_s = None, -math.inf  # It plans at the next look.
         return False
 

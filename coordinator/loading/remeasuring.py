@@ -70,11 +70,17 @@ class Remeasuring:
         costs = {link: link_cost(self._roster, link) for link in _ring(deployment.leads)}
         return {link: cost for link, cost in costs.items() if cost is not None}
 
-    def new_links(self, moves: Iterable[tuple[Deployment, Planned]]) -> list[Link]:
-        """Return the links that models would use after moves, and do not use now."""
+    def new_links(self, moves: Iterable[tuple[Deployment, Planned]]) -> list[Link] | None:
+        """Return the links that models would use after moves, and do not use now.
+
+        None if a device of a plan has left.
+        """
         here = {member.device: member for member in self._roster.members}
         found: dict[Link, None] = {}
         for before, planned in moves:
+            devices = [name for stage in planned.plan.stages for name in stage.devices]
+            if not all(planned.devices[name] in here for name in devices):
+                return None
             leads = [
                 here[planned.devices[stage.members[0].device if stage.members else stage.device]]
                 for stage in planned.plan.stages
@@ -83,15 +89,26 @@ class Remeasuring:
             found |= dict.fromkeys(link for link in _ring(leads) if link not in used)
         return list(found)
 
-    async def prove(self, deployment: Deployment, links: Iterable[Link]) -> None:
+    async def prove(self, deployment: Deployment, links: Iterable[Link]) -> list[Link]:
         """Measure links again, one at a time, because that disturbs answers less.
 
-        Nobody uses them, so nothing has told what they cost since they were measured.
+        Nobody uses them, so nothing has told what they cost since they were measured. Returns the
+        links that were measured or have failed. Others wait if a user or a loss waits for the turn.
         """
-        async with self._turns.unasked("the links of a better plan are being measured"):
-            for link in links:
-                work = try_links(self._roster, [link], self._turns.report)
-                await run_while(lambda: self._models.ended_by(deployment) is None, work)
+        done: list[Link] = []
+
+        def answers() -> bool:
+            return self._models.ended_by(deployment) is None
+
+        with contextlib.suppress(CoordinatorError):
+            async with self._turns.unasked("the links of a better plan are being measured"):
+                for link in links:
+                    if self._turns.is_awaited:
+                        break
+                    work = try_links(self._roster, [link], self._turns.report)
+                    if await run_while(answers, work) is not None:
+                        done.append(link)
+        return done
 
     def left(self, before: Deployment, links: LinkCosts, now: Deployment) -> None:
         """Note slow devices and links that a model has left, to measure them again.

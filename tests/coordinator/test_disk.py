@@ -57,6 +57,8 @@ def test_only_the_newest_content_is_written_and_all_at_the_end(
     assert waiting == 4
     disk.replace(tmp_path / "one", "late", failures.append)  # As a load that ends with the process.
     assert (tmp_path / "one").read_text() == "late"
+    # As a device does that joins while the coordinator stops.
+    assert asyncio.run(disk.run(lambda: "done")) == "done"
 
 
 def test_a_device_is_welcomed_once_its_name_is_written(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -203,6 +204,82 @@ def test_links_that_a_move_begins_to_use_are_measured_before(run: Callable[[Test
         assert world.operations.looked == before + 1
         assert world.served.where == "c, d"
         assert len(world.shoal.of(MeasureLink)) == 2
+
+    run(test)
+
+
+def test_links_are_measured_once_however_long_that_and_planning_take(
+    run: Callable[[Test], None],
+) -> None:
+    """Otherwise slow links would be measured for ever, and the model would never move."""
+
+    async def test(world: World) -> None:
+        world.operations.gain = 0.5
+        world.operations.other = plan_of(SPLIT)
+        await world.look(STEADY_S)
+        world.shoal.told.clear()
+        await world.look(LOOK_S)
+        assert len(world.shoal.of(MeasureLink)) == 2
+        world.now_s += 2 * STEADY_S  # Measuring them has taken so long, or planning since.
+        await world.look(LOOK_S)
+        assert world.served.where == "c, d"
+        assert len(world.shoal.of(MeasureLink)) == 2
+
+    run(test)
+
+
+def test_the_same_links_are_not_measured_for_each_of_several_plans(
+    run: Callable[[Test], None],
+) -> None:
+    async def test(world: World) -> None:
+        world.operations.gain = 0.5
+        world.operations.other = plan_of(SPLIT)
+        await world.look(STEADY_S)
+        world.shoal.told.clear()
+        await world.look(LOOK_S)
+        world.operations.other = plan_of(((("c",), 3), (("d",), BLOCKS)))
+        await world.look(LOOK_S)
+        assert world.served.where == "c, d"
+        assert len(world.shoal.of(MeasureLink)) == 2
+
+    run(test)
+
+
+def test_a_user_waits_for_one_link_of_a_better_plan_at_most(run: Callable[[Test], None]) -> None:
+    async def test(world: World) -> None:
+        world.operations.gain = 0.5
+        world.operations.other = plan_of(SPLIT)
+        await world.look(STEADY_S)
+        world.shoal.told.clear()
+        world.now_s += LOOK_S
+        looking = asyncio.ensure_future(world.loop.look())
+        await world.shoal.until(lambda: world.shoal.turns.is_taken)
+        async with world.shoal.turns.asked(lambda step: None):
+            assert len(world.shoal.of(MeasureLink)) <= 1
+        await looking
+        await world.look(LOOK_S)
+        assert len(world.shoal.of(MeasureLink)) == 2
+        await world.look(LOOK_S)
+        assert world.served.where == "c, d"
+
+    run(test)
+
+
+def test_a_plan_for_a_device_that_has_left_does_not_end_a_look(
+    run: Callable[[Test], None],
+) -> None:
+    async def test(world: World) -> None:
+        world.operations.gain = 0.5
+        world.operations.other = plan_of(SPLIT)
+        await world.look(STEADY_S)
+        world.loop._watched[world.served.name].plan_from_s = math.inf  # No plan is due.
+        with world.shoal.roster.changed.watch() as changed:
+            world.shoal.kill("c")
+            while len(world.shoal.roster.members) == 2:
+                changed.clear()
+                await changed.wait()
+        await world.look(LOOK_S)
+        assert world.served.where == "d"
 
     run(test)
 

@@ -19,6 +19,7 @@ from coordinator.loading.paces import token_s
 from coordinator.loading.record import DeploymentRecord
 from coordinator.loading.several import PlannedTogether, SeveralRequest
 from coordinator.loading.state import Replacing, Serving, State
+from model.errors import ModelError
 from planning.plan import InfeasiblePlan, PlanError
 from planning.request import LoadRequest
 from tests.coordinator.test_teams import (
@@ -310,6 +311,54 @@ def test_broken_models_give_way_where_not_all_fit(
         await shoal.until(lambda: shoal.models.all_serving and len(besides) >= 3)
         assert [count for _, count in besides[:3]] == ["1", "0", "1"]
         assert besides[0][0] == besides[1][0] != besides[2][0]
+
+    run(test)
+
+
+def test_models_that_are_compared_together_do_not_lessen_each_others_room(
+    run: Run, other: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A joint plan has the limits of each model alone, or what one takes would count twice."""
+    beside: dict[str, int] = {}
+
+    async def test(shoal: Shoal) -> None:
+        together = {FIRST: 1.0, "other": 1.0}
+        first = await load(shoal, MODEL, ON_A_AND_D, together=together)
+        await load(shoal, other, ON_B_AND_D, together=together)
+
+        async def noted(request: LoadRequest, **options: Any) -> object:
+            beside[request.model.name] = len(shoal.operations._beside(request))
+            if len(beside) == 2:
+                raise PlanError("both were asked for")
+            return planned(plan_of(ON_C))
+
+        monkeypatch.setattr(shoal.operations._maker, "plan", noted)
+        with pytest.raises(PlanError, match="both were asked for"):
+            await shoal.operations.compare(first)
+        assert beside == {FIRST: 0, "other": 0}
+
+    run(test)
+
+
+@pytest.mark.parametrize("error", [InfeasiblePlan("no room"), ModelError("no files")])
+def test_no_model_of_several_waits_for_the_room_or_the_files_of_a_draft_model(
+    run: Run, other: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    asked: list[LoadRequest] = []
+
+    async def test(shoal: Shoal) -> None:
+        async def without(request: LoadRequest, **options: Any) -> object:
+            asked.append(request)
+            if request.draft is not None:
+                raise error
+            return replace(planned(plan_of(ON_C)), request=request)
+
+        monkeypatch.setattr(shoal.operations._maker, "plan", without)
+        request = LoadRequest(MODEL, draft=other, together={FIRST: 1.0, "other": 1.0})
+        again = await shoal.operations.plan_again([request])
+        assert not again.waiting
+        assert list(again.parts) == [FIRST]
+        assert [one.draft for one in asked] == [other, None]
 
     run(test)
 

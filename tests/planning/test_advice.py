@@ -557,3 +557,29 @@ def test_a_shortage_is_proved_only_where_no_plan_exists(seed: int) -> None:
     found = shortage(with_teams(problem))
     outcome = run(PlanProgram(problem, aim="any").program, time_limit_s=60)
     assert found is None or outcome.status == "infeasible"
+
+
+def test_a_least_shortage_is_called_so_whatever_the_advice_leaves_open(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The advice solves further programs, and the last of them may run out of time."""
+    advise = planner._advice
+
+    def cut_short(problem: PlanningProblem, reason: Any, runner: Any, links: Any) -> Advice:
+        found = advise(problem, reason, runner, links)
+        runner.closed = False
+        return found
+
+    monkeypatch.setattr(planner, "_advice", cut_short)
+    told = []
+    for seed in range(60):
+        problem = random_problem(seed)
+        if shortage(with_teams(problem)) is None:
+            try:
+                solve(problem)
+            except InfeasiblePlan as error:
+                told += [str(error)] if "is short by" in str(error) else []
+        if told:
+            break
+    assert told
+    assert "at most" not in told[0]

@@ -85,8 +85,14 @@ def test_what_the_first_device_lacks_is_told() -> None:
     problem, plan = first_plan()
     stage = plan.stages[0]
     left = stage.memory_limit_bytes - stage.memory_bytes
-    assert missing_bytes(plan, {stage.device: DraftOn(left + 5, 1e-3)}) == 5
-    assert missing_bytes(plan, {}) is None
+    none = no_files(draft_of())
+    assert missing_bytes(plan, none, {stage.device: DraftOn(left + 5, 1e-3)}) == (5, 0)
+    assert missing_bytes(plan, none, {}) is None
+    # Memory may be enough where storage is not.
+    files = draft_of().stored_bytes
+    full = replace(stage, storage_limit_bytes=stage.storage_bytes + files - 7)
+    small = replace(plan, stages=(full, *plan.stages[1:]))
+    assert missing_bytes(small, draft_of(), {stage.device: DraftOn(left, 1e-3)}) == (0, 7)
     places = {device.name: DraftOn(1 << 50, 1e-3) for device in problem.devices}
     with pytest.raises(InfeasiblePlan):
         solve(with_draft(problem, draft_of(), places))

@@ -108,10 +108,11 @@ def shoal(
     layers: int = 32,
     memory: int = 7 * 10**9,
     shares: bool = True,
+    ffn: int = 14_336,
     others: dict[str, object] | None = None,
 ) -> PlanningProblem:
     """Devices that take so many milliseconds per layer at 4 bits, with equal links. Assumed."""
-    spec = llama_8b(layers)
+    spec = llama_8b(layers, ffn=ffn)
     devices = []
     for name, milliseconds in speeds.items():
         profile = DeviceProfile(
@@ -480,3 +481,11 @@ def test_several_sequences_at_once(seed: int) -> None:
             ]
             best = min(best, assess(everything, stages, NO_PROOF).value)
     assert solve(problem).value == pytest.approx(best, rel=1e-6)
+
+
+def test_one_more_device_is_advised_where_only_a_team_holds_large_layers() -> None:
+    """Three devices hold a layer each, and a third of a layer more in a team."""
+    problem = shoal({"a": 12.0, "b": 12.0}, layers=4, memory=960 * 10**6, ffn=49_152)
+    with pytest.raises(InfeasiblePlan) as caught:
+        solve(problem, time_limit_s=10)
+    assert caught.value.advice.more_devices == ("a", 1)
