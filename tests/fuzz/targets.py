@@ -163,5 +163,7 @@ def in_memory(seed: int, seconds: float, told: multiprocessing.SimpleQueue[dict[
         deadline_s = time.monotonic() + SHARES[name] * seconds
         while time.monotonic() < deadline_s:
             count += step()
+        if isinstance(step, stages.StageSteps):  # Native code must not run while the process ends.
+            step.close()
         frames[f"{name}, in memory"] = count
     told.put(frames)
