@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +25,7 @@ class Parser(argparse.ArgumentParser):
 
         Before Python 3.12.7, ``shoal run MODEL --chat PROMPT`` would not find the prompt.
         """
+        self._require_known(sys.argv[1:] if args is None else args)
         found, rest = super().parse_known_args(args, namespace)
         last = next((item for item in reversed(self._actions) if not item.option_strings), None)
         if last is None or last.nargs != "?" or getattr(found, last.dest) is not last.default:
@@ -31,6 +33,23 @@ class Parser(argparse.ArgumentParser):
         if len(rest) == 1 and not rest[0].startswith("-"):
             setattr(found, last.dest, self._get_value(last, rest.pop()))
         return found, rest
+
+    def _require_known(self, words: Sequence[str]) -> None:
+        """Name an unknown option before a sub-command, or its value would be called a wrong one."""
+        choices = {
+            name
+            for item in self._actions
+            if isinstance(item, argparse._SubParsersAction)
+            for name in item.choices
+        }
+        for word in words if choices else ():
+            if word == "--" or word in choices:
+                return
+            name = word.partition("=")[0]
+            if word.startswith("--") and not any(
+                known.startswith(name) for known in self._option_string_actions
+            ):
+                self.error(f"unrecognized arguments: {word}")
 
 
 class HelpFormatter(argparse.HelpFormatter):

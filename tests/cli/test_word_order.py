@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cli.main import _parser
+from cli.main import _parser, main
 
 
 @pytest.mark.parametrize(
@@ -29,3 +29,12 @@ def test_words_too_many_are_still_refused(
     with pytest.raises(SystemExit):
         _parser("run").parse_args(["run", "tiny-opt", "--chat", *rest])
     assert "unrecognized arguments" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["agent", "--cache-dir", "/x"], ["--cache-dir", "/x", "agent"]])
+def test_an_unknown_option_is_named_and_not_its_value(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert "unrecognized arguments: --cache-dir" in capsys.readouterr().err
