@@ -472,7 +472,7 @@ class Relay:
         try:
             if self._drafts_by is not None:
                 self._drafts_by.feed(sequence.slot, tokens[:-1])
-        except Exception as error:  # It ends the draft model's work, and the thread goes on.
+        except Exception as error:  # The thread's outermost loop: it ends the draft model alone.
             self._lose_drafter(error)
         finally:
             self._turnstile.leave(self._ticket, returns=self._goes_on())
@@ -502,7 +502,7 @@ class Relay:
                 sequence.sampling,
                 self._spec.vocab,
             )
-        except Exception as error:  # The answer needs no guesses.
+        except (BackendError, MemoryError) as error:  # The answer needs no guesses.
             self._lose_drafter(error)
             return
         with self._lock:

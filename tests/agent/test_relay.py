@@ -587,7 +587,7 @@ def test_a_place_that_was_kept_for_rows_that_are_gone_is_ceded(
     last.deliver(*activation(2, 1, slot=1))
     threads[1].start()
     while not turnstile.is_wanted:
-        time.sleep(1e-3)
+        time.sleep(1e-3)  # A turnstile tells no event of who waits.
     last.stage.gate.set()
     assert entered.wait(ANSWER_S)
     for thread in threads:
@@ -605,7 +605,7 @@ class Contest:
         self._thread = threading.Thread(target=self._compute, daemon=True)
         self._thread.start()
         while not self._turnstile.is_wanted:
-            time.sleep(1e-3)
+            time.sleep(1e-3)  # A turnstile tells no event of who waits.
 
     def _compute(self) -> None:
         self._turnstile.enter(self._ticket)
@@ -622,7 +622,7 @@ def test_no_place_is_kept_while_the_next_device_takes_nothing(
     large = threading.Thread(target=near.send, args=(ProbePing(1), bytes(32 << 20)), daemon=True)
     large.start()
     while not near._send_lock.locked():
-        time.sleep(1e-3)
+        time.sleep(1e-3)  # A lock tells no event of who took it.
     first.stage.gate.clear()
     first.relay.start(start(1, PROMPT[:1]))
     first.stage.next_call()

@@ -264,7 +264,7 @@ def test_a_pass_of_a_team_takes_its_turn_at_the_lead(devices: list[Device]) -> N
         answered = pool.submit(answer, lead)
         deadline_s = time.monotonic() + ANSWER_S
         while not turnstile.is_wanted and time.monotonic() < deadline_s:
-            time.sleep(1e-3)
+            time.sleep(1e-3)  # A turnstile tells no event of who waits.
         is_waiting = turnstile.is_wanted
         turnstile.leave(other)
         assert is_waiting
@@ -279,7 +279,7 @@ def test_a_team_that_waits_for_a_mute_member_lets_others_compute(devices: list[D
     lead.coordinator.send(StartSequence(EPOCH, 1, 0, PROMPT, Sampling(1, ())))
     deadline_s = time.monotonic() + ANSWER_S
     while not turnstile.is_taken and time.monotonic() < deadline_s:
-        time.sleep(1e-3)
+        time.sleep(1e-3)  # A turnstile tells no event of who waits.
     assert turnstile.is_taken
     turnstile.enter(other)
     assert lead.agent._stages.team_of(EPOCH).works  # The member does not count as lost yet.

@@ -106,7 +106,7 @@ def test_a_pass_that_gives_way_runs_beside_others() -> None:
     thread = threading.Thread(target=other.run_pass, args=(order,))
     thread.start()
     while not turnstile.is_wanted:
-        time.sleep(1e-3)
+        time.sleep(1e-3)  # A turnstile tells no event of who waits.
     turnstile.give_way(first.ticket)
     thread.join(DEADLINE_S)
     assert order == [other]
@@ -123,7 +123,7 @@ def test_a_kept_place_can_be_ceded() -> None:
     other.ticket.due_s = 1.0
     thread.start()
     while not turnstile._waiting:
-        time.sleep(1e-3)
+        time.sleep(1e-3)  # A turnstile tells no event of who waits.
     turnstile.leave(first.ticket, returns=True)
     thread.join(0.05)
     assert thread.is_alive()
