@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import threading
@@ -35,13 +34,12 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks import soak
+from benchmarks.loopback import Shoal
 from benchmarks.random_model import Shape
-from benchmarks.soak import PATIENCE_S, ROOT, SHOAL
+from benchmarks.soak import PATIENCE_S
 from benchmarks.walk_model import make_walk_model, regions
 from coordinator.serving.urgency import HEADER
 
-AGENT = "ash"
 SHAPES = {
     "light": Shape(hidden=512, ffn=1408, layers=8, heads=8),
     "heavy": Shape(hidden=1024, ffn=2816, layers=14, heads=16),
@@ -49,6 +47,12 @@ SHAPES = {
 CONTEXT_TOKENS = 1024
 SLOTS = 4
 BITS = 8
+LOAD_OPTIONS = (
+    f"--bits={BITS}",
+    f"--slots={SLOTS}",
+    f"--context={CONTEXT_TOKENS}",
+    "--quality-budget=none",
+)
 TOKENS = 24
 STREAM_TOKENS = 192
 LONG_TOKENS = 512
@@ -56,34 +60,6 @@ BULK_CLIENTS = 6
 BULK_TOKENS = 96
 LEAST_REQUESTS = 5
 """A phase goes on until it has so many requests."""
-
-
-class Shoal(soak.Shoal):
-    """A coordinator and one agent."""
-
-    def start(self) -> None:
-        coordinator = self._spawn(
-            "coordinator", "coordinator", "--json", "--no-mdns", "--bind=127.0.0.1", "--port=0",
-            "--http=127.0.0.1:0", f"--state-dir={self.directory}/coordinator", "--rebalance=off",
-            "--log-level=warning", "--create-token", f"--token-file={self.directory}/token",
-        )  # fmt: skip
-        ready = json.loads(coordinator.stdout.readline() if coordinator.stdout else "")
-        self.url, self.control_port = ready["http"], ready["control_port"]
-        self._spawn(
-            AGENT, "agent", f"--name={AGENT}", "--bind=127.0.0.1", "--threads=1",
-            f"--coordinator=127.0.0.1:{self.control_port}",
-            f"--state-dir={self.directory}/{AGENT}", f"--measurements-dir={self.directory}",
-            f"--token-file={self.directory}/token",
-        )  # fmt: skip
-
-    def put(self, model: Path) -> None:
-        subprocess.run(  # noqa: S603 - our own command
-            [
-                *SHOAL, "load", str(model), f"--bits={BITS}", f"--slots={SLOTS}",
-                f"--context={CONTEXT_TOKENS}", "--quality-budget=none", f"--url={self.url}",
-            ],
-            check=True, cwd=ROOT, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,12 +225,10 @@ def classes(clients: Clients, seconds: float) -> list[dict[str, Any]]:
 def run(directory: Path, seconds: float) -> dict[str, Any]:
     shoal = Shoal(directory)
     try:
-        shoal.start()
-        while not shoal.get("/shoal/v1/devices")["devices"]:
-            time.sleep(0.2)  # Joining tells no event here.
+        shoal.start_all(1, threads=1)
         for name, shape in SHAPES.items():
             make_walk_model(directory / name, shape, CONTEXT_TOKENS)
-            shoal.put(directory / name)
+            shoal.put(directory / name, *LOAD_OPTIONS)
         clients = Clients(shoal.url)
         return {"gaps_ms": gaps(clients, seconds), "last_token_s": classes(clients, seconds)}
     finally:

@@ -38,7 +38,8 @@ import numpy.typing as npt
 
 from backends.base import BackendUnavailable, StageOptions
 from backends.registry import backend_class
-from benchmarks import soak
+from benchmarks.loopback import Shoal
+from benchmarks.soak import PATIENCE_S
 from model.artifact import write_artifact
 from model.checkpoint import Checkpoint
 from model.families import read_config, tensor_sources
@@ -208,31 +209,6 @@ def ways(
                 yield f"{backend}, {bits} bits{option and f', {option}'}", run
 
 
-class Shoal(soak.Shoal):
-    """A coordinator and some agents on the loopback interface."""
-
-    def start_all(self, count: int, threads: int) -> list[str]:
-        """Start the processes, and return the names of the agents once they have joined."""
-        coordinator = self._spawn(
-            "coordinator", "coordinator", "--json", "--no-mdns", "--bind=127.0.0.1", "--port=0",
-            "--http=127.0.0.1:0", f"--state-dir={self.directory}/coordinator", "--rebalance=off",
-            "--log-level=warning", "--create-token", f"--token-file={self.directory}/token",
-        )  # fmt: skip
-        ready = json.loads(coordinator.stdout.readline() if coordinator.stdout else "")
-        self.url, self.control_port = ready["http"], ready["control_port"]
-        names = [f"host-{number}" for number in range(1, count + 1)]
-        for name in names:
-            self._spawn(
-                name, "agent", f"--name={name}", "--bind=127.0.0.1", f"--threads={threads}",
-                f"--coordinator=127.0.0.1:{self.control_port}",
-                f"--state-dir={self.directory}/{name}", f"--measurements-dir={self.directory}",
-                f"--token-file={self.directory}/token",
-            )  # fmt: skip
-        while len(self.get("/shoal/v1/devices")["devices"]) < count:
-            time.sleep(0.2)  # Joining tells no event here.
-        return names
-
-
 def over_agents(
     model: Path, count: int, bits: int, options: argparse.Namespace, wanted: Vectors | None
 ) -> tuple[float, float]:
@@ -251,20 +227,14 @@ def over_agents(
                 f"--pin=layers={first}-{last - 1}:{host}"
                 for host, (first, last) in zip(hosts, itertools.pairwise(cuts), strict=True)
             ]
-            subprocess.run(  # noqa: S603 - our own command
-                [
-                    *soak.SHOAL, "load", str(model), f"--bits={bits}", f"--context={CONTEXT}",
-                    *pins, f"--url={shoal.url}",
-                ],
-                check=True, cwd=soak.ROOT, stdout=subprocess.DEVNULL,
-            )  # fmt: skip
+            shoal.put(model, f"--bits={bits}", f"--context={CONTEXT}", *pins)
 
             def ask(part: list[list[int]]) -> Vectors:
                 body = {"input": part, "model": model.name}
                 answer = httpx.post(
                     f"{shoal.url}/v1/embeddings",
                     json=body,
-                    timeout=soak.PATIENCE_S,
+                    timeout=PATIENCE_S,
                     trust_env=False,
                 )
                 answer.raise_for_status()
