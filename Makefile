@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PACKAGES := model wire backends calibration agent planning paper coordinator testbed evaluation compression studies cli
+PACKAGES := model wire backends calibration agent planning paper coordinator api testbed evaluation compression studies cli
 
 # `make bundle` is for an agent on Raspberry Pi OS 12 or Debian 12, unless told otherwise.
 MACHINE ?= aarch64

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from api.key_book import LOCAL_FILE
 from cli.errors import CommandFailed, CoordinatorUnreachable
 from cli.parser import DEFAULT_URL
 from cli.service.running import running_in
-from coordinator.keys import LOCAL_FILE
 from wire.addresses import is_loopback
 from wire.service import default_state_dir
 

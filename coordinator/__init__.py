@@ -1,1 +1,1 @@
-"""The coordinator: it admits agents, plans and loads models, and answers over HTTP."""
+"""The coordinator: it admits agents, plans and loads models, and runs requests."""

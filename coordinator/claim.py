@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
-from coordinator.config import ConfigError
+from coordinator.config import ConfigError, usable
 from model.durable import open_lock
 
 LOOK_S = 1.0
@@ -22,11 +22,9 @@ def claim(state_dir: Path) -> TextIO | None:
     Returns None if another coordinator has it. The lock ends with its process, and it holds for all
     machines that share the directory. Raises ConfigError.
     """
-    try:
+    with usable(state_dir):
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.fdopen(open_lock(state_dir / "coordinator.lock"), "w", encoding="ascii")
-    except OSError as error:
-        raise ConfigError(f"state directory {state_dir} is not usable: {error.strerror}") from error
     try:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # Child processes do not inherit it.
     except BlockingIOError:

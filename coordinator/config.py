@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,3 +82,12 @@ class CoordinatorConfig:
     def beyond(self) -> bool:
         """Whether other machines can reach HTTP."""
         return not is_loopback(self.http_host)
+
+
+@contextlib.contextmanager
+def usable(state_dir: Path) -> Iterator[None]:
+    """Raise ConfigError in place of an OSError about the state directory."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"state directory {state_dir} is not usable: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""The coordinator process: control connections, block downloads, and HTTP, in one event loop."""
+"""The coordinator: all its parts, control connections and block downloads, in one event loop."""
 
 from __future__ import annotations
 
@@ -6,38 +6,15 @@ import asyncio
 import contextlib
 import errno
 import logging
-import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import uvicorn
-from starlette.applications import Starlette
-from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp
-
-from coordinator.config import ConfigError, CoordinatorConfig
+from coordinator.config import ConfigError, CoordinatorConfig, usable
 from coordinator.disk import Disk
 from coordinator.errors import CoordinatorError
 from coordinator.files.artifacts import ArtifactStore
 from coordinator.files.compiled import Makers, Workshop
-from coordinator.http.admin import AdminRoutes
-from coordinator.http.common import HANDLERS
-from coordinator.http.document import document_routes
-from coordinator.http.guard import HostGuard, guarded_protocol
-from coordinator.http.health import HealthRoutes
-from coordinator.http.keys import KeyGuard
-from coordinator.http.metrics import Metrics
-from coordinator.http.openai.encoders import EncoderRoutes
-from coordinator.http.openai.routes import OpenAIRoutes
-from coordinator.http.openai.texts import TextRoutes
-from coordinator.http.page.routes import PageRoutes
-from coordinator.http.page.state import StateFeed
-from coordinator.http.tls import HttpTls, encrypted_protocol, http_tls
-from coordinator.http.traces import TraceRoutes
-from coordinator.http.tracking import REQUEST_ID, Answering, Tracking
-from coordinator.keys import KeyBook
 from coordinator.loading.keeper import Keeper
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
@@ -52,17 +29,15 @@ from coordinator.roster.book import DeviceBook
 from coordinator.roster.holders import holders
 from coordinator.roster.members import Roster
 from coordinator.roster.names import NameBook
-from coordinator.serving.admission import Admission
 from coordinator.serving.encoding import Encoders
 from coordinator.serving.gateway import Gateway, Shortcuts
 from coordinator.serving.journal import AnswerJournal
 from coordinator.serving.kept_answers import KeptAnswers
-from coordinator.serving.requests import Requests
 from coordinator.serving.standstills import Standstills
 from coordinator.story import Story
 from model.errors import ModelError
 from wire import admission, limits
-from wire.async_connection import ACCEPT_AT_ONCE, AsyncConnection, serve
+from wire.async_connection import AsyncConnection, serve
 from wire.chunks import file_chunks
 from wire.claim import Claim, Fingerprint
 from wire.errors import AuthFailed, ProtocolError, VersionMismatch, WireError
@@ -87,7 +62,7 @@ from wire.messages import (
 )
 from wire.rare_log import RareLog
 from wire.service import ServiceManager
-from wire.transport import BACKLOG, bind, reason, tune
+from wire.transport import reason
 
 log = logging.getLogger(__name__)
 
@@ -97,32 +72,14 @@ FIRST_MESSAGES = {
 }
 """The messages that an agent's connection may begin with, and the largest header of each."""
 
-MOST_HTTP_WAITING = 128
-MOST_HTTP_OF_ONE = 96
-"""The most HTTP connections without a whole request: in total, and of one address.
-
-Clients keep some open between two requests."""
-
-CLIENT_STALL_S = 60.0
-"""An HTTP client that reads nothing of its answer for so long is dropped."""
-
 OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 DOWNLOAD_IDLE_S = 120.0
 """The time that an agent may take between two blocks. It may write them to a slow card."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ready:
-    """Where a started coordinator can be reached."""
-
-    control_port: int
-    http_host: str
-    http_port: int
-
-
 class Coordinator:
-    """Everything the coordinator process runs."""
+    """Everything of a coordinator but its HTTP, which the package api puts over these parts."""
 
     def __init__(
         self,
@@ -131,124 +88,101 @@ class Coordinator:
         service: ServiceManager | None = None,
         makers: Makers | None = None,
     ) -> None:
-        """Make its parts. ``run`` starts them.
+        """Make its parts. ``prepare`` makes their files, and ``running`` starts them.
 
         say: shows the user one line.
         makers: make files for backends on this machine.
         """
-        self._config = config
+        self.config = config
         self._say = say
-        self._service = service or ServiceManager()
+        self.service = service or ServiceManager()
         self._store = ArtifactStore(config.state_dir, config.storage_bytes)
-        self._story = Story()
+        self.story = Story()
         self._book = None if config.insecure else DeviceBook(config.state_dir)
         self._disk = disk = Disk()
         names = NameBook(config.state_dir, disk)
-        self.roster = Roster(config.cluster, names, self._story, self._book, disk)
-        self._models, turns = Models(self._story), Turns()
-        turns.settle = disk.flush
-        self._models.progress = lambda: turns.progress
-        self._operations = Operations(
-            self.roster, self._store, QualityStore(config.state_dir), self._models, turns
+        self.roster = Roster(config.cluster, names, self.story, self._book, disk)
+        self.models, self.turns = Models(self.story), Turns()
+        self.turns.settle = disk.flush
+        self.models.progress = lambda: self.turns.progress
+        self.operations = Operations(
+            self.roster, self._store, QualityStore(config.state_dir), self.models, self.turns
         )
         self._keeper = Keeper(
             self.roster,
-            self._models,
-            turns,
-            self._operations,
+            self.models,
+            self.turns,
+            self.operations,
             LoadedFile(config.state_dir, disk),
             config.recovery_wait_s,
         )
-        self._paces = Paces(self.roster, self._models, self._story)
-        self._stalls = Stalls(self.roster, self._models)
+        self._paces = Paces(self.roster, self.models, self.story)
+        self._stalls = Stalls(self.roster, self.models)
         self._rebalancer = Rebalancer(
-            self.roster, self._models, turns, self._operations, self._story
+            self.roster, self.models, self.turns, self.operations, self.story
         )
-        self._gateway = Gateway(
+        self.gateway = Gateway(
             self.roster,
-            self._models,
+            self.models,
             Shortcuts(config.prefix_cache, config.drafts),
             KeptAnswers(config.answer_cache_bytes),
             AnswerJournal(config.state_dir / "answers"),
         )
-        self._operations.mover.warm = self._gateway.warm
-        self._standstills = Standstills(self.roster, self._models, self._gateway)
-        self._encoders = Encoders(self.roster, self._models)
-        self._requests = Requests()
-        self._feed = StateFeed(
-            config, self.roster, self._models, turns, self._requests, self._story
-        )
-        self._admission = Admission(self._models, self._requests, config.most_waiting)
-        self._keys = KeyBook(config.state_dir)
+        self.operations.mover.warm = self.gateway.warm
+        self._standstills = Standstills(self.roster, self.models, self.gateway)
+        self.encoders = Encoders(self.roster, self.models)
         self._workshop = Workshop(self._store, self.roster, config.state_dir, makers)
+        self._answerer: Answerer | None = None
+        self._control: asyncio.Server | None = None
         self._idle_downloads = Lobby("downloads of blocks")
         self._rare_log = RareLog(log)
 
-    async def run(self, on_ready: Callable[[Ready], None]) -> None:
-        """Serve until interrupted. Raises ConfigError, wire.errors.ConnectFailed."""
-        config = self._config
-        self._prepare()
-        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
-        answerer = self._answerer()
-        fingerprint = None if answerer is None else answerer.identity.fingerprint
-        tls = (
-            http_tls(config.http_cert, config.http_key, config.identity_path)
-            if config.http_tls
-            else None
-        )
-        http_socket = bind(config.http_host, config.http_port)
-        # Accepted connections inherit this. The answer to a client that is dead or reads nothing
-        # would hold a KV slot for ever.
-        tune(http_socket, CLIENT_STALL_S)
-        with http_socket:
-            control, control_port = await serve(
-                config.control_host,
-                config.control_port,
-                self._handle,
-                answerer=answerer,
-                executor=self._disk.executor,
-            )
-            self._feed.control_port = control_port
-            ready = Ready(control_port, config.http_host, http_socket.getsockname()[1])
-            async with self._advertised(control_port, fingerprint):
+    @property
+    def fingerprint(self) -> Fingerprint | None:
+        """The fingerprint of its key, once it is prepared. None with --insecure."""
+        return None if self._answerer is None else self._answerer.identity.fingerprint
 
-                def on_started() -> None:
-                    http_socket.listen(BACKLOG)
-                    self._service.ready()
-                    on_ready(ready)
-
-                def on_stop() -> None:
-                    # The order matters, because a dropped agent tries to join again at once.
-                    # Connections are not awaited: each lasts as long as its other end likes.
-                    control.close()
-                    self._keeper.close()
-                    self.roster.close()
-                    self._feed.close()
-
-                self._keeper.resume()
-                tasks = self._tasks()
-                try:
-                    # A task of its own, because uvicorn raises the signal that stopped it again.
-                    # So the signal ends this await, and not the first one of the cleaning up.
-                    await asyncio.ensure_future(
-                        _serve_http(self._app(fingerprint), http_socket, tls, on_started, on_stop)
-                    )
-                finally:
-                    for task in tasks:
-                        task.cancel()
-                    self._service.stopping()
-                    on_stop()
-                    self._disk.close()
-
-    def _prepare(self) -> None:
+    def prepare(self) -> None:
         """Make what the state directory must have. Raises ConfigError."""
-        try:
+        with usable(self.config.state_dir):
             self._store.prepare()
-            self._keys.make_local()
-        except OSError as error:
-            raise ConfigError(
-                f"state directory {self._config.state_dir} is not usable: {error.strerror}"
-            ) from error
+        self._answerer = self._own_answerer()
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[int]:
+        """Serve agents at the port that it yields, until the block ends.
+
+        ``stop`` may leave them earlier. Raises wire.errors.ConnectFailed.
+        """
+        config = self.config
+        asyncio.get_running_loop().set_exception_handler(self._on_loop_error)
+        self._control, port = await serve(
+            config.control_host,
+            config.control_port,
+            self._handle,
+            answerer=self._answerer,
+            executor=self._disk.executor,
+        )
+        async with self._advertised(port, self.fingerprint):
+            self._keeper.resume()
+            tasks = self._tasks()
+            try:
+                yield port
+            finally:
+                for task in tasks:
+                    task.cancel()
+                self.service.stopping()
+                self.stop()
+                self._disk.close()
+
+    def stop(self) -> None:
+        """Leave all agents, and end what waits for them. A second call does nothing."""
+        # The order matters, because a dropped agent tries to join again at once.
+        # Connections are not awaited: each lasts as long as its other end likes.
+        if self._control is not None:
+            self._control.close()
+        self._keeper.close()
+        self.roster.close()
 
     def _tasks(self) -> list[asyncio.Task[None]]:
         """Start the tasks that run until the coordinator stops."""
@@ -258,24 +192,24 @@ class Coordinator:
             _endless(self._keeper.watch_links()),
             _endless(self._keeper.watch_use()),
         ]
-        if self._config.rebalances:
+        if self.config.rebalances:
             tasks.append(_endless(self._rebalancer.follow()))
         return tasks
 
-    def _answerer(self) -> Answerer | None:
+    def _own_answerer(self) -> Answerer | None:
         """Return what agents must show. Raises ConfigError."""
         if self._book is None:
             return None
         try:
-            identity = own_identity(self._config.identity_path)
+            identity = own_identity(self.config.identity_path)
         except IdentityError as error:
             raise ConfigError(str(error)) from error
         purposes: frozenset[Purpose] = frozenset(("control", "blocks"))
         return Answerer(identity, COORDINATOR, purposes, self._book.admit)
 
-    def _inviting(self, fingerprint: Fingerprint | None) -> Callable[[], Awaitable[str]] | None:
+    def inviting(self) -> Callable[[], Awaitable[str]] | None:
         """Return what makes a token for one device, or None with --insecure."""
-        book = self._book
+        book, fingerprint = self._book, self.fingerprint
         if book is None or fingerprint is None:
             return None
 
@@ -290,13 +224,13 @@ class Coordinator:
             count = len(self.roster.members)
             present = [
                 name if isinstance(state, Serving) else f"{name}, {describe(state)}"
-                for name, state in self._models.present()
+                for name, state in self.models.present()
             ]
-            self._service.status(
-                f"cluster {self._config.cluster!r}: {count} agent{'s' * (count != 1)}, "
+            self.service.status(
+                f"cluster {self.config.cluster!r}: {count} agent{'s' * (count != 1)}, "
                 + ("; ".join(present) or "no model")
             )
-            self._service.alive()
+            self.service.alive()
             await asyncio.sleep(limits.HEARTBEAT_S)
 
     async def _follow_book(self) -> None:
@@ -316,16 +250,16 @@ class Coordinator:
     @contextlib.asynccontextmanager
     async def _advertised(self, port: int, fingerprint: Fingerprint | None) -> AsyncIterator[None]:
         """Announce by mDNS in the background: it takes seconds, and joining does not need it."""
-        if not self._config.advertise:
+        if not self.config.advertise:
             yield
             return
         from wire.discovery import Advertisement, DiscoveryUnavailable  # With zeroconf.
 
         loop = asyncio.get_running_loop()
         advertisement = Advertisement(
-            self._config.cluster,
-            f"shoal-{self._config.cluster}-{port}",
-            self._config.control_host,
+            self.config.cluster,
+            f"shoal-{self.config.cluster}-{port}",
+            self.config.control_host,
             port,
             fingerprint,
             lambda other: loop.call_soon_threadsafe(self._tell_of_other, other),
@@ -346,42 +280,14 @@ class Coordinator:
 
     def _tell_of_other(self, other: Endpoint) -> None:
         """Tell of another coordinator of this cluster."""
-        cluster, where = self._config.cluster, f"{other.host}:{other.port}"
-        self._story.tell("second coordinator", cluster, f"at {where}")
+        cluster, where = self.config.cluster, f"{other.host}:{other.port}"
+        self.story.tell("second coordinator", cluster, f"at {where}")
         log.warning(
             "another coordinator of cluster %r answers at %s: agents that search by mDNS may join "
             "either of them; stop one, or give it another --cluster",
             cluster,
             where,
         )
-
-    def _app(self, fingerprint: Fingerprint | None) -> ASGIApp:
-        admin = AdminRoutes(
-            self._config.cluster, self.roster, self._operations, self._models, self._story
-        )
-        openai = OpenAIRoutes(self._models, self._gateway, self._admission.require_room)
-        texts = TextRoutes(self._models, openai)
-        encoders = EncoderRoutes(self._models, openai, self._encoders)
-        page = PageRoutes(self._config, self._feed, self._inviting(fingerprint))
-        health = HealthRoutes(self._models, self._requests)
-        metrics = Metrics(self.roster, self._models, self._requests)
-        traces = TraceRoutes(self._models, self._requests)
-        routes = Starlette(
-            routes=[
-                *openai.routes(),
-                *texts.routes(),
-                *encoders.routes(),
-                *document_routes(),
-                *admin.routes(),
-                *health.routes(),
-                *metrics.routes(),
-                *traces.routes(),
-                *page.routes(),
-            ],
-            exception_handlers=HANDLERS,
-        )
-        app = Answering(routes, self._requests, self._admission.require_room)
-        return guarded(app, self._config, self._keys)
 
     async def _handle(self, connection: AsyncConnection) -> None:
         """Serve one incoming connection: an agent's control connection, or a block download."""
@@ -488,41 +394,6 @@ def _endless(work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
     return task
 
 
-def guarded(app: ASGIApp, config: CoordinatorConfig, keys: KeyBook) -> ASGIApp:
-    """Put all checks of a request before ``app``. The last one here sees it first."""
-    if not config.insecure_http:
-        app = KeyGuard(app, keys, beyond=config.beyond)
-    if config.cors_origins:
-        app = CORSMiddleware(
-            app,
-            allow_origins=config.cors_origins,
-            allow_methods=("GET", "POST"),
-            allow_headers=("*",),
-            expose_headers=(REQUEST_ID, "retry-after"),
-        )
-    names = (*config.http_hosts, config.http_host)
-    return Tracking(HostGuard(app, names, config.cors_origins))
-
-
-class _Server(uvicorn.Server):
-    """A uvicorn server that tells when it accepts requests, and when it begins to stop."""
-
-    def __init__(
-        self, config: uvicorn.Config, on_started: Callable[[], None], on_stop: Callable[[], None]
-    ) -> None:
-        super().__init__(config)
-        self._on_started = on_started
-        self._on_stop = on_stop
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self._on_started()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        self._on_stop()  # First, so that requests that wait are answered.
-        await super().shutdown(sockets)
-
-
 def _require_introduced(hello: Message, claim: Claim | None) -> None:
     """Raise ProtocolError if the caller has introduced itself otherwise than its hello says."""
     if claim is None:
@@ -531,24 +402,3 @@ def _require_introduced(hello: Message, claim: Claim | None) -> None:
     device = hello.device if isinstance(hello, AgentHello | BlocksHello) else ""
     if (claim.purpose, claim.device) != (purpose, device):
         raise ProtocolError("it has introduced itself as another device, or for something else")
-
-
-async def _serve_http(
-    app: ASGIApp,
-    http_socket: socket.socket,
-    tls: HttpTls | None,
-    on_started: Callable[[], None],
-    on_stop: Callable[[], None],
-) -> None:
-    lobby = Lobby("HTTP", MOST_HTTP_WAITING, MOST_HTTP_OF_ONE)
-    config = uvicorn.Config(
-        app,
-        log_level="critical",  # coordinator.http.common.HANDLERS report errors once.
-        access_log=False,
-        lifespan="off",
-        timeout_graceful_shutdown=2,
-        http=guarded_protocol(lobby) if tls is None else encrypted_protocol(lobby, tls),
-        ws="none",
-        backlog=ACCEPT_AT_ONCE,
-    )
-    await _Server(config, on_started, on_stop).serve(sockets=[http_socket])

@@ -29,7 +29,7 @@ for _name in ("HF_TOKEN", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HUB_OFFLI
 hypothesis.settings.register_profile("busy machine", deadline=None)
 hypothesis.settings.load_profile("busy machine")
 
-FAST = ("docs", "model", "wire", "planning", "coordinator", "calibration", "agent", "cli")
+FAST = ("docs", "model", "wire", "planning", "coordinator", "api", "calibration", "agent", "cli")
 """Folders whose tests ``--fast`` runs, but for those in SLOW."""
 
 SLOW = {
@@ -65,9 +65,9 @@ SLOW = {
     "cli/test_table1.py",
     "planning/test_dilemma.py",
     "coordinator/test_gateway.py",
-    "coordinator/test_given.py",
-    "coordinator/test_http.py",
-    "coordinator/test_guard.py",
+    "api/test_given.py",
+    "api/test_http.py",
+    "api/test_guard.py",
     "coordinator/test_measurements.py",
     "coordinator/test_members.py",
     "coordinator/test_names.py",

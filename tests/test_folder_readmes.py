@@ -26,6 +26,7 @@ def test_the_packages_have_readmes() -> None:
             "calibration",
             "testbed",
             "coordinator",
+            "api",
             "cli",
             "evaluation",
             "compression",

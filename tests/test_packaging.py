@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
     *("model", "wire", "backends", "calibration", "agent", "planning", "paper"),
-    *("coordinator", "testbed", "evaluation", "compression", "cli"),
+    *("coordinator", "api", "testbed", "evaluation", "compression", "studies", "cli"),
 )
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
@@ -111,13 +111,13 @@ def test_an_agent_needs_nothing_of_the_coordinators(module: str) -> None:
     assert not imported_by(module) & COORDINATOR_ONLY
 
 
-@pytest.mark.parametrize("module", ["coordinator.server", "model.hub_download"])
+@pytest.mark.parametrize("module", ["api.site", "model.hub_download"])
 def test_the_hubs_library_is_imported_when_something_is_fetched(module: str) -> None:
     """No other command waits for it."""
     assert "huggingface_hub" not in imported_by(module)
 
 
-@pytest.mark.parametrize("module", ["coordinator.server", "cli.main"])
+@pytest.mark.parametrize("module", ["api.site", "cli.main"])
 def test_a_coordinator_needs_no_accelerator_library(module: str) -> None:
     assert not imported_by(module) & (AGENT_ONLY | {"torch"})
 

@@ -25,6 +25,7 @@ PACKAGES = (
     "planning",
     "paper",
     "coordinator",
+    "api",
     "testbed",
     "evaluation",
     "studies",

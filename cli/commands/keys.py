@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from api.key_book import CLASSES, BadKey, KeyBook
 from cli.client import SERVICE_STATE
 from cli.errors import CommandFailed
 from cli.render import Screen, titled_table
-from coordinator.keys import CLASSES, BadKey, KeyBook
 from wire.service import default_state_dir
 
 ABOUT = (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import socket
 
+from api.key_book import BadKey, KeyBook
 from cli.doctor.checks import LEAST_MEMORY_BYTES, NEEDED, Check, Machine, installed
 from cli.doctor.network import check_multicast
-from coordinator.keys import BadKey, KeyBook
 from model.memory import memory_bytes
 from wire import limits
 from wire.addresses import is_loopback

@@ -37,7 +37,7 @@ from wire.messages import Endpoint
 from wire.service import ServiceManager, default_state_dir
 
 if TYPE_CHECKING:
-    from coordinator.server import Ready
+    from api.site import Ready
 
 MOST_DESCRIPTORS = 65_536
 """More than all admitted connections and all files."""
@@ -320,6 +320,7 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
 def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
     import asyncio
 
+    from api.site import Site
     from cli.service.making import LocalMakers
     from coordinator.server import Coordinator
     from wire.claim import shown
@@ -363,7 +364,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
             _prepare_token(options)
         config = _coordinator_config(options)
         coordinator = Coordinator(config, screen.note, service, LocalMakers())
-        asyncio.run(coordinator.run(on_ready))
+        asyncio.run(Site(coordinator).run(on_ready))
     except (ConfigError, TokenError, WireError) as error:
         raise CommandFailed(str(error)) from error
     finally:
@@ -485,7 +486,7 @@ def _prepare_token(options: argparse.Namespace) -> None:
 
 def _tell_about_keys(config: CoordinatorConfig, screen: Screen) -> None:
     """Say what clients of other machines need, if HTTP listens there."""
-    from coordinator.keys import KeyBook
+    from api.key_book import KeyBook
 
     if not config.beyond:
         return
@@ -604,7 +605,7 @@ def _set_log_level(options: argparse.Namespace) -> None:
     level = options.log_level or ("info" if options.verbose else options.default_log_level)
     if level == REQUESTS:
         level = "warning"
-        logging.getLogger("coordinator.http.tracking").setLevel(logging.INFO)
+        logging.getLogger("api.tracking").setLevel(logging.INFO)
     logging.getLogger().setLevel(level.upper())
 
 

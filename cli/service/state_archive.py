@@ -20,13 +20,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from api.key_book import LOCAL_FILE
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 from cli.service.running import FILE as RUNNING_FILE
 from cli.service.running import running_in
 from coordinator.claim import claim
 from coordinator.config import ConfigError
-from coordinator.keys import LOCAL_FILE
 from coordinator.roster.book import BadBook, DeviceBook
 from model.bounded import read_bytes
 from model.durable import replace_bytes

@@ -12,7 +12,9 @@ import pytest
 
 from tests.system.cluster import ROOT, TINY_OPT, Cluster, last_json
 
-PACKAGES = ("agent", "backends", "calibration", "cli", "coordinator", "model", "wire", "tests")
+PACKAGES = (
+    *("agent", "api", "backends", "calibration", "cli", "coordinator", "model", "wire", "tests"),
+)
 TABLE = "BACKENDS: dict[str, str] = {\n"
 LINE = '    "numpy_cpu": "backends.numpy_cpu:NumpyBackend",\n'
 QUESTION = "The lamp is in the attic. The meter in the cellar reads 42. Where is the lamp?"

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
+from api.key_book import KeyBook
 from backends.registry import BACKENDS
 from cli.doctor import checks, network
 from cli.doctor.checks import Check, Machine
 from cli.doctor.command import bounded
 from cli.main import main
-from coordinator.keys import KeyBook
 from testbed.bed import Testbed
 from tests.system.cluster import COMMAND, ROOT
 from tests.system.namespaces import bed_of

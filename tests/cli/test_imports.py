@@ -48,7 +48,7 @@ def test_plans_for_described_devices_need_no_server(
     monkeypatch.delenv("STATE_DIRECTORY", raising=False)
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     lab = "examples/labs/home-4-pis.yaml"
-    server = ["coordinator", "agent", "starlette", "uvicorn", "httpx"]
+    server = ["api", "coordinator", "agent", "starlette", "uvicorn", "httpx"]
     shown = run_without(server, "plan", "tests/fixtures/opt-pre", "--devices", lab)
     assert shown.returncode == 0, shown.stderr
     assert "plan for opt-pre, predicted from" in shown.stdout
@@ -63,5 +63,5 @@ def test_what_only_asks_the_coordinator_needs_no_numerics_and_no_messages(comman
 
 
 def test_services_that_name_each_other_need_no_discovery() -> None:
-    code = "import sys, agent.daemon, coordinator.server; sys.exit('zeroconf' in sys.modules)"
+    code = "import sys, agent.daemon, api.site; sys.exit('zeroconf' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0

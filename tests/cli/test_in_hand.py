@@ -17,10 +17,10 @@ import pytest
 import uvicorn
 from starlette.applications import Starlette
 
+from api.admin import AdminRoutes
+from api.common import HANDLERS
 from cli.main import main
 from coordinator.files.artifacts import ArtifactStore
-from coordinator.http.admin import AdminRoutes
-from coordinator.http.common import HANDLERS
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations
 from coordinator.loading.turns import Turns

@@ -21,7 +21,7 @@ from model.checkpoint import Checkpoint
 from model.spec import ModelSpec
 from tests.coordinator.test_members import PROFILE, hello, next_message
 from wire import limits
-from wire.async_connection import AsyncConnection, serve
+from wire.async_connection import AsyncConnection
 from wire.errors import ConnectionLost
 from wire.messages import (
     BlockChunk,
@@ -112,7 +112,7 @@ class Shoal:
         config = CoordinatorConfig("test", directory, "127.0.0.1", 0, "127.0.0.1", 0, False)
         config = replace(config, storage_bytes=LIMIT_BYTES, insecure=True)
         self.coordinator = Coordinator(config, lambda text: None, makers=makers)
-        self.coordinator._store.prepare()
+        self.coordinator.prepare()
         self.artifacts = directory / "artifacts"
         self.port = 0
         self.connections: list[AsyncConnection] = []
@@ -152,21 +152,19 @@ def run(
 
     async def main() -> None:
         shoal = Shoal(directory, makers)
-        server, shoal.port = await serve("127.0.0.1", 0, shoal.coordinator._handle)
-        control, member = await shoal.join("coral")
-        asked = asyncio.ensure_future(member.request(UnloadStage, Done))
-        try:
-            assert isinstance(await next_message(control), UnloadStage)
-            await asyncio.wait_for(test(shoal, control), 30)
-        finally:
-            asked.cancel()
-            server.close()
-            shoal.coordinator.roster.close()
-            for connection in shoal.connections:
-                connection.close()
-            with suppress(asyncio.CancelledError, AgentFailed):
-                await asked
-            shoal.coordinator._disk.close()
+        async with shoal.coordinator.running() as shoal.port:
+            control, member = await shoal.join("coral")
+            asked = asyncio.ensure_future(member.request(UnloadStage, Done))
+            try:
+                assert isinstance(await next_message(control), UnloadStage)
+                await asyncio.wait_for(test(shoal, control), 30)
+            finally:
+                asked.cancel()
+                shoal.coordinator.stop()
+                for connection in shoal.connections:
+                    connection.close()
+                with suppress(asyncio.CancelledError, AgentFailed):
+                    await asked
 
     asyncio.run(main())
 

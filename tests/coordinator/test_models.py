@@ -12,11 +12,11 @@ import httpx
 import pytest
 from starlette.applications import Starlette
 
+from api.admin import AdminRoutes
+from api.common import HANDLERS
 from coordinator import story
 from coordinator.errors import AgentLost, Busy, CoordinatorError, NotLoaded
 from coordinator.files.artifacts import ArtifactStore
-from coordinator.http.admin import AdminRoutes
-from coordinator.http.common import HANDLERS
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Operations

@@ -186,7 +186,7 @@ def test_an_id_that_is_the_name_of_another_is_refused() -> None:
 def test_how_long_a_device_is_there_survives_a_jump_of_the_clock(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from coordinator.http.admin import _device
+    from api.admin import _device
 
     async def test(coordinator: Coordinator) -> None:
         _, member = await coordinator.joined(hello())

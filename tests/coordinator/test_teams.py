@@ -14,9 +14,9 @@ from typing import Any, TypeVar, cast
 import pytest
 from starlette.requests import Request
 
+from api.admin import AdminRoutes
 from coordinator.errors import AgentFailed, AgentLost, CoordinatorError, LinkFailed
 from coordinator.files.artifacts import ArtifactStore
-from coordinator.http.admin import AdminRoutes
 from coordinator.loading import operations
 from coordinator.loading.deployment import Deployment, Planned, wanted_artifacts
 from coordinator.loading.keeper import Keeper

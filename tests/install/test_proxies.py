@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from coordinator.keys import KeyBook
+from api.key_book import KeyBook
 from tests.system.cluster import ROOT, TINY_OPT, Cluster, wait_for
 from wire.identity import own_identity
 

@@ -18,11 +18,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from api.common import HANDLERS
+from api.openai.prompts import NO_PLACE
+from api.page.routes import PageRoutes
+from api.page.state import State, StateFeed
 from coordinator.config import CoordinatorConfig
-from coordinator.http.common import HANDLERS
-from coordinator.http.openai.prompts import NO_PLACE
-from coordinator.http.page.routes import PageRoutes
-from coordinator.http.page.state import State, StateFeed
 from coordinator.loading.models import Models
 from coordinator.loading.turns import Turns
 from coordinator.roster.members import Roster

@@ -17,9 +17,9 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from coordinator.http.document import CHAT, COMMON, COMPLETION, document
-from coordinator.http.openai.fields import IGNORED, KNOWN, NEUTRAL
-from coordinator.http.openai.jobs import CHAT_FIELDS, COMPLETION_FIELDS
+from api.document import CHAT, COMMON, COMPLETION, document
+from api.openai.fields import IGNORED, KNOWN, NEUTRAL
+from api.openai.jobs import CHAT_FIELDS, COMPLETION_FIELDS
 from tests.system.scripted import ScriptedCluster
 
 CHECKS = [

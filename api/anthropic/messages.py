@@ -1,0 +1,165 @@
+"""/v1/messages: answers in Anthropic's form."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+
+from api.anthropic.requests import chat_request
+from api.common import EventForm, describe, retry_header
+from api.formats.parts import Arguments, CallBegins, Part, Text, Thought
+from api.openai.api import Api
+from api.openai.events import Event, Outcome
+from api.openai.jobs import Job, read_job
+from coordinator.loading.deployment import Deployment
+
+_REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+_KINDS = {404: "not_found_error", 429: "rate_limit_error", 503: "overloaded_error"}
+
+
+def _event(event: dict[str, Any]) -> str:
+    return f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
+
+
+def _error_object(error: Exception) -> tuple[int, dict[str, Any]]:
+    status, body = describe(error)
+    kind = _KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return status, {"type": "error", "error": {"type": kind, "message": body["message"]}}
+
+
+class Messages(Api):
+    """One request. Its stream begins and ends each block of the answer."""
+
+    form = EventForm(_event, lambda error: _event(_error_object(error)[1]), "")
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        super().__init__(body)
+        self._job: Job | None = None
+        self._outcome = Outcome()
+        self._open: Part | None = None
+        self._blocks = 0
+
+    @staticmethod
+    def refusal(error: Exception) -> Response | None:
+        status, body = _error_object(error)
+        return JSONResponse(body, status_code=status, headers=retry_header(error))
+
+    def read(self, deployment: Deployment) -> Job:
+        return read_job(deployment, chat_request(self.body), chat=True)
+
+    def whole(self, job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        self._job, (outcome,) = job, outcomes
+        content: list[dict[str, Any]] = []
+        if outcome.thoughts:
+            content.append({"type": "thinking", "thinking": outcome.thoughts, "signature": ""})
+        if outcome.text or not (outcome.calls or outcome.thoughts):
+            content.append({"type": "text", "text": outcome.text})
+        for call in outcome.calls:
+            block = {"type": "tool_use", "id": call.id, "name": call.name}
+            content.append({**block, "input": _input(call.arguments)})
+        return {
+            **self._message(job),
+            "content": content,
+            **self._stop(job, outcome),
+            "usage": self._usage(job, outcome),
+        }
+
+    def begin(self, job: Job, outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+        self._job, (self._outcome,) = job, outcomes
+        empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None}
+        usage = self._usage(job, self._outcome)
+        message = {**self._message(job), **empty, "usage": usage}
+        yield {"type": "message_start", "message": message}
+
+    def add(self, event: Event) -> Iterator[dict[str, Any]]:
+        for part in event.parts:
+            if isinstance(part, CallBegins) or not self._goes_on(part):
+                yield from self._close()
+                self._open = part
+                block = _first(part)
+                yield {"type": "content_block_start", "index": self._blocks, "content_block": block}
+            if not isinstance(part, CallBegins):
+                yield self._delta(_delta(part))
+
+    def end(self) -> Iterator[dict[str, Any]]:
+        yield from self._close()
+        assert self._job is not None  # noqa: S101 - begin has set it
+        usage = self._usage(self._job, self._outcome)
+        stop = self._stop(self._job, self._outcome)
+        yield {"type": "message_delta", "delta": stop, "usage": usage}
+        yield {"type": "message_stop"}
+
+    def _goes_on(self, part: Part) -> bool:
+        """Whether a part belongs to the open block."""
+        if isinstance(part, Arguments):
+            return isinstance(self._open, CallBegins)
+        return type(self._open) is type(part)
+
+    def _close(self) -> Iterator[dict[str, Any]]:
+        if self._open is None:
+            return
+        if isinstance(self._open, Thought):
+            yield self._delta({"type": "signature_delta", "signature": ""})
+        yield {"type": "content_block_stop", "index": self._blocks}
+        self._blocks += 1
+        self._open = None
+
+    def _delta(self, delta: dict[str, Any]) -> dict[str, Any]:
+        return {"type": "content_block_delta", "index": self._blocks, "delta": delta}
+
+    def _message(self, job: Job) -> dict[str, Any]:
+        return {
+            "id": f"msg_{secrets.token_hex(12)}",
+            "type": "message",
+            "role": "assistant",
+            "model": job.deployment.name,
+        }
+
+    def _stop(self, job: Job, outcome: Outcome) -> dict[str, Any]:
+        """Say why the answer ended. Of several strings it is not known which one did it."""
+        if outcome.finish == "stop" and outcome.stopped:
+            sequence = job.stop[0] if len(job.stop) == 1 else None
+            return {"stop_reason": "stop_sequence", "stop_sequence": sequence}
+        return {"stop_reason": _REASONS[outcome.finish], "stop_sequence": None}
+
+    def _usage(self, job: Job, outcome: Outcome) -> dict[str, int]:
+        """Count tokens. Those of the cache are apart from the other ones of the prompt."""
+        cached = outcome.timing.cached_tokens
+        return {
+            "input_tokens": len(job.prompt) - cached,
+            "output_tokens": len(outcome.tokens),
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": cached,
+        }
+
+
+def _first(part: Part) -> dict[str, Any]:
+    match part:
+        case Thought():
+            return {"type": "thinking", "thinking": "", "signature": ""}
+        case CallBegins(_, id, name):
+            return {"type": "tool_use", "id": id, "name": name, "input": {}}
+        case _:
+            return {"type": "text", "text": ""}
+
+
+def _delta(part: Text | Thought | Arguments) -> dict[str, Any]:
+    match part:
+        case Text(text):
+            return {"type": "text_delta", "text": text}
+        case Thought(text):
+            return {"type": "thinking_delta", "thinking": text}
+        case Arguments(_, text):
+            return {"type": "input_json_delta", "partial_json": text}
+
+
+def _input(arguments: str) -> Any:
+    """Return the object of a call's arguments. Text that the answer's end cut off stays text."""
+    try:
+        return json.loads(arguments or "{}")
+    except (ValueError, RecursionError):
+        return {"text": arguments}

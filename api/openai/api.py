@@ -1,0 +1,68 @@
+"""One HTTP API for answers: how its requests are read, and how its answers are written."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.common import EventForm, tracked
+from api.openai.events import Event, Outcome
+from api.openai.jobs import Job
+from coordinator.errors import CoordinatorError
+from coordinator.loading.deployment import Deployment
+from model.errors import ModelError
+from planning.errors import RequestInvalid
+
+
+class Api(abc.ABC):
+    """One request of an API. The order of calls is read, then whole, or begin, add, ..., end."""
+
+    form = EventForm()
+
+    def __init__(self, body: Mapping[str, Any]) -> None:
+        self.body = body
+
+    @property
+    def wants_stream(self) -> bool:
+        return self.body.get("stream") is True
+
+    @abc.abstractmethod
+    def read(self, deployment: Deployment) -> Job:
+        """Check the request. It runs in a thread. Raises RequestInvalid."""
+
+    @abc.abstractmethod
+    def whole(self, job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+        """Return the body of an answer that is not streamed."""
+
+    @abc.abstractmethod
+    def begin(self, job: Job, outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+        """Yield the first events of a stream. ``outcomes`` fill while it lasts."""
+
+    @abc.abstractmethod
+    def add(self, event: Event) -> Iterator[dict[str, Any]]:
+        """Yield the events for what an answer adds."""
+
+    @abc.abstractmethod
+    def end(self) -> Iterator[dict[str, Any]]:
+        """Yield the last events of a stream."""
+
+    @staticmethod
+    def refusal(error: Exception) -> Response | None:
+        """The answer to a request that failed, or None for the one in OpenAI's form."""
+        return None
+
+
+async def answered(request: Request, api: type[Api], answer: Awaitable[Response]) -> Response:
+    """Await an answer. If the request is refused, return that in the form of ``api``."""
+    try:
+        return await answer
+    except (CoordinatorError, RequestInvalid, ModelError) as error:
+        refusal = api.refusal(error)
+        if refusal is None:
+            raise
+        tracked(request.scope).error = str(error)
+        return refusal

@@ -1,0 +1,168 @@
+"""Runs a request: pieces of text from the gateway become parts of answers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from api.formats.parts import Arguments, CallBegins, Parser, Part, Text, Thought
+from api.openai.jobs import Job
+from coordinator.serving.choices import answers
+from coordinator.serving.gateway import Gateway, Piece, Timing
+from wire.logprobs import TokenLogprobs
+from wire.messages import FinishReason
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """The parts that one piece of an answer adds.
+
+    index: the answer's number among the choices of the request.
+    finish: "stop", "length" or "tool_calls" for the last event of an answer.
+    stopped: a string of the request ended the answer, or the first of its calls did.
+    """
+
+    index: int
+    parts: tuple[Part, ...]
+    piece: Piece
+    finish: str = ""
+    stopped: bool = False
+
+
+@dataclass(slots=True)
+class Call:
+    """A call of a tool, as far as it has come."""
+
+    id: str
+    name: str
+    arguments: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        function = {"name": self.name, "arguments": self.arguments}
+        return {"id": self.id, "type": "function", "function": function}
+
+
+@dataclass(slots=True)
+class Outcome:
+    """An answer as far as it has come, and what it took."""
+
+    text: str = ""
+    thoughts: str = ""
+    calls: list[Call] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    thought_tokens: int = 0
+    finish: str = ""
+    stopped: bool = False
+    timing: Timing = field(default_factory=Timing)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """The log-probabilities of each of the tokens, if they are asked for."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """The same of the prompt's tokens but the first."""
+    _thinking: bool = False
+    """Whether the last part was a thought."""
+
+    def add(self, event: Event) -> None:
+        if event.piece.withdraws:
+            self.text, self.thoughts, self.thought_tokens = "", "", 0
+            self.calls, self.tokens, self.logprobs, self._thinking = [], [], [], False
+        self.finish, self.stopped = event.finish, event.stopped
+        self.tokens += event.piece.tokens
+        self.logprobs += event.piece.logprobs
+        self.prompt_logprobs = event.piece.prompt_logprobs or self.prompt_logprobs
+        if self._thinking or any(isinstance(part, Thought) for part in event.parts):
+            self.thought_tokens += len(event.piece.tokens)
+        self._gather(event.parts)
+        if event.parts:
+            self._thinking = isinstance(event.parts[-1], Thought)
+
+    def _gather(self, parts: Iterable[Part]) -> None:
+        for part in parts:
+            match part:
+                case Text(text):
+                    self.text += text
+                case Thought(text):
+                    self.thoughts += text
+                case CallBegins(_, id, name):
+                    self.calls.append(Call(id, name))
+                case Arguments(index, text):
+                    self.calls[index].arguments += text
+
+
+async def events(
+    gateway: Gateway, job: Job, outcomes: Sequence[Outcome], *, withdrawable: bool = False
+) -> AsyncGenerator[Event, None]:
+    """Yield the events of all answers as they come, and add them to their outcomes.
+
+    Closing the iterator cancels the answers.
+
+    withdrawable: as in ``Gateway.generate``. An event whose piece withdraws has no parts.
+    """
+    readers = [_Reader(job, index) for index in range(len(outcomes))]
+    ended: set[int] = set()
+    pieces = answers(
+        gateway,
+        job.deployment,
+        job.runs,
+        job.stop,
+        [outcome.timing for outcome in outcomes],
+        ended,
+        withdrawable=withdrawable,
+        markers=job.markers,
+    )
+    async with aclosing(pieces):
+        async for index, piece in pieces:
+            if index in ended:
+                continue
+            event = readers[index].read(piece)
+            outcomes[index].add(event)
+            yield event
+            if event.finish:
+                ended.add(index)
+                if len(ended) == len(outcomes):
+                    return
+
+
+class _Reader:
+    """Follows the pieces of one answer."""
+
+    def __init__(self, job: Job, index: int) -> None:
+        self._job = job
+        self._index = index
+        self._parser: Parser = job.parser()
+        self._calls = False
+
+    def read(self, piece: Piece) -> Event:
+        if self._job.wants_no_answer:
+            piece = _without_answer(piece)
+        if piece.withdraws:
+            self._parser, self._calls = self._job.parser(), False
+            return Event(self._index, (), piece)
+        parts = self._parser.feed(piece.text)
+        reading = self._job.reading
+        # The call is whole, and the request wants no second one.
+        ends = reading is not None and not reading.tools.parallel and self._parser.calls_ended > 0
+        if piece.finish:
+            parts += self._parser.finish()
+        if ends:
+            parts = _first_call(parts)
+        self._calls = self._calls or any(isinstance(part, CallBegins) for part in parts)
+        if ends:
+            return Event(self._index, tuple(parts), piece, "tool_calls", stopped=True)
+        finish = "tool_calls" if self._calls and piece.finish == "stop" else piece.finish
+        # The gateway gives the token that ends a stop string, and none for the end of the text.
+        stopped = piece.finish == "stop" and bool(piece.tokens)
+        return Event(self._index, tuple(parts), piece, finish, stopped)
+
+
+def _without_answer(piece: Piece) -> Piece:
+    """Leave out the token that was drawn although none is wanted."""
+    finish: FinishReason = "length" if piece.finish else ""
+    return replace(piece, text="", tokens=(), logprobs=(), finish=finish)
+
+
+def _first_call(parts: list[Part]) -> list[Part]:
+    """Leave out what comes after the first call."""
+    later = [at for at, part in enumerate(parts) if isinstance(part, CallBegins) and part.index]
+    return parts[: later[0]] if later else parts

@@ -1,1 +1,0 @@
-"""The HTTP routes of OpenAI clients and of the shoal command."""
