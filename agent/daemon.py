@@ -38,7 +38,7 @@ from agent.stages import Stages
 from agent.team import LeadStage
 from backends.base import Backend, BackendError
 from backends.registry import backend_class
-from calibration.device import profile_in_child
+from calibration.device import profile_at_start
 from calibration.layers import measure_call, measure_model
 from calibration.machine import is_wireless
 from calibration.trial import Trials
@@ -154,7 +154,7 @@ class Agent:
         self._state_lock = claim(config.state_dir)
         remove_leftovers(config.cache_dir)
         self._device = device_identity(config.state_dir)
-        profile = profile_in_child(
+        profile = profile_at_start(
             backend=config.backend,
             cache_dir=config.cache_dir,
             known=config.calibration_path,

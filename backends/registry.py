@@ -15,6 +15,12 @@ BACKENDS: dict[str, str] = {
     "tflite_cpu": "backends.edgetpu:TfliteCpuBackend",
 }
 
+LIBRARIES: dict[str, tuple[str, ...]] = {"onnx_cpu": ("onnxruntime", "onnx", "numpy")}
+"""Backends that need no hardware but the processor -> the libraries that their probe depends on."""
+
+TOOLS = ("edgetpu_compiler",)
+"""The programs on PATH that ``makers`` depends on."""
+
 
 def backend_class(name: str) -> type[Backend]:
     """Return the backend called ``name``. Raises BackendUnavailable that names the known ones."""

@@ -33,12 +33,16 @@ from calibration.machine import (
     usable_cores,
     usable_threads,
 )
+from calibration.probe_key import probe_key
 from calibration.store import CalibrationStore
 from model.memory import memory_bytes
 from wire.conditions import Conditions
 from wire.profile import DeviceProfile
 
 Key = dict[str, Any]
+
+_Figure = tuple[float, Conditions | None]
+"""A figure, and the conditions of its measurement."""
 
 MIN_HEADROOM_BYTES = 64 << 20
 HEADROOM_SHARE = 0.1
@@ -98,52 +102,81 @@ def profile_device(
     or the cache directory cannot be written.
     """
     kind = backend_class(backend)
-    capabilities = kind.probe()
-    containers = capabilities.containers(exact=exact)
-    if not containers:
-        raise BackendError(f"{backend} always rounds activations: start it without --exact")
+    facts = _facts(kind, exact=exact)
     threads = threads or usable_threads()
     # The backend comes first, so that a GPU that shares the memory has already taken its part.
-    usable_bytes, total_bytes = _usable_memory(kind)
+    memory = _usable_memory(kind)
     storage_bytes, disk = _measured_disk(cache_dir)
     bench = Bench(kind(), threads, cache_dir, exact=exact)
     bench.patience = Patience(limit_s=patience_s)
     figures = {"disk": disk, **_memory_and_call(bench, kind, known, exact=exact)}
+    limits = memory_limit_bytes, storage_limit_bytes
+    return _assembled(facts, threads, memory, storage_bytes, figures, limits, watts)
+
+
+def _facts(kind: type[Backend], *, exact: bool) -> dict[str, Any]:
+    """Return those fields of a DeviceProfile that come from probing. Raises BackendError."""
+    capabilities = kind.probe()
+    containers = capabilities.containers(exact=exact)
+    if not containers:
+        raise BackendError(
+            f"{capabilities.backend} always rounds activations: start it without --exact"
+        )
+    return {
+        "backend": capabilities.backend,
+        "backend_version": capabilities.version,
+        "container_bits": tuple(sorted(containers.items())),
+        "on_chip_bytes": capabilities.on_chip_bytes,
+        "makes": tuple(sorted(makers().items())),
+        "arithmetic": capabilities.arithmetic,
+        "shares": capabilities.shares,
+    }
+
+
+def _assembled(
+    facts: Mapping[str, Any],
+    threads: int,
+    memory: tuple[int, int],
+    storage_bytes: int,
+    figures: Mapping[str, _Figure],
+    limits_bytes: tuple[int | None, int | None],
+    watts: float | None,
+) -> DeviceProfile:
+    """Put a profile together. ``limits_bytes`` are those of memory and of storage."""
+    usable_bytes, total_bytes = memory
+    memory_limit_bytes, storage_limit_bytes = limits_bytes
     conditions = ((name, figures[name][1]) for name in ("memory", "disk", "call"))
     return DeviceProfile(
         machine=platform.machine(),
         processor=processor_name(),
         cores=usable_cores(),
         threads=threads,
-        backend=capabilities.backend,
-        backend_version=capabilities.version,
-        container_bits=tuple(sorted(containers.items())),
         memory_bytes=min(usable_bytes, memory_limit_bytes or usable_bytes),
         memory_total_bytes=total_bytes,
         storage_bytes=min(storage_bytes, storage_limit_bytes or storage_bytes),
         memory_read_bytes_per_s=figures["memory"][0],
-        disk_write_bytes_per_s=disk[0],
+        disk_write_bytes_per_s=figures["disk"][0],
         call_s=figures["call"][0],
         watts=watts,
-        on_chip_bytes=capabilities.on_chip_bytes,
-        makes=tuple(sorted(makers().items())),
-        arithmetic=capabilities.arithmetic,
         conditions=tuple((name, of) for name, of in conditions if of is not None),
         kernel_id=kernel_id(),
-        shares=capabilities.shares,
+        **facts,
     )
 
 
-def _usable_memory(kind: type[Backend]) -> tuple[int, int]:
-    """Return (bytes that stages may take, all bytes) of the memory that holds their weights."""
-    available_bytes, total_bytes = kind.memory_bytes() or memory_bytes()
+def _usable_memory(kind: type[Backend] | None = None) -> tuple[int, int]:
+    """Return (bytes that stages may take, all bytes) of the memory that holds their weights.
+
+    kind: None for a backend whose stages are in the machine's memory.
+    """
+    available_bytes, total_bytes = (kind and kind.memory_bytes()) or memory_bytes()
     headroom_bytes = max(MIN_HEADROOM_BYTES, int(available_bytes * HEADROOM_SHARE))
     return max(available_bytes - headroom_bytes, 0), total_bytes
 
 
 def _memory_and_call(
     bench: Bench, kind: type[Backend], known: Path | None, *, exact: bool
-) -> dict[str, tuple[float, Conditions | None]]:
+) -> dict[str, _Figure]:
     """Return the rate of memory and the overhead of a call with their conditions, by name."""
     capabilities, store = kind.probe(), None if known is None else CalibrationStore(known)
     keys = figure_keys(
@@ -153,14 +186,14 @@ def _memory_and_call(
         exact=exact,
     )
     rate = partial(_memory_rate, kind, bench.threads)
-    measure: dict[str, Callable[[], tuple[float, Conditions | None]]] = {
+    measure: dict[str, Callable[[], _Figure]] = {
         "memory": lambda: steady(rate, bench.patience, _slowness),
         "call": lambda: _call_s(bench),
     }
     return {name: known_or_measured(store, keys[name], measure[name]) for name in measure}
 
 
-def _measured_disk(cache_dir: Path) -> tuple[int, tuple[float, Conditions | None]]:
+def _measured_disk(cache_dir: Path) -> tuple[int, _Figure]:
     """Make the directory. Return its free bytes, and the rate of writing with its conditions.
 
     Raises BackendError if it cannot be written.
@@ -222,8 +255,8 @@ def kept_profile(
 def known_or_measured(
     store: CalibrationStore | None,
     key: Mapping[str, Any],
-    measure: Callable[[], tuple[float, Conditions | None]],
-) -> tuple[float, Conditions | None]:
+    measure: Callable[[], _Figure],
+) -> _Figure:
     """Return a figure and its conditions from ``store``, else measure and keep the better one.
 
     A stored figure counts if it was measured since this machine started, because the hardware has
@@ -234,18 +267,26 @@ def known_or_measured(
     if store is None:
         return measure()
     with store.turn():
-        values, found = store.found(key)
-        if (
-            values is not None
-            and len(values) == 1
-            and found is not None
-            and psutil.boot_time() <= found.measured_s <= time.time()
-        ):
-            return values[0], found
+        known = _known(store, key)
+        if known is not None:
+            return known
         value, conditions = measure()
         if conditions is not None:
             (value,), conditions = store.keep(key, (value,), conditions)
         return value, conditions
+
+
+def _known(store: CalibrationStore, key: Mapping[str, Any]) -> _Figure | None:
+    """Return a figure that was measured since this machine started, or None."""
+    values, found = store.found(key)
+    if (
+        values is not None
+        and len(values) == 1
+        and found is not None
+        and psutil.boot_time() <= found.measured_s <= time.time()
+    ):
+        return values[0], found
+    return None
 
 
 def figure_keys(*, backend: str, version: str, threads: int, exact: bool) -> dict[str, Key]:
@@ -259,6 +300,78 @@ def figure_keys(*, backend: str, version: str, threads: int, exact: bool) -> dic
     }
     own = {"hardware": hardware_id(), "kind": "device"}
     return {figure: {**own, "figure": figure, **key} for figure, key in keys.items()}
+
+
+def profile_at_start(
+    *,
+    backend: str,
+    cache_dir: Path,
+    known: Path,
+    memory_limit_bytes: int | None = None,
+    storage_limit_bytes: int | None = None,
+    threads: int | None = None,
+    watts: float | None = None,
+    exact: bool = False,
+) -> DeviceProfile:
+    """Return ``profile_in_child``, without a child if ``known`` has all but the disk's figure.
+
+    A child has then probed the same libraries since this machine started. It takes most of an
+    agent's start, because it imports them.
+    """
+    store = CalibrationStore(known)
+    key = probe_key(backend)
+    threads = threads or usable_threads()
+    kept = store.probe(_probe_name(backend, exact=exact), key) if key else None
+    facts = None if kept is None else _read_facts(backend, kept)
+    if facts is not None:
+        keys = figure_keys(
+            backend=backend, version=facts["backend_version"], threads=threads, exact=exact
+        )
+        found = {name: _known(store, keys[name]) for name in ("memory", "call")}
+        figures = {name: figure for name, figure in found.items() if figure is not None}
+        if len(figures) == len(found):
+            memory = _usable_memory()
+            storage_bytes, figures["disk"] = _measured_disk(cache_dir)
+            limits = memory_limit_bytes, storage_limit_bytes
+            return _assembled(facts, threads, memory, storage_bytes, figures, limits, watts)
+    profile = profile_in_child(
+        backend=backend,
+        cache_dir=cache_dir,
+        known=known,
+        memory_limit_bytes=memory_limit_bytes,
+        storage_limit_bytes=storage_limit_bytes,
+        threads=threads,
+        watts=watts,
+        exact=exact,
+    )
+    if key and facts is None:
+        facts = {name: getattr(profile, name) for name in _FACTS}
+        store.keep_probe(_probe_name(backend, exact=exact), key, facts)
+    return profile
+
+
+_FACTS = ("backend", "backend_version", "container_bits", "makes", "arithmetic", "shares")
+"""The fields of a profile that ``profile_at_start`` keeps. Others of ``_facts`` need hardware."""
+
+
+def _probe_name(backend: str, *, exact: bool) -> str:
+    return f"{backend}, exact" if exact else backend
+
+
+def _read_facts(backend: str, kept: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the kept fields as a profile has them, or None if they are damaged."""
+    try:
+        facts = {
+            "backend": backend,
+            "backend_version": str(kept["backend_version"]),
+            "container_bits": tuple((int(a), int(b)) for a, b in kept["container_bits"]),
+            "makes": tuple((str(a), str(b)) for a, b in kept["makes"]),
+            "arithmetic": str(kept["arithmetic"]),
+            "shares": kept["shares"],
+        }
+    except (KeyError, TypeError, ValueError):
+        return None
+    return facts if facts["container_bits"] and type(facts["shares"]) is bool else None
 
 
 def profile_in_child(
@@ -338,7 +451,7 @@ def answer_parent(settings: dict[str, Any]) -> None:
     sys.stdout.write("\n" + json.dumps(answer) + "\n")
 
 
-def _call_s(bench: Bench) -> tuple[float, Conditions | None]:
+def _call_s(bench: Bench) -> _Figure:
     """Measure the call overhead. 0 if that takes files from others; the agent measures it later."""
     try:
         return bench.call_s, bench.call_conditions
@@ -398,7 +511,7 @@ def measure_disk(directory: Path) -> tuple[float, float | None]:
     Read is None if the file system cannot bypass the cache. Raises OSError if the file cannot be
     written.
     """
-    chunk = np.random.default_rng(0).bytes(_WRITE_CHUNK_BYTES)
+    chunk = os.urandom(_WRITE_CHUNK_BYTES)
     written = 0
     with tempfile.NamedTemporaryFile(dir=directory, prefix=".write-test-", buffering=0) as file:
         started_s = time.perf_counter()

@@ -44,6 +44,7 @@ class _Content:
     entries: dict[str, Values] = field(default_factory=dict)
     conditions: dict[str, Conditions] = field(default_factory=dict)
     models: list[dict[str, Any]] = field(default_factory=list)
+    probes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 class CalibrationStore:
@@ -119,6 +120,16 @@ class CalibrationStore:
         """Return (spec as a dict, bits) of the remembered models."""
         return [(item["spec"], tuple(item["bits"])) for item in self._read().models]
 
+    def probe(self, name: str, key: str) -> dict[str, Any] | None:
+        """Return what probing found while ``key`` was the same, or None."""
+        kept = self._read().probes.get(name, {})
+        return kept["found"] if kept.get("key") == key else None
+
+    def keep_probe(self, name: str, key: str, found: Mapping[str, Any]) -> None:
+        """Store what probing found, in place of what it found earlier."""
+        with self._changed() as content:
+            content.probes[name] = {"key": key, "found": dict(found)}
+
     def changed_s(self) -> float:
         """Return the time when the file was last written, or 0 if there is none."""
         try:
@@ -173,6 +184,7 @@ class CalibrationStore:
                 "entries": content.entries,
                 "conditions": {key: astuple(value) for key, value in content.conditions.items()},
                 "models": content.models,
+                "probes": content.probes,
             },
             indent=1,
             sort_keys=True,
@@ -209,6 +221,10 @@ def _parse(content: Any) -> _Content:
     for item in models if isinstance(models, list) else ():
         if isinstance(item, dict) and isinstance(item.get("spec"), dict) and _are_bits(item):
             found.models.append(item)
+    probes = content.get("probes")
+    for name, kept in (probes if isinstance(probes, dict) else {}).items():
+        if isinstance(kept, dict) and isinstance(kept.get("found"), dict):
+            found.probes[name] = kept
     return found
 
 

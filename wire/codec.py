@@ -58,7 +58,7 @@ def encode(message: Message, payload_bytes: int = 0) -> bytes:
     """
     kind = type(message)
     try:
-        header: bytes = _packer.pack(_ENCODERS[kind](message))
+        header: bytes = _packer.pack(_CONVERTERS[kind][0](message))
     except (OverflowError, ValueError) as error:  # Over 64 bits, or text that is not Unicode.
         raise ProtocolError(f"{kind.__name__} cannot be sent: {error}") from error
     if len(header) > limits.MAX_HEADER_BYTES or payload_bytes > limits.MAX_PAYLOAD_BYTES:
@@ -112,7 +112,7 @@ def decode_header(kind: type[Message], header: bytes | bytearray | memoryview) -
         raise ProtocolError(f"{kind.__name__}: malformed header: {error}") from error
     if kind is JoinRefused and type(values) is list:
         values = values[:1]  # Later versions may add fields.
-    message: Message = _DECODERS[kind](values)
+    message: Message = _CONVERTERS[kind][1](values)
     return message
 
 
@@ -322,7 +322,17 @@ def _brief(value: Any) -> str:
 
 
 _CODE_OF = {kind: code for code, kind in CODES.items()}
-_ENCODERS: dict[type[Message], _Convert] = {}
-_DECODERS: dict[type[Message], _Convert] = {}
-for _kind in CODES.values():
-    _ENCODERS[_kind], _DECODERS[_kind] = _record(_kind, _kind.__name__)
+
+
+class _Converters(dict[type[Message], tuple[_Convert, _Convert]]):
+    """The converters of a message, compiled when it is first sent or received.
+
+    A process meets few of the messages, and to compile all takes 25 ms of each start.
+    """
+
+    def __missing__(self, kind: type[Message]) -> tuple[_Convert, _Convert]:
+        self[kind] = found = _record(kind, kind.__name__)
+        return found
+
+
+_CONVERTERS = _Converters()

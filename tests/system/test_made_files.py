@@ -25,7 +25,7 @@ from backends.edgetpu import EdgeTpuBackend
 from calibration.device import profile_device
 from cli.main import main
 EdgeTpuBackend.root = Path(sys.argv.pop(1))
-daemon.profile_in_child = profile_device  # A child would look for a real chip.
+daemon.profile_at_start = profile_device  # A child would look for a real chip.
 sys.exit(main(sys.argv[1:]))
 """
 
