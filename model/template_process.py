@@ -29,13 +29,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from model.template_sandbox import (
-    MAX_PROMPT_CHARS,
-    FieldsIgnored,
-    Sandbox,
-    TemplateFailed,
-    one_line,
-)
+from model.template_values import MAX_PROMPT_CHARS, FieldsIgnored, TemplateFailed, one_line
 
 MAX_CPU_S = 3.0
 """The processor time of one rendering. Real ones take milliseconds, the longest prompt 0.2 s."""
@@ -189,6 +183,8 @@ def _read(stream: IO[bytes], count: int) -> bytes:
 
 def serve(requests: IO[bytes], answers: IO[bytes], max_cpu_s: float) -> None:
     """Answer requests until the stream ends. SIGPROF kills the child after ``max_cpu_s``."""
+    from model.template_sandbox import Sandbox  # With jinja, which the parent never needs.
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for the parent.
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     _limit(resource.RLIMIT_CORE, 0)

@@ -1,6 +1,6 @@
 """Text to tokens and back, also while streaming, and the model's chat template.
 
-Only the coordinator imports this module, because it needs ``tokenizers`` and ``jinja2``.
+Only the coordinator imports this module, because it needs ``tokenizers``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from model.errors import FieldsUnused, TemplateRefused, TokenizerError
 from model.generation import SamplingDefaults, read_sampling_defaults, sampling_defaults
 from model.given import gguf_of, kind_of_file
 from model.template_process import template_process
-from model.template_sandbox import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
-from model.template_sandbox import FieldsIgnored, TemplateFailed
+from model.template_values import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
+from model.template_values import FieldsIgnored, TemplateFailed
 from model.tokenizer_files import has_tokenizer, load_backend
 
 MAX_TEMPLATE_CHARS = 1 << 20

@@ -22,7 +22,7 @@ from model.errors import TokenizerError
 from model.given import kind_of_file
 from model.sentencepiece import SentencePiece, read_sentencepiece
 from model.splittings import QWEN2_PATTERN
-from model.template_sandbox import one_line
+from model.template_values import one_line
 from model.vocabulary import (
     TokenKind,
     VocabSettings,

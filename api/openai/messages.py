@@ -13,7 +13,7 @@ from typing import Any
 
 from api.formats import mistral
 from api.formats.tool_format import ToolFormat
-from model.template_sandbox import WatchedMessage
+from model.template_values import WatchedMessage
 from planning.errors import RequestInvalid
 
 _ONE_CALL_EACH = ("llama", "harmony")

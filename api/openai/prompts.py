@@ -14,7 +14,7 @@ from api.openai.tools import Tools
 from coordinator.loading.deployment import Deployment
 from coordinator.serving.gateway import room_for_answer
 from model.errors import FieldsUnused, TemplateRefused
-from model.template_sandbox import WatchedMessage
+from model.template_values import WatchedMessage
 from planning.errors import RequestInvalid
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")

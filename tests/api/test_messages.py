@@ -14,7 +14,7 @@ from api.openai.messages import TemplateTraits, read_messages, with_texts_apart
 from api.openai.responses_input import chat_request as of_responses
 from api.openai.tools import read_tools
 from model.errors import FieldsUnused
-from model.template_sandbox import WatchedMessage
+from model.template_values import WatchedMessage
 from model.tokenizer import ChatTemplate
 from planning.errors import RequestInvalid
 from tests.compare_templates import TEMPLATES

@@ -65,3 +65,14 @@ def test_what_only_asks_the_coordinator_needs_no_numerics_and_no_messages(comman
 def test_services_that_name_each_other_need_no_discovery() -> None:
     code = "import sys, agent.daemon, api.site; sys.exit('zeroconf' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=120).returncode == 0
+
+
+def test_services_do_not_import_what_their_children_do() -> None:
+    code = (
+        "import sys, agent.daemon, coordinator.server; "
+        "sys.exit(' '.join({'jinja2', 'onnxruntime', 'onnx', 'torch'} & sys.modules.keys()) or 0)"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, timeout=120, capture_output=True, text=True
+    )
+    assert child.returncode == 0, child.stderr

@@ -16,7 +16,7 @@ from model.checkpoint import Checkpoint
 from model.quantize import Format, quantize
 from model.reference import ReferenceModel
 from model.spec import QUANTIZED_TENSORS
-from model.template_sandbox import WatchedMessage
+from model.template_values import WatchedMessage
 from model.tokenizer import Tokenizer
 from tests.greedy import generate_greedy
 

@@ -17,7 +17,7 @@ import pytest
 
 from model.errors import TokenizerError
 from model.template_process import MAX_WALL_S, TemplateProcess
-from model.template_sandbox import TemplateFailed
+from model.template_values import TemplateFailed
 from model.tokenizer import ChatTemplate
 
 VALUES = {"messages": [{"role": "user", "content": "a /think b"}] * 2}

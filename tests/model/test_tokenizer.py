@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
 from model.errors import FieldsUnused, TokenizerError
-from model.template_sandbox import WatchedMessage
+from model.template_values import WatchedMessage
 from model.tokenizer import MAX_PROMPT_CHARS, Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
