@@ -73,21 +73,27 @@ class Adjustments:
         return self._matcher is not None and not self._matcher.is_ready
 
     def apply(self, logits: Logits) -> Logits:
-        """Return the changed logits [vocab] for the next token. Raises BackendError."""
-        sampling = self._sampling
+        """Return the changed logits [vocab] for the next token. Raises BackendError.
+
+        What becomes infinite or no number is left so, for the sampler to find.
+        """
         changed: Logits = logits.copy()
+        with np.errstate(over="ignore", invalid="ignore"):
+            self._penalize(changed)
+        if self._matcher is not None:
+            changed[~self._allowed(self._matcher, len(changed))] = -np.inf
+        return changed
+
+    def _penalize(self, changed: Logits) -> None:
+        sampling = self._sampling
         changed[self._biased] += self._bias
         if sampling.repetition_penalty != 1:
             penalty = np.float32(sampling.repetition_penalty)
             values = changed[self._before]
-            with np.errstate(over="ignore"):
-                changed[self._before] = np.where(values < 0, values * penalty, values / penalty)
+            changed[self._before] = np.where(values < 0, values * penalty, values / penalty)
         if sampling.frequency_penalty or sampling.presence_penalty:
             weighed = sampling.frequency_penalty * self._times + sampling.presence_penalty
             changed[self._answer] -= weighed.astype(np.float32)
-        if self._matcher is not None:
-            changed[~self._allowed(self._matcher, len(changed))] = -np.inf
-        return changed
 
     def note(self, token: int) -> None:
         """Go on behind a drawn token."""

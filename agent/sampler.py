@@ -204,7 +204,10 @@ def token_logprobs(logits: Logits, token: int, top: int) -> tuple[Ids, Logits]:
     best = float(logits.max())
     if not math.isfinite(best):
         raise BackendError(NOT_FINITE)
-    total = float(np.exp(logits - np.float32(best)).sum(dtype=np.float64))
+    with np.errstate(
+        over="ignore"
+    ):  # The smallest logits may be further away than float32 reaches.
+        total = float(np.exp(logits - np.float32(best)).sum(dtype=np.float64))
     ids = np.array([token], np.int64)
     if top > 0:
         likeliest = highest(logits, min(top, len(logits)))

@@ -67,10 +67,10 @@ class ReferenceStage(Stage):
             for _ in range(slots)
         ]
 
-    @staticmethod
-    def whole(checkpoint: Checkpoint, blocks: range, slots: int = 1) -> ReferenceStage:
+    @classmethod
+    def whole(cls, checkpoint: Checkpoint, blocks: range, slots: int = 1) -> ReferenceStage:
         tensors = [checkpoint.block(block) for block in blocks]
-        return ReferenceStage(checkpoint.spec, blocks[0], tensors, slots)
+        return cls(checkpoint.spec, blocks[0], tensors, slots)
 
     def _summed(self, partial: Array) -> Array:
         self.before_sum()

@@ -11,8 +11,14 @@ import pytest
 
 from agent.adjustments import Adjustments
 from agent.sampler import SMALLEST_LOGPROB, Sampler
-from agent.sampling_limits import problem_of
+from agent.sampling_limits import MAX_BIAS, MAX_PENALTY, problem_of
 from backends.base import ALL_LOGITS, BackendError
+from model.generation import (
+    MAX_REPETITION_PENALTY,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    MIN_REPETITION_PENALTY,
+)
 from model.grammar_process import GrammarFailed
 from wire.limits import MAX_GRAMMAR_BYTES, MAX_LOGIT_BIASES
 from wire.logprobs import MOST_TOP_LOGPROBS, decode_logprobs
@@ -224,6 +230,19 @@ def test_a_grammar_that_fails_or_allows_nothing_ends_the_sequence() -> None:
         {"top_logprobs": MOST_TOP_LOGPROBS + 1},
         {"top_logprobs": -2},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 1e-50},
+        {"repetition_penalty": 1e308},
+        {"presence_penalty": 1e308},
+        {"frequency_penalty": -1e308},
+        {"logit_bias": ((1, -1e308),)},
+        {"temperature": -0.1},
+        {"temperature": 1e308},
+        {"top_k": -1},
+        {"top_k": 1 << 62},
+        {"top_p": -0.1},
+        {"top_p": 1.1},
+        {"max_tokens": 0},
+        {"max_tokens": 1 << 62},
         {"grammar": b"\xff"},
         {"grammar": b"x" * (MAX_GRAMMAR_BYTES + 1)},
         {"seed": -1},
@@ -234,3 +253,44 @@ def test_settings_that_no_coordinator_sends_are_refused(wrong: dict[str, object]
     vocab = MAX_LOGIT_BIASES + 5 if len(str(wrong)) > 5000 else VOCAB
     assert problem_of(replace(PLAIN, **wrong), vocab) is not None  # type: ignore[arg-type]  # by name
     assert problem_of(PLAIN, VOCAB) is None
+
+
+def test_extreme_settings_and_logits_give_a_token_or_a_named_error() -> None:
+    """No NaN comes of finite numbers, and no warning, which would be an error here."""
+    random = np.random.default_rng(5)
+    largest = np.finfo(np.float32).max
+    odd = np.array([largest, -largest, 1e-45, -1e-45, 0, 90, -np.inf, np.inf], np.float32)
+    signalling = np.array([0x7FA00000], np.uint32).view(np.float32)
+    drawn = 0
+    for case in range(1500):
+        pick = random.choice
+        vocab = int(pick((3, VOCAB, 2100)))
+        logits = pick(odd[: pick((3, 6, 7, 8))], vocab)
+        if case % 10 == 0:
+            logits[pick(vocab)] = pick((np.float32(np.nan), signalling[0]))
+        tokens = tuple(int(token) for token in random.permutation(vocab)[:3])
+        sampling = Sampling(
+            1 << 31,
+            (0,),
+            temperature=pick((0.0, 5e-324, 1e-38, 1.0, MAX_TEMPERATURE)),
+            top_k=int(pick((0, 1, 2, MAX_TOP_K))),
+            top_p=pick((0.0, 5e-324, 0.5, 1.0)),
+            min_p=pick((0.0, 5e-324, 1.0)),
+            repetition_penalty=pick((MIN_REPETITION_PENALTY, 1.0, MAX_REPETITION_PENALTY)),
+            penalized=tokens,
+            answer=tokens,
+            presence_penalty=pick((-MAX_PENALTY, 0.0, MAX_PENALTY)),
+            frequency_penalty=pick((-MAX_PENALTY, 0.0, MAX_PENALTY)),
+            logit_bias=tuple((token, pick((-MAX_BIAS, MAX_BIAS))) for token in tokens),
+            top_logprobs=2,
+        )
+        assert problem_of(sampling, vocab) is None
+        sampler = Sampler(sampling, Allowing([0, 1, 2]) if case % 2 else None)
+        try:
+            token = sampler.sample(logits, case)
+            told = decode_logprobs(sampler.logprobs(logits, token), token=token, top=2, vocab=vocab)
+        except BackendError:
+            continue
+        drawn += 1
+        assert np.isfinite([logprob for _, logprob in told.top]).all()
+    assert drawn > 500

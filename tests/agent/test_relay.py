@@ -450,16 +450,21 @@ def test_the_last_stage_penalizes_the_tokens_of_prompt_and_answer(ring: tuple[No
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"penalized": (-1,)}, {"penalized": (260,)}, {"repetition_penalty": 0.0}]
+    ("wrong", "reason"),
+    [
+        ({"penalized": (-1,)}, "penalized tokens that do not fit"),
+        ({"penalized": (260,)}, "penalized tokens that do not fit"),
+        ({"repetition_penalty": 1e-50}, "a repetition_penalty that is not between 0.1 and 10"),
+    ],
 )
 def test_a_penalty_that_no_coordinator_sends_is_refused(
-    ring: tuple[Node, Node], wrong: dict[str, Any]
+    ring: tuple[Node, Node], wrong: dict[str, Any], reason: str
 ) -> None:
     _, last = ring
     last.relay.start(StartSequence(EPOCH, 1, 0, (), replace(GREEDY, **wrong)))
     failed = last.reports.get(timeout=ANSWER_S)
     assert isinstance(failed, SequenceFailed)
-    assert "penalized tokens that do not fit" in failed.reason
+    assert reason in failed.reason
 
 
 # ---- several sequences -------------------------------------------------------------------------
@@ -879,7 +884,7 @@ def test_a_prompt_is_scored_over_two_stages(ring: tuple[Node, Node]) -> None:
         ({"grammar": b"\xff"}, "no text"),
         ({"logit_bias": ((260, 1.0),)}, "biased tokens"),
         ({"answer": (-1,)}, "outside the vocabulary"),
-        ({"top_logprobs": 21}, "settings that do not fit"),
+        ({"top_logprobs": 21}, "a top_logprobs that is not between -1 and 20"),
         ({"prompt_logprobs": True}, "no prompt"),
     ],
     ids=repr,
