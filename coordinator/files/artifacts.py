@@ -94,8 +94,8 @@ class ArtifactStore:
         """Hashes of the artifacts quantized last. Agents may be fetching them."""
         self._sources: dict[str, tuple[Checkpoint, Wanted]] = {}
         """Hash -> the source of each artifact of the last checkpoint."""
-        self._whole: set[str] = set()
-        """Hashes of files that were checked since the start."""
+        self._kept: dict[str, bytes] = {}
+        """Hash -> the content of each file of ``keep`` for the last checkpoint."""
         self._cut: tuple[str, Mapping[str, Tensor]] | None = None
         """The hash and the tensors of the whole block that shares were cut from last."""
         self._making = threading.RLock()
@@ -141,6 +141,7 @@ class ArtifactStore:
         refs: list[BlockRef] = []
         if not keep:
             self._in_use.clear()
+            self._kept.clear()
         same = checkpoint.fingerprint
         self._sources = {
             sha256: source
@@ -186,7 +187,7 @@ class ArtifactStore:
 
     def can_make(self, sha256: str) -> bool:
         """Whether ``repair`` knows the source of this file."""
-        return sha256 in self._sources
+        return sha256 in self._sources or sha256 in self._kept
 
     def _make(
         self, checkpoint: Checkpoint, wanted: Wanted, index: dict[str, Any]
@@ -228,7 +229,6 @@ class ArtifactStore:
             return self._cut[1]
         for _ in range(2):
             sha256, _ = self._obtain(checkpoint, whole, index)
-            self._whole.discard(sha256)
             if self.is_whole(sha256):
                 path = self._artifacts / sha256
                 self._cut = sha256, read_block(path, checkpoint.spec, wanted.block)[1]
@@ -238,29 +238,30 @@ class ArtifactStore:
     def is_whole(self, sha256: str) -> bool:
         """Whether the file of this hash is here and undamaged. A damaged one is removed.
 
-        A file is hashed once after each start. Any thread may call it. Raises OSError.
+        It is hashed each time. Any thread may call it. Raises OSError.
         """
         path = self.path(sha256)
         if path is None:
             return False
-        if sha256 in self._whole:
-            return True
         with contextlib.suppress(CheckpointError):  # An unreadable file is damaged too.
             if file_sha256(path) == sha256:
-                self._whole.add(sha256)
                 return True
         log.warning("%s is damaged: it is removed", path)
         remove(path)
         return False
 
     def repair(self, sha256: str) -> None:
-        """Make a missing or damaged file again from its checkpoint.
+        """Make a missing or damaged file again, from its checkpoint or from what was kept.
 
         Any thread may call it. Raises ModelError, OSError, StorageFull, and MakingFailed if the
         checkpoint is not known or gives other bytes.
         """
-        self._whole.discard(sha256)
         if self.is_whole(sha256):
+            return
+        kept = self._kept.get(sha256)
+        if kept is not None:
+            with self._making:
+                self._write(sha256, kept)
             return
         source = self._sources.get(sha256)
         if source is None:
@@ -299,10 +300,14 @@ class ArtifactStore:
         """
         ref = FileRef(hashlib.sha256(data).hexdigest(), len(data))
         if not (self._has(ref.sha256, len(data)) and self.is_whole(ref.sha256)):
-            self._make_room(len(data), set())
-            replace_bytes(self.place(ref.sha256), data)
+            self._write(ref.sha256, data)
         self._in_use.add(ref.sha256)
+        self._kept[ref.sha256] = data
         return ref
+
+    def _write(self, sha256: str, data: bytes) -> None:
+        self._make_room(len(data), set())
+        replace_bytes(self.place(sha256), data)
 
     def begin(self, sha256: str, size_bytes: int, keep: set[str]) -> PartialFile:
         """Begin to receive a file, or go on where an earlier attempt was cut off.

@@ -184,6 +184,26 @@ def test_a_damaged_share_is_made_again(tmp_path: Path, has_whole: bool) -> None:
         ready(tmp_path).repair("0" * 64)
 
 
+def test_a_kept_file_is_written_again_each_time_that_it_is_damaged(tmp_path: Path) -> None:
+    store, data = ready(tmp_path), b"the words of a model"
+    for _ in range(3):
+        ref = store.keep(data)
+        path = store.place(ref.sha256)
+        for damage in (b"the words of a m0del", b""):
+            path.write_bytes(damage)
+            assert store.keep(data) == ref
+            assert path.read_bytes() == data
+            path.write_bytes(damage)
+            store.repair(ref.sha256)
+            assert path.read_bytes() == data
+        path.unlink()
+        assert store.can_make(ref.sha256)
+        store.repair(ref.sha256)
+        assert path.read_bytes() == data
+    obtain(store, Checkpoint.open(FIXTURES / "qwen3"), [])
+    assert not store.can_make(ref.sha256)
+
+
 def test_shares_that_were_used_longest_ago_make_room(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(FIXTURES / "qwen3")
     spec, fmt = checkpoint.spec, FORMATS[0]

@@ -223,6 +223,13 @@ def test_files_are_made_once_from_blocks_that_the_agent_has(tmp_path: Path, make
         makers.failure = None
         await connection.send(ASKED)
         assert await next_message(connection) == answer
+        # Damage is found however often it comes, and in all files at once.
+        for _ in range(2):
+            for ref, content in zip(answer.files, MADE, strict=True):
+                (shoal.artifacts / ref.sha256).write_bytes(bytes(len(content)))
+            await connection.send(ASKED)
+            assert await next_message(connection) == answer
+            assert [await fetched(connection, ref) for ref in answer.files] == MADE
 
     run(tmp_path, makers, test)
     assert not list((tmp_path / "made").glob(".*"))
