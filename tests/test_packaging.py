@@ -68,8 +68,9 @@ def imported_by(module: str) -> set[str]:
 IMPORT_EACH = """
 import contextlib, gc, os, sys
 gc.disable()
-import cryptography.x509, h11, httpx, jinja2, msgpack, numpy, onnx, onnxruntime, prometheus_client
-import psutil, pulp, rich, starlette.applications, tokenizers, uvicorn, yaml, zeroconf
+import concurrent.futures.thread, cryptography.hazmat.primitives.serialization, cryptography.x509
+import h11, httpx, jinja2.sandbox, msgpack, numpy, onnx, onnxruntime, prometheus_client, psutil
+import pulp, rich, starlette.applications, statistics, tokenizers, uvicorn, yaml, zeroconf
 sys.path.insert(0, "")
 for module in sys.argv[1:]:
     if module.startswith(TORCH):

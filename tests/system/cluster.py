@@ -318,11 +318,9 @@ fcntl.flock(_in_use, fcntl.LOCK_SH)
 @atexit.register
 def _remove_kept() -> None:
     """Remove the directory at the end of the last worker that uses it."""
-    try:
+    with _in_use, contextlib.suppress(BlockingIOError):
         fcntl.flock(_in_use, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return
-    shutil.rmtree(_kept, ignore_errors=True)
+        shutil.rmtree(_kept, ignore_errors=True)
 
 
 @contextlib.contextmanager
