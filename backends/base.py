@@ -101,7 +101,8 @@ class StageOptions:
     fast_prompts: prompts may round weights and activations once more, if that is faster and
         memory_bytes leaves room. It has no effect on exact stages.
     memory_bytes: memory for the stage, if that is more than a plan charges for it. The excess may
-        hold weights in a faster, larger form. None: only the charged memory.
+        hold weights in a faster, larger form, and be taken while weights are brought into it. None:
+        stages hold only the charged memory.
     hashed: artifacts that the caller has compared with their hashes. The backend compares the
         others before it keeps anything made of them.
     team_sum: set for a share of layers (model/share.py). ``spec`` is then the share's, and the

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -63,10 +63,12 @@ from backends.onnx_graph import (
     padded_tables,
 )
 from backends.onnx_matrix import EXACT_BITS, Matrix, bytes_of, executable
+from backends.onnx_mixture import fits
 from backends.onnx_prepared import Prepared
 from backends.onnx_session import (
     container_bits,
     flush_denormals,
+    mixes_experts,
     new_session,
     return_free_memory,
     sums_bytes_exactly,
@@ -74,7 +76,7 @@ from backends.onnx_session import (
     window_offset,
 )
 from backends.onnx_share import PROMPT_ROWS, ShareGraph, ShareLayer, ShareLayers, neighbours
-from model.artifact import SHA256, Tensor, file_sha256, read_block
+from model.artifact import SHA256, Tensor, file_sha256, read_block, read_format
 from model.costs import on_chip_layer_bytes, stage_buffer_bytes
 from model.errors import CheckpointError
 from model.quantize import QuantizedMatrix
@@ -90,6 +92,9 @@ CHUNK_ROWS = 64
 
 Part = Literal["layers", "bytes", "experts"]
 """The kinds of a kept layer: all but experts, that as bytes for prompts, or the experts."""
+
+PACKED_BYTES = 4
+"""The most bytes that are taken while a layer with experts is packed, for each of its file."""
 
 COPY_MARGIN = 1.02
 """The most bytes of the prompt copy, with scales and sums, per weight."""
@@ -415,12 +420,16 @@ class _Loader:
             self._prepared = Prepared(options.prepared_dir, options.prepared_bytes)
         self._rotary: dict[Any, tuple[Array, Array]] = {}
         self._memory_bytes = 0
+        self._experts_apart: set[int] = set()
 
     def load(self, artifacts: Sequence[tuple[int, Path]]) -> OnnxCpuStage:
         spec = self._spec
         grouped = itertools.groupby(artifacts, lambda item: spec.block_kind(item[0]))
         parts = {kind: list(group) for kind, group in grouped}
         blocks = [block for block, _ in artifacts]
+        self._experts_apart = {
+            block for block, path in parts.get("layer", ()) if not self._mixes(block, path)
+        }
         self._memory_bytes += stage_buffer_bytes(
             spec, blocks, CHUNK_ROWS, self._options.context_tokens
         )
@@ -481,7 +490,7 @@ class _Loader:
             return False
         if not sums_bytes_exactly():
             return False
-        if self._routed(artifacts):
+        if any(layer.experts is not None for layer in self._layers(artifacts)):
             return False  # Few rows of a prompt meet in an expert, so its bytes would gain little.
         if self._memory_bytes + self._copy_bytes(artifacts) > allowed:
             return False
@@ -534,16 +543,16 @@ class _Loader:
         return segments
 
     def _experts(self, artifacts: Sequence[tuple[int, Path]]) -> list[Experts | None]:
-        """Return the experts of each layer, or None of a layer without."""
-        routed = [item for item in artifacts if self._layers([item])[0].experts is not None]
+        """Return the experts of each layer that have sessions of their own, or None."""
+        routed = [item for item in artifacts if self._apart([item])]
         if not routed:
             return [None] * len(artifacts)
         threads = ExpertThreads(self._options.threads)
         sessions = iter(self._expert_sessions(routed))
         found: list[Experts | None] = []
-        for layer in self._layers(artifacts):
+        for item, layer in zip(artifacts, self._layers(artifacts), strict=True):
             experts = layer.experts
-            if experts is None:
+            if experts is None or not self._apart([item]):
                 found.append(None)
                 continue
             count = pieces(layer, self._options.threads)
@@ -578,7 +587,7 @@ class _Loader:
         """
         if not artifacts:  # A stage of the embedding alone has no sessions.
             return
-        parts = list(_segments(artifacts, self._spec))
+        parts = list(_segments(artifacts, self._experts_apart))
         build = partial(self._graph, as_bytes=as_bytes)
         kept = self._kept(
             artifacts, lambda: map(build, parts), part="bytes" if as_bytes else "layers"
@@ -624,7 +633,7 @@ class _Loader:
         if found is None:
             needed_bytes = self._needed_bytes(artifacts, part)
             self._require_whole(artifacts)
-            join = not cut and part != "experts" and not self._routed(artifacts)
+            join = not cut and part != "experts" and not self._apart(artifacts)
             if self._prepared.keep(key, build(), needed_bytes, join=join):
                 found = self._prepared.open(key, threads, small=small)
         if found is None:
@@ -641,15 +650,25 @@ class _Loader:
         for block, path in artifacts:
             routed = (
                 expert_part(self._spec.block_tensors(block))
-                if self._routed([(block, path)])
+                if self._apart([(block, path)])
                 else 0.0
             )
             total += path.stat().st_size * (routed if part == "experts" else 1 - routed)
         return int(MAX_EXPANSION * total)
 
-    def _routed(self, artifacts: Sequence[tuple[int, Path]]) -> bool:
-        """Whether a layer has experts."""
-        return any(layer.experts is not None for layer in self._layers(artifacts))
+    def _apart(self, artifacts: Sequence[tuple[int, Path]]) -> bool:
+        """Whether experts of a layer have sessions of their own."""
+        return any(block in self._experts_apart for block, _ in artifacts)
+
+    def _mixes(self, block: int, path: Path) -> bool:
+        """Whether a layer needs no sessions of experts."""
+        layer = self._spec.layer(block)
+        if layer.experts is None:
+            return True
+        fmt, allowed = read_format(path), self._options.memory_bytes
+        if allowed is not None and PACKED_BYTES * path.stat().st_size > allowed:
+            return False
+        return fits(layer, fmt, self._containers) and mixes_experts(self._containers[fmt.bits])
 
     def _require_whole(self, artifacts: Sequence[tuple[int, Path]]) -> None:
         """Raise CheckpointError for an artifact whose contents differ from its name.
@@ -672,6 +691,7 @@ class _Loader:
                 "exact": self._options.exact,
                 "part": part,
                 "cut": cut,
+                "apart": [block for block, _ in artifacts if block in self._experts_apart],
                 # Experts are cut into pieces by the number of threads.
                 "threads": self._options.threads if part == "experts" else 0,
             }
@@ -716,10 +736,10 @@ class _Loader:
     def _weights(
         self, block: int, tensors: Mapping[str, Tensor], *, as_bytes: bool
     ) -> BlockWeights:
-        """Return a block's weights, without those of experts."""
+        """Return a block's weights, without those of experts that have sessions."""
         matrices: dict[str, Matrix] = {}
         vectors = {}
-        if self._spec.block_kind(block) == "layer":
+        if block in self._experts_apart:
             tensors = own_tensors(self._spec.layer(block), tensors)
         for name, tensor in tensors.items():
             if not isinstance(tensor, QuantizedMatrix):
@@ -742,17 +762,16 @@ class _Loader:
 
 
 def _segments(
-    artifacts: Sequence[tuple[int, Path]], spec: ModelSpec
+    artifacts: Sequence[tuple[int, Path]], ends: Container[int]
 ) -> Iterator[list[tuple[int, Path]]]:
-    """Yield runs of blocks whose files reach SEGMENT_BYTES, or that end with experts."""
+    """Yield runs of blocks whose files reach SEGMENT_BYTES, or whose last one is in ``ends``."""
     run: list[tuple[int, Path]] = []
     run_bytes = 0
     for artifact in artifacts:
         run.append(artifact)
         # A missing file fails where it is read.
         run_bytes += artifact[1].stat().st_size if artifact[1].exists() else 0
-        routed = spec.block_kind(artifact[0]) == "layer" and spec.layer(artifact[0]).experts
-        if run_bytes >= SEGMENT_BYTES or routed:
+        if run_bytes >= SEGMENT_BYTES or artifact[0] in ends:
             yield run
             run, run_bytes = [], 0
     if run:

@@ -1,11 +1,9 @@
 """Experts in ONNX Runtime: a session for each, chosen between the sessions of the layers.
 
-A layer with experts ends with the router's scores. The experts of each row are chosen in numpy, and
-each one's rows run through its own session. An expert is too small to be divided among threads at
-each of its operators. So its session has one thread, and several experts run at once.
-
-The runtime has an operator for experts, QMoE. It takes 2 to 3 times as long for one row (version
-1.32), and its saved weights gave other numbers (1.31).
+They are for what ``onnx_mixture`` does not take. Such a layer ends with the router's scores. The
+experts of each row are chosen in numpy, and each one's rows run through its own session. An expert
+is too small to be divided among threads at each of its operators. So its session has one thread,
+and several experts run at once.
 """
 
 from __future__ import annotations

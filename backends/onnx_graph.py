@@ -18,19 +18,14 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from backends.onnx_matrix import ByteMatrix, Matrix, PackedMatrix, stack_rows
+from backends.onnx_matrix import INT8_ACTIVATIONS, ByteMatrix, Matrix, PackedMatrix, stack_rows
+from backends.onnx_mixture import add_experts
 from model.experts import CLIPPED_ALPHA
 from model.spec import ExpertSpec, LayerSpec, ModelSpec
 
 MICROSOFT = "com.microsoft"
 OPSET = 21
 IR_VERSION = 10
-
-INT8_ACTIVATIONS = 4
-"""The accuracy_level of MatMulNBits that rounds activations to 8 bits.
-
-Each block of a row is rounded on its own, and products are summed as integers.
-"""
 
 ROUTED_OUTPUTS = ("normed", "scores")
 """Outputs of a graph that ends before experts: their input rows, and the router's scores."""
@@ -170,7 +165,7 @@ class Graph:
             if bias is not None:
                 (result,) = self.node("Add", [result, self.weight(bias)])
             return result
-        self._added_bytes += 2 * matrix.scales.nbytes
+        self.count_scales(matrix.scales)
         inputs = [value, self.weight(matrix.codes), self.weight(matrix.scales)]
         if matrix.zero_points is not None:
             inputs.append(self.weight(matrix.zero_points))
@@ -186,6 +181,10 @@ class Graph:
             block_size=matrix.block_size,
             accuracy_level=INT8_ACTIVATIONS,
         )[0]
+
+    def count_scales(self, *scales: Array) -> None:
+        """Count what kernels keep beside packed matrices with these scales."""
+        self._added_bytes += sum(2 * some.nbytes for some in scales)
 
     def _linear_of_bytes(self, value: str, matrix: ByteMatrix, bias: Array | None) -> str:
         # The operator rounds to 256 steps between the extremes of all rows. Rows that were divided
@@ -252,8 +251,8 @@ class LayerGraph:
     The outputs are ``output`` like ``hidden``, and ``key_i`` and ``value_i``. These are bound to
     the same memory as their past, so that only the new rows are written.
 
-    A layer with experts is the last one of its graph. ``output`` is then without its experts, and
-    the graph also has ROUTED_OUTPUTS.
+    If experts have no matrices here, their layer is the last one of its graph. ``output`` is then
+    without its experts, and the graph also has ROUTED_OUTPUTS.
     """
 
     def __init__(self, hidden: int, context: int, window_offset: int) -> None:
@@ -338,21 +337,28 @@ class LayerGraph:
     def _routed(
         self, layer: LayerSpec, experts: ExpertSpec, weights: BlockWeights, value: str, normed: str
     ) -> None:
-        """End the graph before the experts of a layer, which take rows ``normed``."""
+        """Append the experts of a layer, which take rows ``normed``, or end the graph before."""
         shared = self._shared_expert(layer, experts, weights, normed)
         if shared is not None:
             (value,) = self.graph.node("Add", [value, shared])
+        if "down.weight" in weights.matrices:
+            scores = self._scores(weights, normed)
+            self._value = value
+            self._delta = add_experts(self.graph, experts, weights, normed, scores)
+            return
         self.graph.output(value, "output", TensorProto.FLOAT, ("b", "n", self._hidden))
         self._routed_outputs(experts, weights, normed)
         self._routed_last = True
 
     def _routed_outputs(self, experts: ExpertSpec, weights: BlockWeights, normed: str) -> None:
-        scores = self.graph.linear(
-            normed, weights.vectors["router.weight"], weights.vectors.get("router.bias")
-        )
+        scores = self._scores(weights, normed)
         widths = self._hidden, experts.count
         for value, name, width in zip((normed, scores), ROUTED_OUTPUTS, widths, strict=True):
             self.graph.output(value, name, TensorProto.FLOAT, ("b", "n", width))
+
+    def _scores(self, weights: BlockWeights, normed: str) -> str:
+        bias = weights.vectors.get("router.bias")
+        return self.graph.linear(normed, weights.vectors["router.weight"], bias)
 
     def _shared_expert(
         self, layer: LayerSpec, experts: ExpertSpec, weights: BlockWeights, value: str

@@ -28,6 +28,12 @@ KERNEL_BITS = (2, 4, 8)
 EXACT_BITS: Mapping[int, int] = dict.fromkeys((*INTEGER_BITS, 16, 32), 32)
 """Stored to executed widths of products that do not round activations."""
 
+INT8_ACTIVATIONS = 4
+"""The accuracy_level of MatMulNBits that rounds activations to 8 bits.
+
+Each block of a row is rounded on its own, and products are summed as integers.
+"""
+
 # With this many rows at once, the transposed copy writes whole cache lines.
 _STRIP_ROWS = 64
 

@@ -34,6 +34,7 @@ from backends import (
     onnx_experts,
     onnx_graph,
     onnx_matrix,
+    onnx_mixture,
     onnx_session,
     onnx_share,
 )
@@ -326,7 +327,15 @@ class _Names:
 
 @functools.lru_cache(maxsize=1)
 def _code_sha256() -> str:
-    modules = (onnx_aligned, onnx_experts, onnx_graph, onnx_matrix, onnx_session, onnx_share)
+    modules = (
+        onnx_aligned,
+        onnx_experts,
+        onnx_graph,
+        onnx_matrix,
+        onnx_mixture,
+        onnx_session,
+        onnx_share,
+    )
     sources = [*(Path(str(module.__file__)) for module in modules), Path(__file__)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()
 

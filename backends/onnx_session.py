@@ -20,9 +20,11 @@ from onnx import TensorProto
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from backends.base import BackendError
-from backends.onnx_graph import MICROSOFT, Graph
+from backends.onnx_graph import MICROSOFT, BlockWeights, Graph
 from backends.onnx_matrix import KERNEL_BITS, ByteMatrix, containers, executable
+from backends.onnx_mixture import add_experts
 from model.quantize import Format, quantize
+from model.spec import ExpertSpec
 
 _ARENA_LOCK = threading.Lock()
 
@@ -191,6 +193,40 @@ def _multiplies(bits: int) -> bool:
     except ERRORS:
         return False
     return bool(np.allclose(result[0, 0], stored.dequantize() @ row, atol=0.05))
+
+
+@functools.lru_cache(maxsize=2)
+def mixes_experts(bits: int) -> bool:
+    """Whether the runtime's operator for experts rounds activations to 8 bits, as others do.
+
+    Otherwise it widens weights at each call, which takes longer than sessions of experts.
+    """
+    width, experts = 128, ExpertSpec(count=2, active=1)
+    random = np.random.default_rng(0)
+    stored = [
+        quantize(random.standard_normal((2 * width, width), np.float32), Format.of(bits))
+        for _ in range(3)
+    ]
+    matrices = {
+        f"{name}.weight": executable(matrix, {bits: bits})
+        for name, matrix in zip(("gate", "up", "down"), stored, strict=True)
+    }
+    graph = Graph()
+    value = graph.input("hidden", TensorProto.FLOAT, (1, 1, width))
+    scores = graph.input("scores", TensorProto.FLOAT, (1, 1, 2))
+    mixed = add_experts(graph, experts, BlockWeights(matrices, {}), value, scores)
+    graph.output(mixed, "output", TensorProto.FLOAT, (1, 1, width))
+    row = np.linspace(-1, 1, width, dtype=np.float32)
+    inputs = {"hidden": row[None, None], "scores": np.array([[[0, 1]]], np.float32)}
+    try:
+        (result,) = new_session(graph, 1).run(["output"], inputs)
+    except ERRORS:
+        return False
+    gate, up, down = (matrix.dequantize(slice(width, 2 * width)) for matrix in stored)
+    raised = gate @ row
+    expected = down @ (raised / (1 + np.exp(-raised)) * (up @ row))
+    error = np.linalg.norm(result[0, 0] - expected) / np.linalg.norm(expected)
+    return bool(1e-4 < error < 0.05)
 
 
 @functools.lru_cache(maxsize=1)

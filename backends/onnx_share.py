@@ -23,6 +23,7 @@ from onnx import TensorProto
 from backends.base import Array, TeamSum, Tokens
 from backends.onnx_experts import Experts
 from backends.onnx_graph import ROUTED_OUTPUTS, BlockWeights, Graph, LayerGraph, add_head
+from backends.onnx_mixture import add_experts
 from backends.onnx_session import translated
 from model.spec import ExpertSpec, LayerSpec, ModelSpec
 
@@ -84,8 +85,15 @@ class ShareGraph(LayerGraph):
     def _routed(
         self, layer: LayerSpec, experts: ExpertSpec, weights: BlockWeights, value: str, normed: str
     ) -> None:
-        """End the graph before the experts, whose rows are added to the partial rows."""
+        """End the graph behind the experts, or before: their rows are added to the partial rows."""
         partial = self._shared_expert(layer, experts, weights, normed)
+        if "down.weight" in weights.matrices:
+            scores = self._scores(weights, normed)
+            mixed = add_experts(self.graph, experts, weights, normed, scores)
+            if partial is not None:
+                (mixed,) = self.graph.node("Add", [partial, mixed])
+            self._value, self._delta = self._cut(mixed, value)
+            return
         if partial is None:
             (shape,) = self.graph.node("Shape", [normed])
             (partial,) = self.graph.node("ConstantOfShape", [shape])

@@ -13,10 +13,11 @@ import pytest
 
 pytest.importorskip("onnxruntime")
 
-from backends import onnx_experts
+from backends import onnx_cpu, onnx_experts
 from backends.base import BackendError, StageOptions
 from backends.onnx_cpu import OnnxCpuBackend
 from backends.onnx_experts import ExpertThreads, pieces
+from backends.onnx_session import container_bits, mixes_experts
 from backends.onnx_share import PROMPT_ROWS
 from model.experts import busiest, by_expert, route
 from model.quantize import Format
@@ -54,7 +55,52 @@ def test_prepared_experts_give_the_same(bits: int, options: StageOptions, tmp_pa
         np.testing.assert_array_equal(results(model, kept), expected)
     with closing(OnnxCpuBackend().load(*model, kept)) as stage:
         graphs = [path for path in stage.kept_files if path.suffix == ".onnx"]
-        assert len(graphs) >= len(spec.layers) * (1 + EXPERTS.count)
+    apart = bits in (2, 16) or not mixes_experts(container_bits()[bits])
+    assert (len(graphs) >= len(spec.layers) * (1 + EXPERTS.count)) == apart
+
+
+MIXTURES = {
+    "softmax": replace(EXPERTS, normalized=False),
+    "normalized": EXPERTS,
+    "best": replace(EXPERTS, scoring="topk_softmax", shared_ffn=0, shared_gate=False),
+    "clipped": ExpertSpec(6, 3, "topk_softmax", bias=True, limit=0.5),
+}
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("held", [0, 1, 4])
+@pytest.mark.parametrize("kind", list(MIXTURES))
+def test_one_operator_for_all_experts_gives_what_sessions_give(
+    kind: str, held: int, bits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not mixes_experts(bits):
+        pytest.skip("the runtime's operator for experts is slow")
+    experts = replace(MIXTURES[kind], first=1 if held else 0, held=held)
+    spec, tensors = random_model(replace(ROUTED, ffn=96, experts=experts))
+    model = spec, stored(tmp_path, tensors, Format.of(bits, group_size=32))[1:]
+    for options in (OPTIONS, ALONE):
+        mixed = results(model, options)
+        with monkeypatch.context() as patch:
+            patch.setattr(onnx_cpu, "mixes_experts", lambda bits: False)
+            apart = results(model, options)
+        assert_similar(mixed, apart)
+
+
+def test_experts_stay_apart_where_packing_them_together_takes_too_much_memory(
+    tmp_path: Path,
+) -> None:
+    if not mixes_experts(4):
+        pytest.skip("the runtime's operator for experts is slow")
+    spec, tensors = random_model(ROUTED)
+    model = spec, stored(tmp_path / "blocks", tensors, Format.of(4, group_size=32))[1:]
+    layer_bytes = model[1][0][1].stat().st_size
+    kept = []
+    for room_bytes in (layer_bytes, 8 * layer_bytes):
+        options = replace(OPTIONS, prepared_dir=tmp_path / "prepared", memory_bytes=room_bytes)
+        OnnxCpuBackend().load(*model, options).close()
+        kept.append(len(list((tmp_path / "prepared").iterdir())))
+    # Layers and head, first also experts.
+    assert kept == [3, 2]
 
 
 def test_layers_with_and_without_experts_take_turns(tmp_path: Path) -> None:
