@@ -63,10 +63,8 @@ _SMALL_REQUEST = 100
 _ALONE_SHARE = {"request": 0.3, "throughput": 0.6}
 """Part of the time for a plan without teams, before a large problem with teams is searched.
 
-Searches for throughput on more than _FEW devices need it most: with teams, 128 devices have no
-good plan in 7 of 10 s.
+Searches for throughput need it most: with teams, 16 devices and more have no good plan in 10 s.
 """
-_FEW = 16
 DEFAULT_GAP = 0.005
 """The default gap if the search goes first. The last half percent can take any amount of time."""
 
@@ -146,8 +144,6 @@ def _without_teams(
     kind = problem.objective.kind
     share = _ALONE_SHARE.get(kind)
     if share is None or problem is real or real.teams or _closable(problem):
-        return None
-    if kind == "throughput" and len(real.devices) <= _FEW:
         return None
     soon = _Runner(now_s() + share * runner.left_s(), runner.solver)
     return _best(undominated(real), soon, asked, lambda _: None)

@@ -34,6 +34,9 @@ _SLACKS = (1.0, 1.002, 1.006, 1.02, 1.05)
 _MANY = 96
 """With more devices than this the bound for throughput lets hops lead anywhere."""
 
+_SOME = 48
+"""With teams, and more of all than this, such a bound comes first: it takes far less time."""
+
 # Stages that take more than so many times the bound are not looked for.
 _SLOWEST = 1e4
 
@@ -51,6 +54,10 @@ class Fastest(Search):
         self.budget = tables.budget or 0.0
         self.prices = self.pricer.nothing()
         self.full = False
+        self.part = False
+        """This search is of some of the devices of another one."""
+        self.anywhere = False
+        """Whether bounds let hops lead anywhere."""
         cost = np.where(np.isfinite(tables.decode), tables.loss, math.inf)
         self.within_memory = tables.segments(cost)
         self.cost = cost
@@ -58,7 +65,7 @@ class Fastest(Search):
     def run(self) -> Found:
         self.bound = self.tables.least_turn_s(self.tables.decode)
         self.at_hand = self._fill()
-        if self.tables.shape[0] > _MANY:
+        if self.tables.shape[0] > _MANY and not self.part:
             return self._of_many()
         self._climb()
         self._look()
@@ -88,8 +95,11 @@ class Fastest(Search):
         ties = None if ties is None or self.tables.teams else ties[np.ix_(chosen, chosen)]
         until_s = self.deadline_s, self.last_resort_s
         best = Fastest(Tables(part, ties), until_s, self.gap, self.make)
-        best.value, best.filled = self.value, True
+        best.value, best.filled, best.other = self.value, True, self.other
+        best.part = True
         found = best.run()
+        for spans, least in best.seen.items():
+            self.seen[tuple((chosen[i], first, end) for i, first, end in spans)] = least
         if found.choice is not None:
             self.value, self.choice = best.value, renamed(found.choice, chosen)
         while not self._done() and self.bound * (1 + self.gap / 4) < self.value:
@@ -108,8 +118,12 @@ class Fastest(Search):
         if self.choice is not None:
             needed |= {device for device, *_ in self.choice.stages}
         score = [(i not in needed, -float(most[i].mean()), i) for i in range(len(most))]
-        chosen = {i for *_, i in sorted(score)[:_MANY]}
-        return sorted(chosen | {problem.lead(i) for i in chosen})
+        chosen: set[int] = set()
+        for spare, _, i in sorted(score):
+            more = chosen | {i, problem.lead(i)}
+            if len(more) <= _MANY or not spare:
+                chosen = more
+        return sorted(chosen)
 
     def _free(self, limit: float) -> Free:
         """The least losses within a limit of time, each stage with the device's fastest hop."""
@@ -144,6 +158,7 @@ class Fastest(Search):
         """Raise the bound by prices alone, until they prove no more."""
         high = min(self.at_hand, _SLOWEST * self.bound)
         self._measure(min(4 * self.bound, high))
+        self.anywhere = self.tables.teams and self.tables.shape[0] > _SOME
         limit = 1.4 * self.bound
         while limit < high and not self._late():
             if limit > self.top:
@@ -154,6 +169,7 @@ class Fastest(Search):
             limit *= 1.4
         # While there is no plan, time is better spent on one than on the last percent.
         self._press(high, self.gap / 4 if self.value < math.inf else OTHER_GAP, 100)
+        self.anywhere = self.tables.shape[0] > _MANY and not self.part
 
     def _press(self, high: float, close: float, rounds: int) -> None:
         """Raise the bound by prices alone, by bisection below ``high``."""
@@ -279,9 +295,8 @@ class Fastest(Search):
         """Raise the bound to ``limit`` and return None; or return the relaxation there."""
         enough = self._enough()
         self.pricer.deadline_s = self._until_s()  # Prices are needed even for a first plan.
-        many = self.tables.shape[0] > _MANY
         priced, self.prices = self.pricer.price(
-            self._free(limit) if many else self._arcs(limit),
+            self._free(limit) if self.anywhere else self._arcs(limit),
             0.0,
             self.prices,
             target=enough,

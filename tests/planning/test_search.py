@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from benchmarks.planner import instance
+from planning.candidates import with_teams
 from planning.plan import InfeasiblePlan, verify
 from planning.planner import solve
 from planning.problem import HopFormat, Objective, ObjectiveKind, PlanningProblem
@@ -145,6 +146,14 @@ def test_many_devices_are_planned_in_part_and_bounded_as_a_whole(
     plan = solve(problem, gap=0.5, time_limit_s=60)
     verify(plan, problem)
     assert plan.proof.bound <= exact.value * (1 + 1e-9)
+
+
+def test_a_part_of_many_devices_may_be_large_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The leads of its teams are added, and it is not taken apart again, for ever."""
+    monkeypatch.setattr(slowest, "_MANY", 3)
+    problem = with_teams(instance(8, 6, 2, Objective("throughput"), "teams"))
+    found = search(problem, deadline_s=time.monotonic() + 1, gap=0.01, known=0.02)
+    assert found.bound > 0
 
 
 def tight(layers: int, count: int, seed: int, share: float) -> PlanningProblem:

@@ -22,6 +22,7 @@ from planning.exact.solver import SolverName
 from planning.plan import InfeasiblePlan, Plan, PlanError, Proof, Stage, assess, verify
 from planning.planner import solve
 from planning.problem import HopFormat, Objective, PlanningProblem
+from planning.search import slowest
 from planning.search.search import search
 from planning.sensitivity import own_share
 from planning.teams import incidence, with_team
@@ -90,6 +91,23 @@ def test_the_search_alone_proves_nothing_wrong() -> None:
             plans += 1
             best += value <= expected * 1.01
     assert best > 0.9 * plans
+
+
+def test_bounds_of_many_devices_prove_nothing_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their hops lead anywhere, and plans are looked for among some of the devices."""
+    monkeypatch.setattr(slowest, "_SOME", 0)
+    plans = 0
+    for seed in range(SEEDS):
+        monkeypatch.setattr(slowest, "_MANY", (96, 3)[seed % 2])
+        # A team asked for that cannot be is refused before any search.
+        problem = replace(random_teams(seed), objective=Objective("throughput"), teams=())
+        expected = exhaustive(problem)
+        for variant in with_teams(problem).variants:
+            bound, value = searched(variant)
+            assert bound <= expected * (1 + 1e-9), seed
+            assert value >= expected * (1 - 1e-9), seed
+            plans += value < math.inf
+    assert plans > SEEDS / 4
 
 
 def searched(problem: PlanningProblem) -> tuple[float, float]:
