@@ -11,6 +11,9 @@ MACHINE ?= aarch64
 PYTHON_VERSION ?= 3.11
 LOCK ?= agent
 
+# Where make train-town keeps its checkpoint, model and dev set.
+TOWN ?= build/town
+
 # Where make test-install keeps its Debian trees.
 PREPARED ?= $(HOME)/.cache/shoal/prepared
 
@@ -152,6 +155,15 @@ bench-encoders: $(VENV)/run.stamp ## measure texts per second of encoders, also 
 
 bench-telemetry: $(VENV)/run.stamp ## measure what counting and remembering passes costs a token
 	$(BIN)/python -m benchmarks.telemetry $(ARGS)
+
+# The extra torch is not in the lock, because services on CPUs do without it.
+train-town: $(VENV)/run.stamp ## train examples/town again into build/town, and measure it (the same command goes on)
+	mkdir -p $(TOWN)
+	$(BIN)/python -c 'import torch' 2>/dev/null || \
+		$(BIN)/python -m pip install --disable-pip-version-check --no-build-isolation -e '.[torch]'
+	$(BIN)/python examples/town/generate.py --out $(TOWN)/dev.jsonl
+	$(BIN)/python examples/town/train.py --work $(TOWN) --model-dir $(TOWN)/model $(ARGS)
+	$(BIN)/python examples/town/evaluate.py --model-dir $(TOWN)/model --dev $(TOWN)/dev.jsonl $(MEASURE)
 
 soak-models: $(VENV)/run.stamp ## load and unload three models at random for half an hour, while clients ask them
 	$(BIN)/python -m benchmarks.soak_models $(ARGS)

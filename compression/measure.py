@@ -23,6 +23,7 @@ from evaluation.work import Answering, add_answers_here
 from model.artifact import read_block, values_of, write_artifact
 from model.checkpoint import Checkpoint
 from model.quantize import Format
+from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
 
 Blocks = Sequence[Mapping[str, npt.NDArray[Any]]]
@@ -32,31 +33,75 @@ LOSSLESS_BITS = 16
 """Blocks from so many bits on are left as they are."""
 
 
-def stored(checkpoint: Checkpoint, fmt: Format) -> tuple[Blocks, int]:
-    """Return the values of all blocks as devices get them in a format, and their files' bytes.
+def stored(checkpoint: Checkpoint, formats: Sequence[Format]) -> tuple[Blocks, int]:
+    """Return the values of all blocks as devices get them in these formats, and their files' bytes.
 
     The codes are those of the checkpoint's quantizer. Raises ModelError.
     """
     blocks, total = [], 0
-    with tempfile.TemporaryDirectory(prefix=".compress-") as name:
-        for block in range(checkpoint.spec.block_count):
-            tensors = checkpoint.block_in(block, fmt)
-            path = write_artifact(Path(name), block, tensors, fmt).path
-            total += path.stat().st_size
-            if fmt.bits >= LOSSLESS_BITS:
-                blocks.append(checkpoint.block(block))
-            else:
-                codes = read_block(path, checkpoint.spec, block)[1]
-                blocks.append({name: values_of(tensor) for name, tensor in codes.items()})
-            path.unlink(missing_ok=True)
+    for block, fmt in enumerate(formats):
+        values, size_bytes = _stored(checkpoint, block, fmt)
+        blocks.append(values)
+        total += size_bytes
     return blocks, total
 
 
-def losses(
-    teacher: Network, checkpoint: Checkpoint, blocks: Blocks, batches: Sequence[Batch]
-) -> tuple[float, float]:
-    """Return the loss of the expected tokens and KL(teacher || model), in nats per token."""
-    student = Network(checkpoint.spec, blocks)
+def _stored(
+    checkpoint: Checkpoint, block: int, fmt: Format
+) -> tuple[Mapping[str, npt.NDArray[Any]], int]:
+    """Return the values of one block, and the bytes of its file."""
+    with tempfile.TemporaryDirectory(prefix=".compress-") as name:
+        tensors = checkpoint.block_in(block, fmt)
+        path = write_artifact(Path(name), block, tensors, fmt).path
+        size_bytes = path.stat().st_size
+        if fmt.bits >= LOSSLESS_BITS:
+            return checkpoint.block(block), size_bytes
+        codes = read_block(path, checkpoint.spec, block)[1]
+        return {key: values_of(tensor) for key, tensor in codes.items()}, size_bytes
+
+
+def student_of(spec: ModelSpec, blocks: Blocks) -> Network:
+    """Return the network of stored blocks. A tied head has the codes of its own block."""
+    student = Network(spec, blocks)
+    _put(student, spec.head_block, blocks[-1])
+    return student
+
+
+def _put(student: Network, block: int, values: Mapping[str, npt.NDArray[Any]]) -> None:
+    student.blocks[block] = {
+        name: torch.tensor(value, dtype=torch.float32) for name, value in values.items()
+    }
+
+
+def block_losses(
+    teacher: Network,
+    checkpoint: Checkpoint,
+    formats: Sequence[Format],
+    batches: Sequence[Batch],
+    on_step: OnStep,
+) -> list[dict[int, float]]:
+    """Return for each block what its stored values alone add to KL(teacher || model), by bits."""
+    blocks = range(checkpoint.spec.block_count)
+    lossless = [checkpoint.block(block) for block in blocks]
+    student = student_of(checkpoint.spec, lossless)
+    base = losses(teacher, student, batches)[1]
+    rows: list[dict[int, float]] = []
+    for block in blocks:
+        row = {}
+        for fmt in formats:
+            on_step(len(rows), len(blocks))
+            added = 0.0
+            if fmt.bits < LOSSLESS_BITS:
+                _put(student, block, _stored(checkpoint, block, fmt)[0])
+                added = max(0.0, losses(teacher, student, batches)[1] - base)
+            row[fmt.bits] = added
+        rows.append(row)
+        _put(student, block, lossless[block])
+    return rows
+
+
+def losses(teacher: Network, student: Network, batches: Sequence[Batch]) -> tuple[float, float]:
+    """Return the loss of the expected tokens and KL(teacher || student), in nats per token."""
     nats, kl, expected_count, count = 0.0, 0.0, 0, 0
     with torch.no_grad():
         for batch in batches:
@@ -77,7 +122,7 @@ def losses(
 def answers(
     checkpoint: Checkpoint,
     tasks: Tasks,
-    fmt: Format,
+    formats: Sequence[Format],
     backend: Backend,
     threads: int,
     on_step: OnStep,
@@ -87,7 +132,6 @@ def answers(
     It is loaded as shoal loads it. Raises ModelError and BackendError.
     """
     tokenizer = Tokenizer.load(checkpoint.directory)
-    formats = [fmt] * checkpoint.spec.block_count
     with Kept(None, {}) as kept:
         answering = Answering(backend, threads, exact=False, slots=ANSWER_SLOTS)
         add_answers_here(kept, tasks, "", checkpoint, formats, tokenizer, answering, on_step)

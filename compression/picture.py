@@ -14,11 +14,15 @@ _COLOURS = ("#1d4ed8", "#b45309", "#047857", "#7c3aed", "#be123c", "#0e7490")
 _TICKS = 5
 
 
-def curve_svg(title: str, points: Sequence[Point], chosen: Point | None = None) -> str:
+def curve_svg(
+    title: str, points: Sequence[Point], chosen: Point | None = None, chosen_bits: str = ""
+) -> str:
     """Draw a line for each width, solid for taught models and dashed for pruned ones.
 
     Upwards is exact match, or without questions the divergence, on an axis that falls. To the right
     is the predicted time of a token, or without a lab the size.
+
+    chosen_bits: those of the chosen point, in words.
     """
     timed = all(point.latency_ms is not None for point in points)
     scored = all(point.exact_match is not None for point in points)
@@ -31,7 +35,8 @@ def curve_svg(title: str, points: Sequence[Point], chosen: Point | None = None) 
     def upward(point: Point) -> float:
         return (point.exact_match or 0.0) if scored else -point.kl
 
-    xs, ys = [across(point) for point in points], [upward(point) for point in points]
+    shown = [*points, *([] if chosen is None else [chosen])]
+    xs, ys = [across(point) for point in shown], [upward(point) for point in shown]
     x_range, y_range = _range(xs, floor=0.0), _range(ys, floor=0.0 if scored else None)
     labels = (
         "time of a token, ms, predicted" if timed else "stored, MB",
@@ -69,7 +74,7 @@ def curve_svg(title: str, points: Sequence[Point], chosen: Point | None = None) 
         x, y = at(chosen)
         drawing.box(x - 7, y - 7, 14, 14, stroke="#be123c", radius=7, hint="chosen")
         drawing.words(_WIDTH - _RIGHT + 16, row + 8, f"chosen: {chosen.name},", size=11, bold=True)
-        drawing.words(_WIDTH - _RIGHT + 16, row + 24, f"{chosen.bits} bits", size=11, bold=True)
+        drawing.words(_WIDTH - _RIGHT + 16, row + 24, f"{chosen_bits} bits", size=11, bold=True)
     return drawing.text()
 
 

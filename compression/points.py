@@ -51,11 +51,6 @@ class Point:
         """Say which model it is, for a table."""
         return f"{self.size:.0%}" + (", distilled" if self.distilled else "")
 
-    @property
-    def quality(self) -> float:
-        """A number that is larger for a better point: exact match first, then divergence."""
-        return -self.kl if self.exact_match is None else self.exact_match - min(self.kl, 1e3) * 1e-6
-
 
 class Points:
     """The results of a run so far, in memory and in its file."""
@@ -106,12 +101,6 @@ class Points:
 
 def _key(size: float, bits: int, distilled: bool) -> str:
     return f"point {size:g} {bits} {'distilled' if distilled else 'pruned'}"
-
-
-def best_within(points: Sequence[Point], at_most_ms: float) -> Point | None:
-    """Return the best point whose predicted latency is at most this, or None if none is."""
-    fast = [one for one in points if one.latency_ms is not None and one.latency_ms <= at_most_ms]
-    return max(fast, key=lambda one: (one.quality, -one.bytes), default=None)
 
 
 def csv_text(points: Sequence[Point]) -> str:

@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,44 @@ def adamw(named: Iterable[tuple[str, nn.Parameter]], decay: float) -> torch.opti
 
 
 def save_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
-    """Write the state of a training run, whole or not at all."""
+    """Write the state of a training run, whole or not at all, also if the power fails."""
     part = path.with_suffix(".part")
-    torch.save(dict(state), part)
+    with part.open("wb") as file:
+        torch.save(dict(state), file)
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)
+
+
+@contextmanager
+def progress_bar(done: int, total: int) -> Iterator[Callable[[int, float], None]]:
+    """Yield a function that takes the steps done and the loss. It draws a bar on a terminal."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+        # Reports that go to a file are none of the bar's.
+        redirect_stdout=sys.stdout.isatty(),
+    )
+    with bar:
+        task = bar.add_task("training", completed=done, total=total, loss="-")
+        yield lambda step, loss: bar.update(task, completed=step, loss=f"{loss:.3f}")
 
 
 def word_tokenizer(

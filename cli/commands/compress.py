@@ -175,11 +175,20 @@ def _add_choice_arguments(group: argparse._ActionsContainer) -> None:
         metavar="TOKENS",
         help="The context of these plans. Default: %(default)s.",
     )
-    group.add_argument(
+    bound = group.add_mutually_exclusive_group()
+    bound.add_argument(
         "--at-most",
         type=argument(_milliseconds, "milliseconds, such as 40 or 40ms"),
         metavar="MS",
-        help="Choose the best size and bits whose token takes at most MS.",
+        help="Choose size, bits of each block and placement together: what loses least, of all "
+        "whose token takes at most MS. The plan is written to plan.json in --out.",
+    )
+    bound.add_argument(
+        "--quality-budget",
+        type=argument(between(0, 1e3), "a number from 0 to 1000"),
+        metavar="KL",
+        help="The same the other way: choose the fastest, of all whose measured KL divergence from "
+        "MODEL is at most KL nats per token.",
     )
     add_url_argument(group)
 
@@ -232,9 +241,10 @@ def _run(
     times: Times | None,
 ) -> None:
     """Make and measure what is missing in --out, and show the curve."""
-    from cli.commands.compress_views import show
+    from cli.commands.compress_times import is_choosing
+    from cli.commands.compress_views import Shown, show
     from compression.points import Points
-    from compression.run import Compression
+    from compression.run import Compression, Limit
 
     options.out.mkdir(parents=True, exist_ok=True)
     points = Points(options.out / "compress.json", _settings(options, checkpoint))
@@ -250,7 +260,15 @@ def _run(
         wanted = _wanted(options, None if times is None else times.token_time)
         compression = Compression(checkpoint, text, wanted, options.out, points, report)
         compression.run()
-    show(options, screen, checkpoint, compression, None if times is None else times.source)
+        curve = [
+            one for one in points.all() if one.size in options.sizes and one.bits in options.bits
+        ]
+        chosen = None
+        if times is not None and is_choosing(options):
+            seconds = None if options.at_most is None else options.at_most / 1e3
+            limit = Limit(seconds, options.quality_budget)
+            chosen = compression.choose(times.plan, limit, curve)
+    show(options, screen, checkpoint, compression, Shown(curve, chosen, times))
 
 
 @contextmanager

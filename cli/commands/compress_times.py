@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,19 +14,23 @@ from cli.render import Screen
 
 if TYPE_CHECKING:
     from cli.client import Client
-    from compression.run import TokenTime
+    from compression.choice import Rows
+    from compression.run import Planner, TokenTime
     from model.quantize import Format
     from model.spec import ModelSpec
+    from planning.plan import Plan
 
 PLAN_LIMIT_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """The source of the predicted times of tokens, also in words."""
+    """The source of the predicted times of tokens, also in words. devices: ids by their names."""
 
     token_time: TokenTime
+    plan: Planner
     source: str
+    devices: Mapping[str, str] = field(default_factory=dict)
 
 
 @contextmanager
@@ -55,7 +59,12 @@ def times_of(options: argparse.Namespace, screen: Screen) -> Iterator[Times | No
 
 
 def _must_have_times(options: argparse.Namespace) -> bool:
-    return options.at_most is not None or options.url is not None
+    return is_choosing(options) or options.url is not None
+
+
+def is_choosing(options: argparse.Namespace) -> bool:
+    """Say if one model is to be chosen."""
+    return options.at_most is not None or options.quality_budget is not None
 
 
 def _coordinator(options: argparse.Namespace, stack: ExitStack) -> Client | None:
@@ -68,9 +77,10 @@ def _coordinator(options: argparse.Namespace, stack: ExitStack) -> Client | None
     except CoordinatorUnreachable as error:
         if options.url is not None:
             raise
-        if options.at_most is not None:
+        if is_choosing(options):
+            name = "--quality-budget" if options.at_most is None else "--at-most"
             raise UsageError(
-                f"--at-most needs --lab LAB.yaml, or a running coordinator, for the times: {error}"
+                f"{name} needs --lab LAB.yaml, or a running coordinator, for the times: {error}"
             ) from error
         return None
     return client
@@ -79,52 +89,83 @@ def _coordinator(options: argparse.Namespace, stack: ExitStack) -> Client | None
 def _described(options: argparse.Namespace) -> Times:
     from compression.latency import plan_on
     from planning.labs.lab_file import read_lab
+    from planning.plan import InfeasiblePlan
 
     lab = read_lab(options.lab)
 
-    def token_time(spec: ModelSpec, folder: Path, fmt: Format) -> float | None:
-        plan = plan_on(lab, spec, fmt, options.context)
-        return None if plan is None else plan.decode_s
+    def plan(
+        spec: ModelSpec,
+        folder: Path,
+        formats: Sequence[Format],
+        losses: tuple[Rows, float] | None,
+    ) -> Plan:
+        return plan_on(lab, spec, formats, options.context, losses)
 
-    return Times(token_time, str(options.lab))
+    def token_time(spec: ModelSpec, folder: Path, fmt: Format) -> float | None:
+        try:
+            return plan(spec, folder, [fmt], None).decode_s
+        except InfeasiblePlan:
+            return None
+
+    return Times(token_time, plan, str(options.lab))
 
 
 def _measured(options: argparse.Namespace, screen: Screen, client: Client) -> Times:
     """Times by plans of the coordinator, whose devices measure shapes that are new to them."""
     from cli.client import Refused
     from model.schemes import DEFAULT_SCHEME
+    from planning.plan import InfeasiblePlan, Plan
     from planning.problem import Objective
     from planning.request import LoadRequest
 
     failed = False
+    devices: dict[str, str] = {}
+
+    def plan(
+        spec: ModelSpec,
+        folder: Path,
+        formats: Sequence[Format],
+        losses: tuple[Rows, float] | None,
+    ) -> Plan:
+        rows, budget = losses or (None, None)
+        schemes = [fmt.scheme for fmt in formats if fmt.scheme != "float"]
+        request = LoadRequest(
+            model=folder.absolute(),
+            bits=tuple(fmt.bits for fmt in formats),
+            # A time depends on the stored format, whatever quantizer chose the codes.
+            scheme=schemes[0] if schemes else DEFAULT_SCHEME,
+            group_size=options.group_size,
+            context_tokens=min(options.context, spec.max_context),
+            time_limit_s=PLAN_LIMIT_S,
+            objective=Objective("latency"),
+            unbounded=budget is None,
+            sensitivities=None if rows is None else tuple(rows),
+            quality_budget=budget,
+            quality_margin=None if rows is None else 1.0,
+        )
+        try:
+            answer = client.operate("/shoal/v1/plan", request.to_dict(), lambda _: None)
+        except Refused as error:
+            if error.code == "infeasible":
+                raise InfeasiblePlan(str(error)) from error
+            raise
+        devices.update(answer["devices"])
+        return Plan.from_dict({item.name: answer["plan"][item.name] for item in fields(Plan)})
 
     def token_time(spec: ModelSpec, folder: Path, fmt: Format) -> float | None:
         nonlocal failed
         if failed:
             return None
-        request = LoadRequest(
-            model=folder.absolute(),
-            bits=(fmt.bits,),
-            # A time depends on the stored format, whatever quantizer chose the codes.
-            scheme=DEFAULT_SCHEME if fmt.scheme == "float" else fmt.scheme,
-            group_size=options.group_size,
-            context_tokens=min(options.context, spec.max_context),
-            time_limit_s=PLAN_LIMIT_S,
-            objective=Objective("latency"),
-            unbounded=True,
-        )
         try:
-            answer = client.operate("/shoal/v1/plan", request.to_dict(), lambda _: None)
+            return plan(spec, folder, [fmt], None).decode_s
+        except InfeasiblePlan:
+            return None
         except CommandFailed as error:
-            if isinstance(error, Refused) and error.code == "infeasible":
-                return None
             if _must_have_times(options):
                 raise
             # The points are worth showing without times, too.
             screen.note(f"no times of a token: {error}")
             failed = True
             return None
-        decode_s: float = answer["plan"]["decode_s"]
-        return decode_s
 
-    return Times(token_time, "the coordinator's devices, as measured")
+    return Times(token_time, plan, "the coordinator's devices, as measured", devices)

@@ -12,16 +12,19 @@ embeddings. Its parameters carry the Hugging Face names, so that an export is a 
   before each token. With it the lookup of a passage's words forms early.
 - The learning rate stays, and falls to zero over the last steps.
 
-Everything is seeded. A run continues from its checkpoint when it is started again.
+Everything is seeded. The same command goes on from the last checkpoint after a stop, a crash or a
+kill. On the same machine it ends with the same weights, bit for bit, as a run without a stop.
 
     python train.py --work /tmp/town                    # the committed model
     python train.py --work /tmp/town --stop-after 600   # ten minutes of it; run again to go on
     python train.py --work /tmp/town --export-only      # write model/ from the checkpoint
+    python train.py --work /tmp/few --model-dir /tmp/few/model --steps 12   # all stages in seconds
 """
 
 from __future__ import annotations
 
 import math
+import pickle
 import random
 import sys
 import time
@@ -40,6 +43,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE.parent))
 from small_models import (  # noqa: E402 - it is in the folder above
     adamw,
+    progress_bar,
     run_arguments,
     save_checkpoint,
     word_tokenizer,
@@ -84,8 +88,8 @@ STAGES = (
 STEPS = sum(stage.steps for stage in STAGES)
 
 
-def stage_of(step: int) -> Stage:
-    """Return the stage of a step; the last one has no end."""
+def stage_of(step: float) -> Stage:
+    """Return the stage of a step of STEPS; the last one has no end."""
     for stage in STAGES[:-1]:
         if step < stage.steps:
             return stage
@@ -365,17 +369,28 @@ def previous_content(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(told[0]), torch.from_numpy(told[1])
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Return the learning rate: warm-up, then constant, then a straight line to zero."""
-    left = (steps - step) / COOL_DOWN
+def learning_rate(step: float) -> float:
+    """Return the rate of a step of STEPS: warm-up, then constant, then a straight line to zero."""
+    left = (STEPS - step) / COOL_DOWN
     return RATE * min(1.0, (step + 1) / WARM_UP, left)
 
 
-class Trainer:
-    """The state of a training run: model, optimizer, random generator and step."""
+class CheckpointError(Exception):
+    """The checkpoint cannot be gone on with. The message is one line that says what to do."""
 
-    def __init__(self, work: Path) -> None:
-        """Start a run, or continue the one whose checkpoint is in the work folder."""
+
+class Trainer:
+    """The state of a training run: model, optimizer, random generator and step.
+
+    steps: those of the whole run. With fewer than STEPS every stage is shorter in proportion.
+    """
+
+    def __init__(self, work: Path, steps: int = STEPS) -> None:
+        """Start a run, or continue the one whose checkpoint is in the work folder.
+
+        Raises CheckpointError if that is of another run.
+        """
+        self.steps = steps
         torch.manual_seed(SEED)
         self.path = work / "checkpoint.pt"
         self.rng = random.Random(SEED)
@@ -385,12 +400,25 @@ class Trainer:
         self.aux = nn.ModuleList(nn.Linear(WIDTH, words) for _ in range(AUX_LAYERS))
         self.optimizer = self._optimizer()
         if self.path.exists():
-            saved = torch.load(self.path, weights_only=False)
+            saved = self._saved()
             self.step, self.seconds = saved["step"], saved["seconds"]
             self.model.load_state_dict(saved["model"])
             self.aux.load_state_dict(saved["aux"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.rng.setstate(saved["rng"])
+
+    def _saved(self) -> dict[str, Any]:
+        """Return the checkpoint's values. Raises CheckpointError."""
+        remedy = "name another --work, or remove it"
+        try:
+            saved: dict[str, Any] = torch.load(self.path, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {remedy}") from error
+        if saved.get("steps") != self.steps:
+            raise CheckpointError(
+                f"{self.path}: of a run of {saved.get('steps')} steps, not {self.steps}: {remedy}"
+            )
+        return saved
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """Return a new optimizer. Only matrices of the layers decay."""
@@ -401,6 +429,7 @@ class Trainer:
         """Write the checkpoint, whole or not at all."""
         state = {
             "step": self.step,
+            "steps": self.steps,
             "seconds": self.seconds,
             "model": self.model.state_dict(),
             "aux": self.aux.state_dict(),
@@ -409,13 +438,14 @@ class Trainer:
         }
         save_checkpoint(self.path, state)
 
-    def train_step(self, steps: int) -> tuple[float, float]:
+    def train_step(self) -> tuple[float, float]:
         """Do one step; return the answer loss and the auxiliary loss."""
+        at = self.step * STEPS / self.steps
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, steps)
-        stage = stage_of(self.step)
+            group["lr"] = learning_rate(at)
+        stage = stage_of(at)
         people = generate.PEOPLE[: stage.people]
-        aux = AUX_WEIGHT * (1 - self.step / AUX_STEPS)
+        aux = AUX_WEIGHT * (1 - at / AUX_STEPS)
         logits, targets = [], []
         side = torch.zeros(())
         for rows in (
@@ -444,30 +474,35 @@ class Trainer:
         self.optimizer.step()
         return float(loss.detach()), float(side.detach())
 
-    def run(self, steps: int, stop_after: float, every: int) -> bool:
+    def run(self, stop_after: float, every: int) -> bool:
         """Train until the end (True) or until the time is up (False)."""
         begun = last = time.monotonic()
         losses: list[tuple[float, float]] = []
-        while self.step < steps:
-            losses.append(self.train_step(steps))
-            self.step += 1
-            if self.step % every and self.step < steps:
-                continue
-            now = time.monotonic()
-            self.seconds += now - last
-            last = now
-            self.save()
-            kinds = " ".join(f"{k} {v:.2f}" for k, v in accuracy(self.model).items())
-            loss, side = np.mean(losses, axis=0)
-            print(
-                f"{self.seconds:.0f} s, step {self.step}, loss {loss:.3f}, aux {side:.3f}, "
-                f"dev {kinds}",
-                flush=True,
-            )
-            losses = []
-            if now - begun > stop_after:
-                return False
+        with progress_bar(self.step, self.steps) as on_step:
+            while self.step < self.steps:
+                losses.append(self.train_step())
+                self.step += 1
+                on_step(self.step, losses[-1][0])
+                if self.step % every and self.step < self.steps:
+                    continue
+                now = time.monotonic()
+                self.seconds += now - last
+                last = now
+                self.save()
+                self._report(losses)
+                losses = []
+                if now - begun > stop_after:
+                    return False
         return True
+
+    def _report(self, losses: Sequence[tuple[float, float]]) -> None:
+        """Print a line about the last steps."""
+        kinds = " ".join(f"{k} {v:.2f}" for k, v in accuracy(self.model).items())
+        loss, side = np.mean(losses, axis=0)
+        print(
+            f"{self.seconds:.0f} s, step {self.step}, loss {loss:.3f}, aux {side:.3f}, dev {kinds}",
+            flush=True,
+        )
 
 
 def build_tokenizer() -> Any:
@@ -519,12 +554,20 @@ def export(model: Town, folder: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Train, and export at the end; return the exit status."""
     parser = run_arguments(__doc__, HERE)
-    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--steps", type=int, default=STEPS, help="of all stages together")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     args.work.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(args.work)
-    if not args.export_only and not trainer.run(args.steps, args.stop_after, args.every):
+    try:
+        trainer = Trainer(args.work, args.steps)
+        ended = args.export_only or trainer.run(args.stop_after, args.every)
+    except CheckpointError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the checkpoint", file=sys.stderr)
+        return 130
+    if not ended:
         print("stopped; the same command goes on from the checkpoint")
         return 0
     export(trainer.model, args.model_dir)

@@ -39,7 +39,13 @@ def test_times_are_those_of_the_devices(cluster: Cluster, tmp_path: Path) -> Non
     assert found["times_predicted_for"] == "the coordinator's devices, as measured"
     assert len(found["points"]) == 4
     assert all(point["latency_ms"] > 0 for point in found["points"])
-    assert found["chosen"]["kl"] == min(point["kl"] for point in found["points"])
+    chosen = found["chosen"]
+    assert chosen["kl"] <= min(point["kl"] for point in found["points"])
+    fast = min(point["latency_ms"] for point in found["points"]) * 1.01
+    mixed = last_json(cluster.run(*asked(out, f"--at-most={fast}", "--json")))["chosen"]
+    assert mixed["latency_ms"] <= fast
+    loaded = cluster.run("load", mixed["folder"] or str(LLAMA), "--plan", mixed["plan"])
+    assert loaded.returncode == 0, loaded.stderr
     plan = last_json(cluster.run(*planned(LLAMA)))["plan"]
     whole = next(one for one in found["points"] if (one["size"], one["bits"]) == (1, 4))
     assert whole["latency_ms"] == pytest.approx(1e3 * plan["decode_s"])
