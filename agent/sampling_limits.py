@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from model.generation import (
+    MAX_BIAS,
+    MAX_PENALTY,
     MAX_REPETITION_PENALTY,
     MAX_TEMPERATURE,
     MAX_TOP_K,
@@ -13,10 +15,6 @@ from model.generation import (
 from wire.limits import MAX_GRAMMAR_BYTES, MAX_LOGIT_BIASES
 from wire.logprobs import MOST_TOP_LOGPROBS
 from wire.messages import Sampling
-
-MAX_PENALTY = 2.0
-MAX_BIAS = 100.0
-"""The limits of penalties and biases in a request to the coordinator."""
 
 _RANGES: dict[str, tuple[float, float]] = {
     "max_tokens": (1, 1 << 31),

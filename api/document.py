@@ -14,6 +14,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from model.generation import (
+    MAX_PENALTY,
+    MAX_REPETITION_PENALTY,
+    MAX_TEMPERATURE,
+    MIN_REPETITION_PENALTY,
+)
+
 Schema = dict[str, Any]
 
 _TEXT: Schema = {"type": "string"}
@@ -110,13 +117,13 @@ COMMON: dict[str, Schema] = {
     ),
     "stop": _STOP,
     "seed": _integer(-(1 << 63), (1 << 63) - 1),
-    "temperature": _number(0, 2),
+    "temperature": _number(0, MAX_TEMPERATURE),
     "top_p": _number(0, 1),
     "top_k": _integer(0),
     "min_p": _number(0, 1),
-    "repetition_penalty": _number(0.01, 10),
-    "presence_penalty": _number(-2, 2),
-    "frequency_penalty": _number(-2, 2),
+    "repetition_penalty": _number(MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
+    "presence_penalty": _number(-MAX_PENALTY, MAX_PENALTY),
+    "frequency_penalty": _number(-MAX_PENALTY, MAX_PENALTY),
     "logit_bias": _or_null({"type": "object", "additionalProperties": {"type": "number"}}),
     "n": _integer(1, 128),
     "max_tokens": _integer(0),
@@ -293,7 +300,7 @@ _SCHEMAS: dict[str, Schema] = {
             "instructions": _or_null(_TEXT),
             "max_output_tokens": _integer(1),
             "stream": _FLAG,
-            "temperature": _number(0, 2),
+            "temperature": _number(0, MAX_TEMPERATURE),
             "top_p": _number(0, 1),
             "tools": _or_null(_list(_OBJECT)),
             "reasoning": _or_null(_OBJECT),
@@ -329,7 +336,7 @@ _SCHEMAS: dict[str, Schema] = {
             ),
             "system": {"anyOf": [_TEXT, _list(_PART)]},
             "stream": _FLAG,
-            "temperature": _number(0, 2),
+            "temperature": _number(0, MAX_TEMPERATURE),
             "stop_sequences": _list({"type": "string", "minLength": 1}, maxItems=4),
             "tools": _list(_OBJECT),
         },

@@ -18,6 +18,9 @@ FILE = "generation_config.json"
 MAX_TEMPERATURE = 2.0
 MAX_TOP_K = 1 << 31
 MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.1, 10.0
+MAX_PENALTY = 2.0
+MAX_BIAS = 100.0
+"""OpenAI's limits of presence and frequency penalties, and of the bias of a token."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,8 @@ from api.openai.fields import flag, number
 from coordinator.loading.deployment import Deployment
 from coordinator.serving import requests
 from model.generation import (
+    MAX_BIAS,
+    MAX_PENALTY,
     MAX_REPETITION_PENALTY,
     MAX_TEMPERATURE,
     MAX_TOP_K,
@@ -24,10 +26,6 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARACTERS = 256
-
-MAX_PENALTY = 2.0
-MAX_BIAS = 100.0
-"""OpenAI's limits of penalties and biases."""
 
 MAX_CHOICES = 128
 """The most answers to one request, those to all its prompts together."""

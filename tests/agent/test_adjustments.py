@@ -11,9 +11,11 @@ import pytest
 
 from agent.adjustments import Adjustments
 from agent.sampler import SMALLEST_LOGPROB, Sampler
-from agent.sampling_limits import MAX_BIAS, MAX_PENALTY, problem_of
+from agent.sampling_limits import problem_of
 from backends.base import ALL_LOGITS, BackendError
 from model.generation import (
+    MAX_BIAS,
+    MAX_PENALTY,
     MAX_REPETITION_PENALTY,
     MAX_TEMPERATURE,
     MAX_TOP_K,
