@@ -1,6 +1,9 @@
 # make demo, make test and make check each work as the first command on a fresh clone:
 # Python >= 3.10, git and make are all that is needed.
 
+# No rule of make's own applies: one would copy install.sh to install.
+MAKEFLAGS += --no-builtin-rules
+
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
