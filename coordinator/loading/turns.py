@@ -19,7 +19,7 @@ class Turns:
 
     def __init__(self) -> None:
         self.settle: Callable[[], Awaitable[None]] = _nothing
-        """Is awaited at the end of an operation, before anybody hears of it."""
+        """Is awaited at the end of an operation, before anybody hears how it ended."""
         self._lock = asyncio.Lock()
         self._unasked = ""
         """The coordinator's own operation in words, or empty."""
@@ -63,8 +63,8 @@ class Turns:
         async with self._turn():
             self._on_step = on_step
             try:
-                yield
-                await self.settle()
+                async with self._settling():
+                    yield
             finally:
                 self._on_step = None
                 self._steps.clear()
@@ -75,8 +75,8 @@ class Turns:
         async with self._turn():
             self._unasked = what
             try:
-                yield
-                await self.settle()
+                async with self._settling():
+                    yield
             finally:
                 self._unasked = ""
                 self._steps.clear()
@@ -92,6 +92,13 @@ class Turns:
             yield
         finally:
             self._lock.release()
+
+    @contextlib.asynccontextmanager
+    async def _settling(self) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await self.settle()
 
     def require_free(self) -> None:
         """Raise Busy during an operation of a user."""

@@ -105,6 +105,40 @@ def test_a_user_hears_of_a_load_once_it_is_written(tmp_path: Path, stuck: thread
     asyncio.run(asyncio.wait_for(test(), 30))
 
 
+def test_a_failed_load_is_heard_of_once_what_it_changed_is_written(
+    tmp_path: Path, stuck: threading.Event
+) -> None:
+    async def test() -> None:
+        disk, turns = slow(stuck), Turns()
+        turns.settle = disk.flush
+        kept = LoadedFile(tmp_path, disk)
+
+        async def asked() -> None:
+            async with turns.asked(lambda step: None):
+                kept.keep(REQUEST, ["attic"])
+                raise ValueError("the load failed")
+
+        async def unasked() -> None:
+            async with turns.unasked("recovery"):
+                kept.keep(REQUEST, ["attic", "cellar"])
+                raise ValueError("the recovery failed")
+
+        loading = asyncio.ensure_future(asked())
+        recovering = asyncio.ensure_future(unasked())
+        done, _ = await asyncio.wait({loading, recovering}, timeout=0.2)
+        assert not done
+        stuck.set()
+        with pytest.raises(ValueError, match="the load failed"):
+            await loading
+        assert LoadedFile(tmp_path).read() == [(REQUEST, ("attic",))]
+        with pytest.raises(ValueError, match="the recovery failed"):
+            await recovering
+        assert LoadedFile(tmp_path).read() == [(REQUEST, ("attic", "cellar"))]
+        disk.close()
+
+    asyncio.run(asyncio.wait_for(test(), 30))
+
+
 def test_a_full_disk_is_still_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     disk = Disk()
     missing = tmp_path / "missing"
