@@ -17,6 +17,7 @@ when a process starts, and after each product."""
 def run() -> int:
     """Run the command and return its exit code. Ctrl-C is quiet from the first import on."""
     os.environ.setdefault(*NUMPY_THREADS_SLEEP)
+    _stand_in_for_closed_streams()
     gc.disable()  # It would look at modules, which stay. cli.collector.resume enables it.
     try:
         from cli.main import main
@@ -33,6 +34,13 @@ def run() -> int:
     return code
 
 
+def _stand_in_for_closed_streams() -> None:
+    """Write to nowhere where standard output or error was closed from the start."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+
+
 def _end_at_once(code: int) -> None:
     """End the process without finalizing the interpreter.
 
@@ -41,7 +49,7 @@ def _end_at_once(code: int) -> None:
     ends. Such a thread is unwound through C++, which aborts.
     """
     logging.shutdown()
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: it was closed from the start.
+    for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except OSError:  # The reader has gone away.

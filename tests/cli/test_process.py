@@ -106,6 +106,20 @@ def test_a_command_ends_with_its_code_where_a_stream_was_closed(closed: str) -> 
     assert (ended.returncode, ended.stdout, ended.stderr) == (5, "", "")
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+@pytest.mark.parametrize("command", ["--version", "models --json", "models", "--help"])
+def test_commands_work_where_a_stream_was_closed(closed: str, command: str) -> None:
+    ended = subprocess.run(
+        ["/bin/sh", "-c", f'exec "$0" -m cli {command} {closed}', sys.executable],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert bool(ended.stdout) == (closed == "2>&-")
+
+
 def test_the_collector_runs_while_a_command_does_and_leaves_modules_alone() -> None:
     code = (
         "import gc, cli.commands.keys\n"
