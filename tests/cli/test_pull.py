@@ -53,9 +53,9 @@ def large(hub: Hub) -> str:
 def line(completed: subprocess.CompletedProcess[str], code: int = 1) -> str:
     """The only line of a command that failed with ``code``."""
     assert completed.returncode == code, completed.stderr
-    (text,) = completed.stderr.splitlines()
+    assert completed.stderr.count("\n") == 1, completed.stderr
     assert completed.stdout == ""
-    return text
+    return completed.stderr.removesuffix("\n")
 
 
 class Terminal:

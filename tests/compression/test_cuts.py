@@ -95,7 +95,13 @@ def test_a_folder_is_read_as_the_cut_model(fixture: str, tmp_path: Path) -> None
     tokens = prompt_of(fixture)
     expected = ReferenceModel(made.spec, blocks).forward(tokens)
     found = ReferenceModel.from_checkpoint(made).forward(tokens)
-    np.testing.assert_array_equal(found, expected)
+    # A matrix that was read lies otherwise in memory, so its products may add up in another order.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    for block, tensors in enumerate(blocks):
+        read = made.block(block)
+        assert read.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            np.testing.assert_array_equal(read[name], tensor)
     assert [path.name for path in folder.parent.iterdir()] == ["small"]
     assert made.source_dtypes(1) == checkpoint.source_dtypes(1)
     if (FIXTURES / fixture / "tokenizer.json").exists():

@@ -345,6 +345,7 @@ def test_a_wheel_holds_every_file_of_the_tree(tmp_path: Path) -> None:
         "planning",
         "paper",
         "coordinator",
+        "api",
         "testbed",
         "evaluation",
         "compression",

@@ -46,12 +46,17 @@ MODELS = {
 Weights = npt.NDArray[np.float32]
 
 
+NEAR = 1e-3
+"""So near to the middle of two codes, processors round either way."""
+
+
 def textbook(
     weights: Weights, rows: Weights, fmt: Format, order: npt.NDArray[np.intp], damping: float
-) -> Weights:
+) -> tuple[Weights, npt.NDArray[np.bool_]]:
     """Round by the paper's first form: a column at a time, with the whole inverse, in fp64.
 
-    The inverse without a column is found by one step of Gaussian elimination.
+    The inverse without a column is found by one step of Gaussian elimination. Return the values,
+    and the rows in which each value was clearly nearer to one code than to the next.
     """
     left = weights.astype(np.float64)
     moments = rows.T.astype(np.float64) @ rows / len(rows)
@@ -59,6 +64,7 @@ def textbook(
     inverse = np.linalg.inv(moments)
     values = np.empty_like(left)
     scale = zero = np.empty(0)
+    clear = np.ones(len(weights), np.bool_)
     top, remaining = 2**fmt.bits - 1, set(range(weights.shape[1]))
     for place, column in enumerate(order):
         if place % fmt.group_size == 0:
@@ -70,14 +76,16 @@ def textbook(
             scale = np.where(scale < exact, np.nextafter(scale, np.float16(np.inf)), scale)
             scale = scale.astype(np.float64)
             zero = np.clip(np.rint(-low / scale), 0, top)
-        code = np.clip(np.rint(left[:, column] / scale) + zero, 0, top)
+        steps = left[:, column] / scale
+        clear &= np.abs(steps - np.floor(steps) - 0.5) > NEAR
+        code = np.clip(np.rint(steps) + zero, 0, top)
         values[:, column] = (code - zero) * scale
         error = (left[:, column] - values[:, column]) / inverse[column, column]
         remaining.remove(int(column))
         others = sorted(remaining)
         left[:, others] -= np.outer(error, inverse[column, others])
         inverse -= np.outer(inverse[:, column], inverse[column]) / inverse[column, column]
-    return values.astype(np.float32)
+    return values.astype(np.float32), clear
 
 
 def heavy_tailed(rows: int, columns: int, seed: int = 0) -> Weights:
@@ -100,8 +108,9 @@ def test_rounding_equals_the_textbook(bits: int, columns: int) -> None:
     fmt = Format.of(bits, "rtn", 64)
     inputs = Inputs.of(rows, 64)
     found = gptq(weights, inputs, fmt, clip=False)
-    expected = textbook(weights, rows, fmt, inputs.order, 0.01)
-    np.testing.assert_array_equal(found.dequantize(), expected)
+    expected, clear = textbook(weights, rows, fmt, inputs.order, 0.01)
+    assert np.count_nonzero(clear) >= len(clear) / 3
+    np.testing.assert_array_equal(found.dequantize()[clear], expected[clear])
 
 
 def test_columns_go_by_groups_with_large_inputs_first() -> None:

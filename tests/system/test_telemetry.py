@@ -66,7 +66,8 @@ def test_metrics_and_traces_agree_with_the_answers(cluster: Cluster) -> None:
         nonlocal found
         found = samples(cluster)
         passes = [value("stage_passes_total", device=device) for device in ("a1", "a2")]
-        return bool(min(passes) >= tokens)
+        frames = [value("hop_frames_total", source="a1", target="a2")]
+        return bool(min(passes + frames) >= tokens)
 
     wait_for(counted, 30, "the counts of the answer")
     assert value("answer_tokens_total", model="tiny-opt") == tokens
