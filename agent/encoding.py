@@ -85,6 +85,7 @@ class EncoderRelay:
         self.newest = 0
         """No sequence is ever started here."""
         self._stage = stage
+        stage.between = self._pause
         self._spec = spec
         self._is_first = blocks.start == 0
         self._is_last = blocks.stop == spec.block_count
@@ -254,6 +255,10 @@ class EncoderRelay:
             return self._stage.encode(inputs, texts)
         finally:
             self._turnstile.leave(self._ticket)
+
+    def _pause(self) -> None:
+        """Let shorter passes of other models compute, between two layers of this one."""
+        self._meter.paused(self._turnstile.pause(self._ticket))
 
     def _tell(self, number: int, output: Array) -> None:
         """Tell the coordinator the result in messages of RESULT_BYTES, each of whole rows."""

@@ -23,7 +23,16 @@ Remembered = tuple[int, int, int, int, float, float, float, float]
 class StageMeter:
     """The counters of one stage. They only grow."""
 
-    __slots__ = ("_began", "_remembered", "_run", "compute_s", "passes", "rows", "waited_s")
+    __slots__ = (
+        "_began",
+        "_paused_s",
+        "_remembered",
+        "_run",
+        "compute_s",
+        "passes",
+        "rows",
+        "waited_s",
+    )
 
     def __init__(self) -> None:
         self.passes = 0
@@ -33,10 +42,16 @@ class StageMeter:
         self._remembered: deque[Remembered] = deque(maxlen=REMEMBERED_PASSES)
         self._run = 0, 0.0, 0.0
         self._began: tuple[float, int] | None = None
+        self._paused_s = 0.0
 
     def begins(self, turns: Collection[Turn], started_s: float) -> None:
         """Note that a pass begins to compute."""
         self._began = started_s, sum(rows.count for _, rows in turns)
+        self._paused_s = 0.0
+
+    def paused(self, seconds: float) -> None:
+        """Note that the pass has let other stages compute for so long."""
+        self._paused_s += seconds
 
     def ends(self) -> None:
         """Note that the pass does not compute any more, whether it worked or not."""
@@ -45,7 +60,9 @@ class StageMeter:
     def running(self) -> tuple[float, int]:
         """Return the seconds for which a pass has computed until now, and its rows; or zeros."""
         began = self._began
-        return (0.0, 0) if began is None else (time.monotonic() - began[0], began[1])
+        if began is None:
+            return 0.0, 0
+        return time.monotonic() - began[0] - self._paused_s, began[1]
 
     def counts(
         self, sent: HopCounts | None, held_rows: int = 0, most_rows: int = 0, *, busy: bool = False
@@ -72,7 +89,7 @@ class StageMeter:
     def ran(self, turns: Collection[Turn], started_s: float, computed_s: float) -> None:
         """Count one forward pass, by the monotonic clock."""
         self.passes += 1
-        self.compute_s += computed_s - started_s
+        self.compute_s += computed_s - started_s - self._paused_s
         for _, rows in turns:
             self.rows += rows.count
             self.waited_s += started_s - rows.arrived_s

@@ -24,7 +24,8 @@ def _no_waiting() -> float:
 class PacedStage(Stage):
     """A stage that times its passes of one row. Longer passes are prompts, or several sequences.
 
-    waited_s: the seconds that the stage has waited for other devices so far. They do not count.
+    waited_s: the seconds that the stage has waited for other devices so far. They do not count,
+        and neither do those for which it has let other stages compute.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class PacedStage(Stage):
         self.epoch = epoch
         self._stage = stage
         self._waited_s = waited_s
+        self._paused_s = 0.0
         self._passes_s: deque[float] = deque(maxlen=PASSES)
 
     @property
@@ -50,21 +52,22 @@ class PacedStage(Stage):
     def forward(
         self, slot: int, position: int, inputs: Array | Tokens, *, logits: int = 1
     ) -> Array:
-        self._stage.candidates = self.candidates
+        self._prepare()
         if len(inputs) != 1:
             return self._stage.forward(slot, position, inputs, logits=logits)
-        started_s = time.perf_counter() - self._waited_s()
+        started_s = self._own_s()
         result = self._stage.forward(slot, position, inputs, logits=logits)
-        self._passes_s.append(time.perf_counter() - self._waited_s() - started_s)
+        self._passes_s.append(self._own_s() - started_s)
         return result
 
     def decode(
         self, slots: Sequence[int], positions: Sequence[int], inputs: Array | Tokens
     ) -> Array:
-        self._stage.candidates = self.candidates
+        self._prepare()
         return self._stage.decode(slots, positions, inputs)
 
     def encode(self, inputs: Array | Tokens, texts: Texts) -> Array:
+        self._prepare()
         return self._stage.encode(inputs, texts)
 
     @property
@@ -77,3 +80,18 @@ class PacedStage(Stage):
 
     def close(self) -> None:
         self._stage.close()
+
+    def _prepare(self) -> None:
+        """Hand down what the caller has set."""
+        self._stage.candidates = self.candidates
+        self._stage.between = None if self.between is None else self._between
+
+    def _between(self) -> None:
+        began_s = time.perf_counter()
+        if self.between is not None:
+            self.between()
+        self._paused_s += time.perf_counter() - began_s
+
+    def _own_s(self) -> float:
+        """A clock that stands still while the stage waits."""
+        return time.perf_counter() - self._waited_s() - self._paused_s

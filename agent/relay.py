@@ -92,6 +92,7 @@ class Relay:
         """
         self.epoch = epoch
         self._stage = stage
+        stage.between = self._pause
         self._spec = spec
         self._is_first = blocks.start == 0
         self._is_last = blocks.stop == spec.block_count
@@ -430,6 +431,10 @@ class Relay:
     def give_way(self) -> None:
         """Let other stages compute, because the running pass waits for other members of a team."""
         self._turnstile.give_way(self._ticket)
+
+    def _pause(self) -> None:
+        """Let shorter passes of other models compute, between two layers of this one."""
+        self._meter.paused(self._turnstile.pause(self._ticket))
 
     def _wake(self) -> None:
         with self._lock:

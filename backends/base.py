@@ -140,6 +140,13 @@ class Stage(ABC):
     A stage may return -inf for the others, if it saves time.
     """
 
+    between: Callable[[], None] | None = None
+    """Called between layers of a pass, to let stages of other models compute meanwhile.
+
+    The caller sets it. It raises nothing. A stage that cannot stop there, as on an accelerator,
+    need not call it. A share of a team may not, because the other members would wait, too.
+    """
+
     @abstractmethod
     def forward(
         self, slot: int, position: int, inputs: Array | Tokens, *, logits: int = 1

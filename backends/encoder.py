@@ -7,7 +7,7 @@ and run in numpy (model/encoder_ends.py).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,9 @@ from model.texts import Texts, pass_rows
 
 class EncoderLayers(ABC):
     """Some layers of an encoder on a kind of hardware."""
+
+    between: Callable[[], None] | None = None
+    """As of Stage."""
 
     @property
     @abstractmethod
@@ -110,6 +113,7 @@ class EncoderStage(Stage):
                 self._spec, self._table, self._embedding, np.asarray(inputs), texts
             )
         if self._layers is not None:
+            self._layers.between = self.between
             rows = self._layers.run(np.ascontiguousarray(rows, np.float32), texts)
         if self._head is not None:
             rows = encoder_ends.result(self._spec, self._head, rows, texts)

@@ -2,9 +2,9 @@
 
 A stage is one graph of its layers and one of its head. Only the rows whose logits are wanted go
 through the head.
-ONNX Runtime holds a graph's weights twice while it rearranges them for its kernels. So layers are
-built in segments of SEGMENT_BYTES. If prepared weights can be kept, the segments become one
-session. Otherwise each segment is a session with threads of its own.
+Layers are cut into segments of SEGMENT_BYTES, each a session with threads of its own. Between two
+of them a pass can let stages of other models compute. ONNX Runtime also holds a session's weights
+twice while it rearranges them for its kernels.
 
 With ``StageOptions.fast_prompts``, and room in ``memory_bytes``, the stage holds its layers a
 second time, as signed bytes with one scale a row. Prompts run through that copy, and each row of
@@ -61,6 +61,7 @@ from backends.onnx_graph import (
     embedding_graph,
     head_graph,
     padded_tables,
+    table_key,
 )
 from backends.onnx_matrix import EXACT_BITS, Matrix, bytes_of, executable
 from backends.onnx_mixture import fits
@@ -83,7 +84,9 @@ from model.quantize import QuantizedMatrix
 from model.rotary import rotary_table
 from model.spec import LayerSpec, ModelSpec
 
-SEGMENT_BYTES = 64 << 20
+SEGMENT_BYTES = 16 << 20
+"""The least weights of a session. A pass can pause between two, and each costs some time."""
+
 MAX_EXPANSION = 2
 """The most bytes of a block as executed over those of its file (16 bits run as 32)."""
 
@@ -175,6 +178,8 @@ class OnnxCpuStage(Stage):
         self._check([slot], [position], inputs, rows)
         hidden = self._enter(inputs, np.arange(position, position + rows))
         last = np.array([position + rows - 1])
+        if isinstance(self._chain, _Chain):
+            self._chain.between = self.between
         return self._chain.forward(hidden, slot, last, logits=logits)
 
     def decode(
@@ -184,6 +189,8 @@ class OnnxCpuStage(Stage):
             raise BackendError("a pass takes one row for each slot, and its slots must be distinct")
         self._check(slots, positions, inputs, 1)
         at = np.asarray(positions)
+        if isinstance(self._chain, _Chain):
+            self._chain.between = self.between
         return self._chain.decode(self._enter(inputs, at), slots, at)
 
     def close(self) -> None:
@@ -210,7 +217,10 @@ class OnnxCpuStage(Stage):
 
 
 class _Chain:
-    """Whole layers in few sessions, with a copy for prompts, and the head."""
+    """Whole layers in sessions, with a copy for prompts, and the head."""
+
+    between: Callable[[], None] | None = None
+    """As of Stage."""
 
     def __init__(
         self,
@@ -229,11 +239,12 @@ class _Chain:
         prompt = len(hidden) >= PROMPT_ROWS
         hidden = hidden[None]
         with translated("cannot run the stage"):
-            for segment in self._prompt_layers if prompt else self._layers:
+            for segment in self._parts(self._prompt_layers if prompt else self._layers):
                 hidden = segment.run(hidden, slot, last)
             if self._head is not None:
                 if not logits:
                     return np.empty((0, self._vocab), np.float32)
+                self._pause()
                 hidden = self._head.run(hidden[:, -logits:])
         result: Array = hidden[0]
         return result
@@ -245,17 +256,29 @@ class _Chain:
         # Sequences in neighbouring slots share a call, because they are neighbours in memory.
         runs = neighbours([slots[index] for index in order])
         with translated("cannot run the stage"):
-            for segment in self._layers:
+            for segment in self._parts(self._layers):
                 parts = [segment.run(hidden[run], first, at[run]) for first, run in runs]
                 hidden = parts[0] if len(parts) == 1 else np.concatenate(parts)
             rows = hidden[:, 0]
             if self._head is not None:
+                self._pause()
                 rows = self._head.run(rows[None])[0]
         if list(slots) == sorted(slots):
             return rows  # Already in order: copying logits of several sequences costs megabytes.
         result = np.empty_like(rows)
         result[order] = rows
         return result
+
+    def _parts(self, segments: Sequence[_Segment]) -> Iterator[_Segment]:
+        """Yield segments, with a pause between two of them."""
+        for number, segment in enumerate(segments):
+            if number:
+                self._pause()
+            yield segment
+
+    def _pause(self) -> None:
+        if self.between is not None:
+            self.between()
 
 
 class _Segment:
@@ -267,12 +290,14 @@ class _Segment:
         caches: Sequence[_Cache],
         width: int,
         experts: Experts | None = None,
+        tables: Sequence[tuple[Array, Array] | None] = (),
     ) -> None:
-        """``experts`` are those of the last layer."""
+        """``experts`` are those of the last layer, and ``tables`` the different rotary ones."""
         self._session = session
         self._experts = experts
         self._width = width
         self._caches = caches
+        self._tables = tables
         self._bindings: dict[tuple[int, int], _Binding] = {}
         self._rows: dict[int, _Row] = {}
 
@@ -283,8 +308,8 @@ class _Segment:
         without layers ignores it.
         """
         count, rows, _ = hidden.shape
-        if self._experts is not None and last is not None and count * rows == 1:
-            return self._run_row(self._experts, hidden, first_slot, last)
+        if last is not None and count * rows == 1:
+            return self._run_row(hidden, first_slot, last)
         binding = self._bindings.get((first_slot, count))
         if binding is None:
             binding = self._bindings[first_slot, count] = self._bind(first_slot, count)
@@ -318,6 +343,10 @@ class _Segment:
             for name, array in (("seqlens_k", binding.last), ("total", binding.total)):
                 value = ort.OrtValue.ortvalue_from_numpy(array)
                 binding.values.bind_ortvalue_input(name, value)
+        for index, tables in enumerate(self._tables):
+            for name, table in zip(("cos", "sin"), tables or (), strict=True):
+                value = ort.OrtValue.ortvalue_from_numpy(table)
+                binding.values.bind_ortvalue_input(f"{name}_{index}", value)
         for index, pair in enumerate(self._caches):
             for kind, memory in zip(("key", "value"), pair, strict=True):
                 # Past and present are one buffer, to which only new rows are written.
@@ -327,31 +356,34 @@ class _Segment:
                 binding.values.bind_ortvalue_output(f"{kind}_{index}", shared)
         return binding
 
-    def _run_row(self, experts: Experts, hidden: Array, slot: int, last: Tokens) -> Array:
+    def _run_row(self, hidden: Array, slot: int, last: Tokens) -> Array:
         """Run one row. All its memory is bound once, because decoding waits for it."""
         row = self._rows.get(slot)
         if row is None:
-            row = self._rows[slot] = self._bind_row(experts, slot)
+            row = self._rows[slot] = self._bind_row(slot)
         row.binding.last[:] = last
         row.binding.total[...] = last[0] + 1
         row.hidden[...] = hidden
         self._session.run_with_iobinding(row.binding.values)
-        experts.add(row.output[0], experts.row, row.scores[0])
+        if self._experts is not None:
+            self._experts.add(row.output[0], self._experts.row, row.scores[0])
         output: Array = row.output.copy()
         return output
 
-    def _bind_row(self, experts: Experts, slot: int) -> _Row:
-        binding, shape = self._bind(slot, 1), (1, 1, self._width)
+    def _bind_row(self, slot: int) -> _Row:
+        binding, shape, experts = self._bind(slot, 1), (1, 1, self._width), self._experts
         row = _Row(
             binding,
             np.empty(shape, np.float32),
             np.empty(shape, np.float32),
-            np.empty((1, 1, experts.spec.count), np.float32),
+            np.empty((1, 1, 0 if experts is None else experts.spec.count), np.float32),
         )
+        outputs = {"output": row.output}
+        if experts is not None:
+            outputs |= dict(zip(ROUTED_OUTPUTS, (experts.row[None], row.scores), strict=True))
         values = binding.values
         values.bind_ortvalue_input("hidden", ort.OrtValue.ortvalue_from_numpy(row.hidden))
-        outputs = (row.output, experts.row[None], row.scores)
-        for name, array in zip(("output", *ROUTED_OUTPUTS), outputs, strict=True):
+        for name, array in outputs.items():
             values.bind_ortvalue_output(name, ort.OrtValue.ortvalue_from_numpy(array))
         return row
 
@@ -377,10 +409,10 @@ class _Binding:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """Memory bound for one row of a slot, in front of experts.
+    """Memory bound for one row of a slot.
 
     hidden, output: float32 [1, 1, hidden].
-    scores: float32 [1, 1, experts].
+    scores: float32 [1, 1, experts], of which there may be none.
     """
 
     binding: _Binding
@@ -463,15 +495,10 @@ class _Loader:
         heads: list[tuple[int, Path]],
         team_sum: TeamSum,
     ) -> ShareLayers:
-        tables: dict[Any, tuple[Array, Array]] = {}
         shared = []
         for layer, experts in zip(self._layers(layers), self._experts(layers), strict=True):
-            cache, rotary = self._cache(layer), self._rotary_table(layer)
-            key = (layer.rope, layer.head_dim)
-            if rotary is not None and key not in tables:
-                tables[key] = padded_tables(layer, rotary)
-                self._memory_bytes += sum(table.nbytes for table in tables[key])
-            shared.append(ShareLayer(cache.key, cache.value, tables.get(key), experts))
+            cache = self._cache(layer)
+            shared.append(ShareLayer(cache.key, cache.value, self._tables(layer), experts))
         *halves, end = self._cut_sessions([*layers, *heads])
         prompt_halves = halves
         if self._room_for_bytes(layers):
@@ -533,12 +560,15 @@ class _Loader:
         as_bytes: bool = False,
     ) -> list[_Segment]:
         """Return the layers' segments with their caches and experts, which are one per layer."""
-        segments, begin = [], 0
+        segments, begin, width = [], 0, self._spec.hidden
+        layers = self._layers(artifacts)
         for session, count in self._sessions(artifacts, as_bytes=as_bytes):
             end = begin + count
-            segments.append(
-                _Segment(session, caches[begin:end], self._spec.hidden, experts[end - 1])
-            )
+            own = [layer for layer in layers[begin:end] if layer.rope is not None]
+            tables = [
+                self._tables(layer) for layer in {table_key(one): one for one in own}.values()
+            ]
+            segments.append(_Segment(session, caches[begin:end], width, experts[end - 1], tables))
             begin = end
         return segments
 
@@ -583,7 +613,7 @@ class _Loader:
     ) -> Iterator[tuple[Any, int]]:
         """Yield a session and its number of blocks, for layers or for the head.
 
-        It is one session if prepared weights can be kept. ``as_bytes`` takes matrices as bytes.
+        ``as_bytes`` takes matrices as bytes.
         """
         if not artifacts:  # A stage of the embedding alone has no sessions.
             return
@@ -593,13 +623,13 @@ class _Loader:
             artifacts, lambda: map(build, parts), part="bytes" if as_bytes else "layers"
         )
         if kept is not None:
-            joined = len(kept) == 1
-            yield from zip(kept, [len(artifacts)] if joined else map(len, parts), strict=True)
+            yield from zip(kept, map(len, parts), strict=True)
             return
         for part in parts:
             graph = build(part)
             self._memory_bytes += graph.executed_bytes
-            yield new_session(graph, self._options.threads), len(part)
+            joined = len(parts) == 1
+            yield new_session(graph, self._options.threads, joined=joined), len(part)
 
     def _cut_sessions(
         self, artifacts: Sequence[tuple[int, Path]], *, as_bytes: bool = False
@@ -633,8 +663,7 @@ class _Loader:
         if found is None:
             needed_bytes = self._needed_bytes(artifacts, part)
             self._require_whole(artifacts)
-            join = not cut and part != "experts" and not self._apart(artifacts)
-            if self._prepared.keep(key, build(), needed_bytes, join=join):
+            if self._prepared.keep(key, build(), needed_bytes):
                 found = self._prepared.open(key, threads, small=small)
         if found is None:
             return None
@@ -714,7 +743,7 @@ class _Loader:
                 yield run.finish_with_head(spec, weights)
                 return
             layer = spec.layer(block)
-            run.layer(layer, weights, self._rotary_table(layer))
+            run.layer(layer, weights)
             yield from run.take()
         yield run.finish()
 
@@ -728,7 +757,7 @@ class _Loader:
             if run is None:
                 run = LayerGraph(spec.hidden, self._options.context_tokens, window_offset())
             layer = spec.layer(block)
-            run.layer(layer, weights, self._rotary_table(layer))
+            run.layer(layer, weights)
         if run is None:
             raise BackendError("a graph without blocks")
         return run.finish()
@@ -750,14 +779,15 @@ class _Loader:
                 matrices[name] = executable(tensor, self._containers)
         return BlockWeights(matrices, vectors)
 
-    def _rotary_table(self, layer: LayerSpec) -> tuple[Array, Array] | None:
+    def _tables(self, layer: LayerSpec) -> tuple[Array, Array] | None:
+        """Return a layer's rotary tables, which all layers like it share."""
         if layer.rope is None:
             return None
-        key = (layer.rope, layer.head_dim)
+        key = table_key(layer)
         if key not in self._rotary:
-            self._rotary[key] = rotary_table(
-                layer.rope, layer.head_dim, self._options.context_tokens
-            )
+            table = rotary_table(layer.rope, layer.head_dim, self._options.context_tokens)
+            self._rotary[key] = padded_tables(layer, table)
+            self._memory_bytes += sum(part.nbytes for part in self._rotary[key])
         return self._rotary[key]
 
 

@@ -96,7 +96,9 @@ class OnnxEncoderLayers(EncoderLayers):
             layer, biases = self._files[kind]
             feeds[f"seen_{index}"] = see(layer, texts, biases)
         with translated("cannot run the stage"):
-            for session in self._sessions:
+            for number, session in enumerate(self._sessions):
+                if number and self.between is not None:
+                    self.between()
                 wanted = {value.name for value in session.get_inputs()} - {"hidden"}
                 own = {name: feeds[name] for name in wanted}
                 (hidden,) = session.run(["output"], {"hidden": hidden, **own})

@@ -9,7 +9,7 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -61,6 +61,11 @@ def cached_head_width(layer: LayerSpec) -> int:
     """
     multiple = 16 if layer.rope is not None else 8
     return -(-layer.head_dim // multiple) * multiple
+
+
+def table_key(layer: LayerSpec) -> Hashable:
+    """Return what the rotary tables of a layer depend on."""
+    return layer.rope, layer.head_dim
 
 
 def padded_tables(layer: LayerSpec, rotary: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -247,6 +252,7 @@ class LayerGraph:
     - ``seqlens_k`` int32 [b]: the last positions
     - ``total`` int32 []: the most positions that a sequence has after this call
     - ``past_key_i`` and ``past_value_i`` of the i-th layer
+    - ``cos_i`` and ``sin_i``: the i-th of the layers' different rotary tables, which graphs share
 
     The outputs are ``output`` like ``hidden``, and ``key_i`` and ``value_i``. These are bound to
     the same memory as their past, so that only the new rows are written.
@@ -267,16 +273,14 @@ class LayerGraph:
         self._delta: str | None = None
         self._routed_last = False
 
-    def layer(
-        self, layer: LayerSpec, weights: BlockWeights, rotary: tuple[Array, Array] | None
-    ) -> None:
-        """Append a layer. ``rotary`` has its cos and sin tables [context, head_dim / 2]."""
+    def layer(self, layer: LayerSpec, weights: BlockWeights) -> None:
+        """Append a layer."""
         inward = layer.norm_position in ("pre", "both")
         if inward:
             value, rows = self._settle(layer, "attn_norm", weights)
         else:
             value = rows = self._sum()
-        mixed = self._attention(layer, weights, rows, rotary)
+        mixed = self._attention(layer, weights, rows)
         value, attended = self._projected(weights, "o", mixed, value)
         attended = self._outward(layer, "attn", weights, attended)
         if inward:
@@ -404,13 +408,7 @@ class LayerGraph:
             return [self._linear(weights, value, name) for name in names]
         return self.graph.node("Split", [joined, self.graph.integers(*widths)], len(names), axis=2)
 
-    def _attention(
-        self,
-        layer: LayerSpec,
-        weights: BlockWeights,
-        value: str,
-        rotary: tuple[Array, Array] | None,
-    ) -> str:
+    def _attention(self, layer: LayerSpec, weights: BlockWeights, value: str) -> str:
         graph, width = self.graph, cached_head_width(layer)
         queries = self._queries(layer, weights, value)
         index = len(self.caches)
@@ -425,8 +423,8 @@ class LayerGraph:
         ]
         attributes: dict[str, Any] = {}
         tables: list[str] = []
-        if rotary is not None:
-            tables = list(self._rotary_tables(layer, rotary, width))
+        if layer.rope is not None:
+            tables = list(self._rotary_tables(layer, width))
             attributes["do_rotary"] = 1
         if layer.score_cap is not None:
             attributes["softcap"] = layer.score_cap
@@ -500,13 +498,15 @@ class LayerGraph:
         (narrow,) = graph.node("Slice", [split, *bounds])
         return graph.node("Reshape", [narrow, graph.integers(0, -1, layer.heads * 2 * half)])[0]
 
-    def _rotary_tables(
-        self, layer: LayerSpec, rotary: tuple[Array, Array], width: int
-    ) -> tuple[str, str]:
-        key = (layer.rope, width, layer.head_dim)
+    def _rotary_tables(self, layer: LayerSpec, width: int) -> tuple[str, str]:
+        key = table_key(layer)
         if key not in self._rotary:
-            cos, sin = padded_tables(layer, rotary)
-            self._rotary[key] = self.graph.weight(cos), self.graph.weight(sin)
+            number, shape = len(self._rotary), (self._context, width // 2)
+            cos, sin = (
+                self.graph.input(f"{name}_{number}", TensorProto.FLOAT, shape)
+                for name in ("cos", "sin")
+            )
+            self._rotary[key] = cos, sin
         return self._rotary[key]
 
     def _mlp(self, layer: LayerSpec, weights: BlockWeights, value: str) -> str:

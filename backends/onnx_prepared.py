@@ -1,10 +1,9 @@
 """Graphs on disk whose weights are in the kernels' order, to be mapped instead of built.
 
 ONNX Runtime rearranges weights when it makes a session, and holds them twice meanwhile. Here that
-is done piece by piece. Each piece is saved with its rearranged weights. Then the pieces are joined
-into one graph, whose session maps all their files. So the memory beyond the weights is that of one
-piece, the page cache holds the weights, and loading again only reads. The pieces of a share stay
-apart, because a team adds up rows between them.
+is done piece by piece. Each piece is saved with its rearranged weights, and is a session that maps
+its file. So the memory beyond the weights is that of one piece, the page cache holds the weights,
+and loading again only reads.
 """
 
 from __future__ import annotations
@@ -16,10 +15,9 @@ import json
 import logging
 import os
 import platform
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -56,14 +54,10 @@ log = logging.getLogger(__name__)
 DISK_FACTOR = 2.1
 """Bytes on disk over those of the weights, because the runtime keeps them in both orders."""
 
-_GRAPH_FILE = "graph.onnx"
 _FACTS_FILE = "facts.json"
 
 _INLINE_BYTES = "128"
 """Smaller tensors stay in the graph. The runtime needs such sizes to read the graph at all."""
-
-_CACHES = re.compile(r"(past_key|past_value|key|value)_(\d+)")
-_SHARED = ("", "seqlens_k", "total")
 
 
 class Prepared:
@@ -127,10 +121,8 @@ class Prepared:
             self.opened |= {home / name: sha256 for name, (_, sha256) in facts["files"].items()}
         return sessions, executed_bytes
 
-    def keep(
-        self, key: str, pieces: Iterable[Graph], needed_bytes: int, *, join: bool = True
-    ) -> bool:
-        """Save consecutive graphs, as one or each. False if they do not fit or the disk fails.
+    def keep(self, key: str, pieces: Iterable[Graph], needed_bytes: int) -> bool:
+        """Save consecutive graphs. False if they do not fit or the disk fails.
 
         Their weights take ``needed_bytes``.
         """
@@ -147,7 +139,7 @@ class Prepared:
             with tempfile.TemporaryDirectory(dir=self._directory, prefix=".new-") as name:
                 home = Path(name) / key
                 home.mkdir()
-                _write(home, pieces, _one_file if join else _numbered_files)
+                _write(home, pieces)
                 remove(self._directory / key)
                 home.rename(self._directory / key)
                 self._made.add(key)
@@ -163,16 +155,12 @@ class Prepared:
                     remove(path)
 
 
-def _write(
-    home: Path,
-    pieces: Iterable[Graph],
-    files_of: Callable[[Sequence[onnx.ModelProto]], dict[str, onnx.ModelProto]],
-) -> None:
+def _write(home: Path, pieces: Iterable[Graph]) -> None:
     # One core hashes a piece while another makes the next one.
     with ThreadPoolExecutor(1, "hash") as hashing:
         digests: dict[str, Future[str]] = {}
         models, executed_bytes = _write_pieces(home, pieces, hashing, digests)
-        graphs = files_of(models)
+        graphs = {f"graph-{number}.onnx": model for number, model in enumerate(models)}
         for name, model in graphs.items():
             (home / name).write_bytes(model.SerializeToString())
             digests[name] = hashing.submit(file_sha256, home / name)
@@ -184,14 +172,6 @@ def _write(
             files[path.name] = [path.stat().st_size, digests[path.name].result()]
     facts = {"executed_bytes": executed_bytes, "graphs": list(graphs), "files": files}
     _write_facts(home / _FACTS_FILE, facts)
-
-
-def _one_file(models: Sequence[onnx.ModelProto]) -> dict[str, onnx.ModelProto]:
-    return {_GRAPH_FILE: joined(models)}
-
-
-def _numbered_files(models: Sequence[onnx.ModelProto]) -> dict[str, onnx.ModelProto]:
-    return {f"graph-{number}.onnx": model for number, model in enumerate(models)}
 
 
 def _write_pieces(
@@ -256,7 +236,7 @@ def _output(session: Any) -> npt.NDArray[np.float32]:
     for value in session.get_inputs():
         shape = [size if isinstance(size, int) else 1 for size in value.shape]
         dtype = np.int32 if value.type == "tensor(int32)" else np.float32
-        values[value.name] = np.full(shape, value.name == "total", dtype)
+        values[value.name] = np.full(shape, value.name.startswith(("total", "cos")), dtype)
     hidden = values["hidden"]
     hidden[...] = np.random.default_rng(0).standard_normal(hidden.shape, np.float32)
     (output,) = session.run(["output"], values)
@@ -266,63 +246,6 @@ def _output(session: Any) -> npt.NDArray[np.float32]:
 
 class _Differs(Exception):
     """The saved graph computes something else than the graph it was made from."""
-
-
-def joined(models: Sequence[onnx.ModelProto]) -> onnx.ModelProto:
-    """Join models, each of whose ``output`` is the next one's ``hidden``.
-
-    Caches are numbered throughout. ``seqlens_k`` and ``total`` are shared. All other names become
-    distinct.
-    """
-    result = onnx.ModelProto()
-    result.CopyFrom(models[0])
-    result.graph.Clear()
-    result.graph.name = "stage"
-    layers = 0
-    inputs: dict[str, onnx.ValueInfoProto] = {}
-    outputs: dict[str, onnx.ValueInfoProto] = {}
-    for number, model in enumerate(models):
-        names = _Names(number, layers, last=number == len(models) - 1)
-        for node in model.graph.node:
-            copy = result.graph.node.add()
-            copy.CopyFrom(node)
-            copy.name = f"{number}/{node.name}"
-            copy.input[:] = map(names.new, node.input)
-            copy.output[:] = map(names.new, node.output)
-        for tensor in model.graph.initializer:
-            weight = result.graph.initializer.add()
-            weight.CopyFrom(tensor)
-            weight.name = names.new(tensor.name)
-        for values, found in ((model.graph.input, inputs), (model.graph.output, outputs)):
-            for value in values:
-                found[names.new(value.name)] = value
-        layers += sum(value.name.startswith("past_key") for value in model.graph.input)
-    for found, target in ((inputs, result.graph.input), (outputs, result.graph.output)):
-        for name, value in found.items():
-            if not name.startswith("hidden_"):
-                copied = target.add()
-                copied.CopyFrom(value)
-                copied.name = name
-    return result
-
-
-class _Names:
-    """Maps the names of one of several joined models to new names."""
-
-    def __init__(self, number: int, layers: int, *, last: bool) -> None:
-        self._number, self._layers, self._last = number, layers, last
-
-    def new(self, name: str) -> str:
-        if name in _SHARED:
-            return name
-        if name == "hidden":
-            return name if self._number == 0 else f"hidden_{self._number}"
-        if name == "output":
-            return name if self._last else f"hidden_{self._number + 1}"
-        cache = _CACHES.fullmatch(name)
-        if cache is not None:
-            return f"{cache[1]}_{int(cache[2]) + self._layers}"
-        return f"{self._number}/{name}"
 
 
 @functools.lru_cache(maxsize=1)

@@ -43,7 +43,7 @@ class ShareGraph(LayerGraph):
     The first graph has the inputs of a ``LayerGraph``. The others also have ``delta``, the team's
     sum, which is added to ``hidden``. The outputs are ``output``, the partial rows, and ``value``,
     the hidden state to which their sum is added. The first graph has no ``value``: it is its
-    ``hidden``. Rotary tables are inputs ``cos`` and ``sin``, so that all graphs share them.
+    ``hidden``. Each graph has one layer's rotary tables at most: ``cos`` and ``sin``.
     """
 
     def __init__(self, hidden: int, context: int, window_offset: int) -> None:
@@ -100,9 +100,7 @@ class ShareGraph(LayerGraph):
         self._routed_outputs(experts, weights, normed)
         self._value, self._delta = self._cut(partial, value)
 
-    def _rotary_tables(
-        self, layer: LayerSpec, rotary: tuple[Array, Array], width: int
-    ) -> tuple[str, str]:
+    def _rotary_tables(self, layer: LayerSpec, width: int) -> tuple[str, str]:
         shape = (self._context, width // 2)
         cos, sin = (self.graph.input(name, TensorProto.FLOAT, shape) for name in ("cos", "sin"))
         return cos, sin

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -33,6 +34,17 @@ def test_passes_are_counted_and_remembered_by_sequence() -> None:
     assert first == TracedPass(1, 0, 5, 1, 1_000_000, 1_250_000, 2_000_000, first.sent_us)
     assert (second.position, second.together, second.arrived_us) == (5, 2, 3_000_000)
     assert [item.sequence for item in meter.passes_of((1, 2, 3))] == [1, 1, 2]
+
+
+def test_the_time_of_other_stages_does_not_count() -> None:
+    meter, one = StageMeter(), turn(1, 0, 5, 1.0)
+    for _ in range(2):
+        meter.begins([one], time.monotonic())
+        meter.paused(1000.0)
+        assert meter.running()[0] < 0
+        meter.ends()
+        meter.ran([one], 1250.0, 2500.0)
+    assert meter.compute_s == 500.0
 
 
 def test_old_passes_are_forgotten() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 
 from agent.pace import FEWEST_PASSES, PASSES, PacedStage
 from backends.base import Array, Stage, Tokens
@@ -56,3 +57,28 @@ def test_several_sequences_do_not_count() -> None:
     for _ in range(PASSES):
         stage.decode([0, 1], [3, 4], rows(2))
     assert stage.token_s == 0
+
+
+class Pausing(Clocked):
+    """A stage that lets others compute in the middle of each pass."""
+
+    def forward(
+        self, slot: int, position: int, inputs: Array | Tokens, *, logits: int = 1
+    ) -> Array:
+        assert self.between is not None
+        self.between()
+        return super().forward(slot, position, inputs, logits=logits)
+
+
+def test_the_pace_is_without_the_time_of_other_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, now_s = Pausing(), 0.0
+
+    def others() -> None:
+        nonlocal now_s
+        now_s += 50.0
+
+    monkeypatch.setattr("agent.pace.time.perf_counter", lambda: now_s)
+    stage = PacedStage(inner, 5, lambda: inner.waited_s)
+    stage.between = others
+    run(stage, [1] * FEWEST_PASSES)
+    assert stage.token_s == 3

@@ -22,7 +22,7 @@ import onnxruntime as ort
 from onnx import TensorProto
 
 from backends import onnx_aligned, onnx_cpu, onnx_prepared, onnx_session
-from backends.base import BackendError, BackendUnavailable, StageOptions
+from backends.base import Array, BackendError, BackendUnavailable, StageOptions
 from backends.onnx_cpu import OnnxCpuBackend
 from backends.onnx_graph import Graph, cached_head_width
 from backends.onnx_matrix import (
@@ -332,7 +332,7 @@ def test_prepared_weights_are_used_only_for_what_they_were_made_from(tmp_path: P
     # Damaged: made again.
     weights = next(kept[0].glob("weights-*.bin"))
     weights.write_bytes(weights.read_bytes()[:-1])
-    (kept[1] / "graph.onnx").write_bytes(b"not a model")
+    (kept[1] / "graph-0.onnx").write_bytes(b"not a model")
     (kept[1] / "facts.json").write_text("[]")
     assert_similar(some_results(spec, artifacts, options), expected)
     assert sorted(home.iterdir()) == kept
@@ -631,13 +631,13 @@ def test_prepared_weights_of_any_hidden_size(tmp_path: Path, hidden: int, bits: 
     for _ in range(2):
         results = some_results(spec, artifacts, replace(OPTIONS, prepared_dir=home))
         assert_similar(results, expected)
-    for graph in home.glob("*/graph.onnx"):
+    for graph in home.glob("*/graph-*.onnx"):
         model = onnx.load(graph, load_external_data=False)
         for tensor in model.graph.initializer:
             assert all(begin % 64 == 0 for begin, _ in onnx_aligned._spans(tensor))
 
 
-@pytest.mark.parametrize("name", ["graph.onnx", "facts.json", "weights-0.bin"])
+@pytest.mark.parametrize("name", ["graph-0.onnx", "facts.json", "weights-0.bin"])
 @pytest.mark.parametrize("place", [0.1, 0.5, 0.9])
 def test_flipped_bytes_of_prepared_files_are_found(tmp_path: Path, name: str, place: float) -> None:
     layer = replace(LAYER, hidden=256, ffn=512)
@@ -671,3 +671,35 @@ def test_nothing_is_kept_of_damaged_blocks(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="damaged"):
         OnnxCpuBackend().load(spec, artifacts, options)
     assert not list(tmp_path.glob("prepared/*/weights-*"))
+
+
+def test_a_pass_that_lets_others_compute_between_layers_gives_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_cpu, "SEGMENT_BYTES", 1)
+    spec, artifacts = stored_model(tmp_path, LAYER, layers=3, bits=8)
+    backend, options, calls = OnnxCpuBackend(), replace(OPTIONS, slots=2), 0
+    with (
+        closing(backend.load(spec, artifacts, options)) as stage,
+        closing(backend.load(spec, artifacts, options)) as other,
+    ):
+
+        def between() -> None:
+            nonlocal calls
+            calls += 1
+            other.forward(0, 0, np.arange(5)[::-1])
+
+        def passes() -> list[Array]:
+            return [
+                stage.forward(0, 0, np.arange(7)),
+                stage.forward(1, 0, np.arange(7)[::-1]),
+                stage.forward(0, 7, np.array([3])),
+                stage.decode([0, 1], [8, 7], np.array([4, 5])),
+            ]
+
+        expected = passes()
+        stage.between = between
+        found = passes()
+    assert calls == 4 * 3  # Between three layers and the head.
+    for one, wanted in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one, wanted)
