@@ -9,8 +9,7 @@ import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-import backends
-from backends.registry import LIBRARIES, TOOLS
+from backends import registry
 from calibration.machine import hardware_id, kernel_id
 from wire.versions import shoal_version
 
@@ -22,11 +21,11 @@ def probe_key(backend: str) -> str:
     on PATH. An accelerator may be plugged in or out, so such a backend has no key.
     """
     kernel = kernel_id()
-    libraries = [_files_of(name) for name in LIBRARIES.get(backend, ())]
+    libraries = [_files_of(name) for name in registry.LIBRARIES.get(backend, ())]
     if not (kernel and libraries and all(libraries)):
         return ""
-    modules = sorted(Path(backends.__file__).parent.glob("*.py"))
-    tools = (shutil.which(tool) for tool in TOOLS)
+    modules = sorted(Path(registry.__file__).parent.glob("*.py"))
+    tools = (shutil.which(tool) for tool in registry.TOOLS)
     paths = [
         *modules,
         *(path for files in libraries for path in files),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import graphlib
+import re
 from collections import Counter
 
 import grimp
@@ -33,6 +34,14 @@ def test_no_package_imports_itself_by_way_of_others() -> None:
         own, *_ = module.split(".")
         packages[own] |= {name.split(".")[0] for name in imported} - {own}
     graphlib.TopologicalSorter(packages).prepare()
+
+
+def test_names_of_our_packages_come_by_from() -> None:
+    """After ``import model.hub``, ``model.text`` would work where another module imported it."""
+    statements = re.compile(rf"^\s*import .*\b({'|'.join(PRODUCT)})\b(?!.* as )", re.MULTILINE)
+    for package in PRODUCT:
+        for path in (ROOT / package).rglob("*.py"):
+            assert not statements.search(path.read_text(encoding="utf-8")), path
 
 
 def test_no_folder_has_most_of_the_code() -> None:
