@@ -30,7 +30,7 @@ from coordinator.roster.book import DeviceBook
 from model.durable import replace_text
 from model.errors import ModelError
 from model.families import load_spec
-from tests.system import made_up
+from tests.system import forked, made_up
 from wire.identity import own_identity
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +38,7 @@ FIXTURES = ROOT / "tests" / "fixtures"
 TINY_OPT = ROOT / "examples" / "tiny-opt" / "model"
 
 COMMAND = [sys.executable, "-m", "cli"]
+Process = forked.Forked | subprocess.Popen[str]
 START_TIMEOUT_S = 60.0
 
 PLAIN = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -61,6 +62,8 @@ def shoal(
     *arguments: str, timeout_s: float = 120.0, command: Sequence[str] = COMMAND
 ) -> subprocess.CompletedProcess[str]:
     """Run one command to its end."""
+    if command is COMMAND:
+        return forked.run(arguments, timeout_s)
     return subprocess.run(
         [*command, *arguments],
         capture_output=True,
@@ -117,7 +120,7 @@ class Cluster:
         _clusters.add(self)
         self.measures = measures
         self.directory = directory
-        self.processes: dict[str, subprocess.Popen[str]] = {}
+        self.processes: dict[str, Process] = {}
         self.control_port = 0
         self.url = ""
         self._made_up = set[str]()
@@ -146,7 +149,7 @@ class Cluster:
         ready = json.loads(process.stdout.readline())
         self.control_port, self.url = ready["control_port"], ready["http"]
 
-    def start_agent(self, name: str, *options: str) -> subprocess.Popen[str]:
+    def start_agent(self, name: str, *options: str) -> Process:
         return self.spawn(
             name,
             "agent",
@@ -198,13 +201,18 @@ class Cluster:
         """How the command line of the process ``name`` begins."""
         return COMMAND
 
-    def spawn(self, name: str, *arguments: str) -> subprocess.Popen[str]:
+    def spawn(self, name: str, *arguments: str) -> Process:
         log = (self.directory / f"{name}.log").open("a")
         # Only the coordinator has something to say on stdout: where it listens.
         stdout = subprocess.PIPE if name == "coordinator" else subprocess.DEVNULL
         with log:
-            self.processes[name] = subprocess.Popen(
-                [*self.command(name), *arguments], stdout=stdout, stderr=log, text=True, cwd=ROOT
+            command = self.command(name)
+            self.processes[name] = (
+                forked.Forked(arguments, stdout=stdout, stderr=log.fileno())
+                if command is COMMAND and not self.measures
+                else subprocess.Popen(
+                    [*command, *arguments], stdout=stdout, stderr=log, text=True, cwd=ROOT
+                )
             )
         return self.processes[name]
 
@@ -212,7 +220,7 @@ class Cluster:
         return (self.directory / f"{name}.log").read_text()
 
     def get(self, path: str) -> Any:
-        return httpx.get(self.url + path, timeout=10, trust_env=False, verify=PLAIN).json()
+        return httpx.get(self.url + path, timeout=60, trust_env=False, verify=PLAIN).json()
 
     def names(self) -> list[str]:
         return [device["name"] for device in self.get("/shoal/v1/devices")["devices"]]
@@ -275,7 +283,7 @@ class Cluster:
             self.processes[name].terminate()
         for name, process in self.processes.items():
             try:
-                process.wait(10)
+                process.wait(60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -357,7 +365,7 @@ def interrupt_at(
         wait_for(condition, timeout_s, "the moment to interrupt")
         started = time.monotonic()
         os.killpg(process.pid, signal.SIGINT)
-        _, stderr = process.communicate(timeout=20)
+        _, stderr = process.communicate(timeout=60)
         # Interrupted within `exec`, as dataclasses use it, Python ends by the signal although the
         # command has handled it. For a shell both are 130.
         code = 128 - process.returncode if process.returncode < 0 else process.returncode

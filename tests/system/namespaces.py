@@ -10,7 +10,7 @@ from typing import Any
 
 from testbed.bed import Testbed, TestbedError
 from testbed.network import Host, Network
-from tests.system.cluster import COMMAND, Cluster, last_json, wait_for
+from tests.system.cluster import COMMAND, Cluster, Process, last_json, wait_for
 
 TCP_LISTEN = 10
 
@@ -39,7 +39,7 @@ class NetworkCluster(Cluster):
     def start_coordinator(self, *options: str) -> None:
         super().start_coordinator("--bind=0.0.0.0", f"--cluster={self.name}", *options)
 
-    def start_agent(self, name: str, *options: str) -> subprocess.Popen[str]:
+    def start_agent(self, name: str, *options: str) -> Process:
         return super().start_agent(name, "--bind=0.0.0.0", f"--cluster={self.name}", *options)
 
     def get(self, path: str) -> Any:
