@@ -30,14 +30,17 @@ demo: $(VENV)/run.stamp ## split the embedded model over three agents on this ma
 	$(BIN)/shoal demo
 
 # The tests start a thousand processes, and each would compile the project again.
-test test-fast test-system: export PYTHONDONTWRITEBYTECODE =
+test test-fast test-thorough test-system: export PYTHONDONTWRITEBYTECODE =
 
-test: $(VENV)/dev.stamp ## run all tests in 6 processes (options in ARGS; durations go to build/tests.xml)
-	$(BIN)/python -m pytest -n 6 --dist loadfile --no-loadscope-reorder --durations 20 \
+test: $(VENV)/dev.stamp ## run the tests in 6 processes (options in ARGS; durations go to build/tests.xml)
+	$(BIN)/python -m pytest -n 6 --dist loadfile --no-loadscope-reorder -m 'not thorough' --durations 20 \
 		--junitxml build/tests.xml $(ARGS)
 
+test-thorough: $(VENV)/dev.stamp ## prove again with many seeds and sizes what make test proves with few
+	$(BIN)/python -m pytest -n 4 --dist worksteal -m thorough $(ARGS)
+
 test-fast: $(VENV)/dev.stamp ## run the tests that start no process and open no connection
-	$(BIN)/python -m pytest -n 2 --dist worksteal --fast $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal --fast -m 'not thorough' $(ARGS)
 
 fuzz: $(VENV)/dev.stamp ## send hostile bytes to codec, TLS, and the ports of a running shoal, for a minute (ARGS)
 	$(BIN)/python -W ignore::UserWarning -m tests.fuzz $(ARGS)

@@ -63,6 +63,7 @@ def grown(tmp_path: Path, tree: Path) -> Iterator[GrownCluster]:
     cluster.stop()
 
 
+@pytest.mark.thorough
 def test_it_conforms_without_a_test_of_its_own(tree: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "tests/backends/test_conformance.py", "-knumpy_cpu"],

@@ -151,6 +151,7 @@ def test_checkpoint(
     check_against_reference(backend, team_of(tmp_path, spec, tensors, weights, fmt))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("weights", "bits"), TEAMS, ids=str)
 @pytest.mark.parametrize("name", [name for name in SHARED if SHARED[name].qk_norm != "width"])
 def test_feature(

@@ -105,6 +105,7 @@ def is_of(choice: Choice, variants: list[tuple[ModelSpec, Rows, Variant]]) -> No
     assert choice.loss == pytest.approx(variant.base + added)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("seed", "near"), [(0, "64M"), (1, "310K"), (2, "64M")])
 def test_no_choice_is_better_by_brute_force(tmp_path: Path, seed: int, near: str) -> None:
     rng = random.Random(seed)

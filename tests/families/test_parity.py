@@ -61,6 +61,7 @@ def test_stages_equal_transformers(
     np.testing.assert_allclose(rows[0], case.golden.logits[-1], atol=10 * ATOL)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_teams_equal_transformers(backend: Backend, name: str, tmp_path: Path) -> None:
     case = Case.store(name, Format.of(32), tmp_path)
@@ -70,6 +71,7 @@ def test_teams_equal_transformers(backend: Backend, name: str, tmp_path: Path) -
     assert case.golden.agreeing(rows) == len(case.golden.continuation)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", NAMES)
 def test_narrow_widths_equal_the_reference(

@@ -186,6 +186,7 @@ def blocks_of(checkpoint: Checkpoint) -> list[BlockText]:
     return found
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("name", MODELS)
 def test_no_quantizer_disturbs_outputs_more_than_rounding(name: str, bits: int) -> None:

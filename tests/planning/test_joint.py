@@ -40,6 +40,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("models", "devices", "teams", "seeds"), KINDS)
 def test_joint_plans_equal_exhaustive_search(
     models: int, devices: int, teams: bool, seeds: range

@@ -643,6 +643,7 @@ def test_time_limit_without_any_plan_says_so(monkeypatch: pytest.MonkeyPatch) ->
     assert not isinstance(caught.value, InfeasiblePlan)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("make", [random_problem, random_extras])
 def test_search_keeps_limits_and_its_bound_holds(make: Callable[[int], PlanningProblem]) -> None:
     found = feasible = close = 0

@@ -75,6 +75,7 @@ def test_requests_equal_exhaustive_search(solver: SolverName) -> None:
     assert {1, 2, 3} == set(stages)
 
 
+@pytest.mark.thorough
 def test_the_search_for_requests_keeps_its_bound() -> None:
     found = feasible = close = 0
     for seed in range(500, 560):

@@ -103,6 +103,7 @@ def value(problem: PlanningProblem) -> float:
     return math.inf if plan is None else plan.value
 
 
+@pytest.mark.thorough
 @settings(max_examples=25, deadline=None)
 @given(problem=problems, factor=st.floats(1.0, 3.0), which=st.integers(0, 2))
 def test_more_memory_faster_links_and_looser_budgets_never_hurt(
@@ -167,6 +168,7 @@ def test_a_pin_or_an_exclusion_never_helps_and_is_kept(problem: PlanningProblem)
         assert "d0" not in {stage.device for stage in without.stages}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("layers", "count"), [(12, 2), (12, 4), (24, 8), (32, 8)])
 def test_plans_of_large_problems_are_verified(layers: int, count: int) -> None:
     for seed, kind in itertools.product(range(5), ("latency", "throughput")):
@@ -178,6 +180,7 @@ def test_plans_of_large_problems_are_verified(layers: int, count: int) -> None:
         json.dumps([plan.to_dict(), plan.gap, plan.proven_optimal])
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("kind", KINDS)
 def test_search_alone_and_the_program_agree(kind: str) -> None:
     for seed in range(4):

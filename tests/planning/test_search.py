@@ -123,12 +123,13 @@ def test_one_more_device_is_judged_as_if_the_order_were_counted_anew(seed: int) 
     assert counted
 
 
+@pytest.mark.thorough
 def test_walks_for_throughput_are_looked_for_near_the_bound() -> None:
     """Near the time of a poor plan all prices allow, and a beam follows the wrong walks."""
     problem = instance(32, 16, 3, Objective("throughput"))
-    found = search(problem, deadline_s=time.monotonic() + 60, gap=0.03)
+    found = search(problem, deadline_s=time.monotonic() + 300, gap=0.03)
     assert found.choice is not None
-    plan = solve(problem, time_limit_s=60, gap=0.03)
+    plan = solve(problem, time_limit_s=300, gap=0.03)
     verify(plan, problem)
     assert plan.gap <= 0.03
 
@@ -138,12 +139,12 @@ def test_many_devices_are_planned_in_part_and_bounded_as_a_whole(
     seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     problem = instance(8, 8, seed, Objective("throughput"))
-    exact = solve(problem, gap=1e-3, time_limit_s=60)
+    exact = solve(problem, gap=1e-3, time_limit_s=300)
     monkeypatch.setattr(slowest, "_MANY", 5)
-    found = search(problem, deadline_s=time.monotonic() + 60, gap=0.01)
+    found = search(problem, deadline_s=time.monotonic() + 300, gap=0.01)
     assert found.choice is not None
     assert 0 < found.bound <= exact.value * (1 + 1e-9)
-    plan = solve(problem, gap=0.5, time_limit_s=60)
+    plan = solve(problem, gap=0.5, time_limit_s=300)
     verify(plan, problem)
     assert plan.proof.bound <= exact.value * (1 + 1e-9)
 
@@ -170,20 +171,20 @@ def test_prices_prove_that_nothing_fits() -> None:
     problem = tight(60, 40, 0, 0.4)
     tables = Tables(problem)
     assert np.isfinite(tables.cost).any((0, 2)).all()
-    found = search(problem, deadline_s=time.monotonic() + 60, gap=0.01)
+    found = search(problem, deadline_s=time.monotonic() + 300, gap=0.01)
     assert found.choice is None
     assert found.impossible
     with pytest.raises(InfeasiblePlan):
-        solve(problem, time_limit_s=2.0)
+        solve(problem, time_limit_s=300)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_what_the_program_can_plan_is_never_called_impossible(seed: int) -> None:
     for share in (0.5, 0.6):
         problem = tight(5, 3, seed, share)
-        found = search(problem, deadline_s=time.monotonic() + 20, gap=0.2)
+        found = search(problem, deadline_s=time.monotonic() + 300, gap=0.2)
         try:
-            plan = solve(problem, time_limit_s=20)
+            plan = solve(problem, time_limit_s=300)
         except InfeasiblePlan:
             assert found.choice is None
         else:

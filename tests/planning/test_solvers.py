@@ -76,6 +76,7 @@ def expected_s(seed: int) -> float:
     return exhaustive_s(budget_problem(seed))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_budgets_of_all_magnitudes_are_kept_and_used(solver: SolverName) -> None:
     for seed in range(10):
@@ -157,6 +158,7 @@ def test_a_choice_as_a_solution_keeps_every_row() -> None:
     assert told > 40
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_a_start_is_at_hand_when_the_limit_passes_at_once(solver: SolverName) -> None:
     problem = hard_problem()

@@ -52,6 +52,7 @@ def candidate_sets(problem: PlanningProblem) -> tuple[tuple[int, ...], ...]:
     return tuple(dict.fromkeys(tuple(index[part.name] for part in one.parts) for one in teams))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_plans_equal_exhaustive_search(solver: SolverName) -> None:
     """Over teams, their shares, placement, bits of blocks, hops and sums, for all objectives."""
@@ -77,6 +78,7 @@ def test_plans_equal_exhaustive_search(solver: SolverName) -> None:
         assert found["none"] < SEEDS / 3
 
 
+@pytest.mark.thorough
 def test_the_search_alone_proves_nothing_wrong() -> None:
     """Its bounds are below every plan, and its plans are nearly always the best."""
     best = plans = 0
@@ -93,6 +95,7 @@ def test_the_search_alone_proves_nothing_wrong() -> None:
     assert best > 0.9 * plans
 
 
+@pytest.mark.thorough
 def test_bounds_of_many_devices_prove_nothing_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their hops lead anywhere, and plans are looked for among some of the devices."""
     monkeypatch.setattr(slowest, "_SOME", 0)

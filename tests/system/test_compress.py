@@ -10,6 +10,7 @@ import pytest
 from tests.system.cluster import FIXTURES, ROOT, Cluster, last_json
 
 pytest.importorskip("torch", reason="needs the extra torch")
+pytestmark = pytest.mark.thorough
 
 LLAMA = FIXTURES / "llama"
 
