@@ -127,7 +127,7 @@ def ctrl_c_is_heard() -> None:
 def no_thread_outlives_the_test() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     for thread in set(threading.enumerate()) - before:
         if not thread.name.startswith(LIBRARY_THREADS):
             thread.join(max(deadline - time.monotonic(), 0))

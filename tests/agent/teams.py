@@ -40,7 +40,7 @@ Result = TypeVar("Result")
 EPOCH = 7
 TEAM_KEY = b"known to members"
 CONTEXT = 160
-ANSWER_S = 30.0
+ANSWER_S = 60.0
 
 
 class ReferenceStage(Stage):

@@ -30,7 +30,7 @@ from wire.messages import (
 
 COORDINATOR_KEY = bytes(range(32))
 KEY = b"k" * 16
-ANSWER_S = 20.0
+ANSWER_S = 60.0
 
 
 def config_of(directory: Path, name: str, token: Invite | None) -> AgentConfig:

@@ -58,7 +58,7 @@ from wire.messages import (
 from wire.profile import BlockTiming
 
 SPEC = Checkpoint.open(Path(__file__).parents[1] / "fixtures" / "llama").spec
-ANSWER_S = 20.0
+ANSWER_S = 60.0
 REFS = tuple(BlockRef("0" * 64, 1, block) for block in range(SPEC.block_count))
 
 

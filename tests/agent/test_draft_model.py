@@ -192,13 +192,13 @@ def test_sequences_that_come_and_go_give_what_each_gives_alone(ring: Ring) -> No
         released(first, number)
     begun(first, last, asked(3, SAMPLINGS["top-k"], 0))
     for _ in range(5):
-        last.reports.get(timeout=30)
+        last.reports.get(timeout=60)
     released(first, 3)
     begun(first, last, asked(4, SAMPLINGS["greedy"], 0))
     found: dict[int, list[TokenSampled]] = {4: [], 5: []}
     ended = 0
     while ended < 2:
-        message = last.reports.get(timeout=30)
+        message = last.reports.get(timeout=60)
         assert isinstance(message, TokenSampled)
         if message.sequence in found:
             found[message.sequence].append(message)
@@ -220,7 +220,7 @@ def test_a_model_that_fails_is_left_and_the_answer_goes_on(ring: Ring, failure: 
     tokens: list[int] = []
     finish = ""
     while not finish:
-        message = last.reports.get(timeout=30)
+        message = last.reports.get(timeout=60)
         assert isinstance(message, TokenSampled)
         tokens.append(message.token)
         finish = message.finish

@@ -71,7 +71,7 @@ def coordinator() -> Iterator[Coordinator]:
     yield coordinator
     coordinator.listener.close()
     for thread in coordinator.threads:
-        thread.join(10)
+        thread.join(60)
 
 
 @pytest.fixture

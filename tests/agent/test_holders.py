@@ -210,7 +210,7 @@ def test_a_silent_device_and_one_that_is_not_there_are_left(
         with connection:
             connection.receive()
             connection.send(PeerWelcome("silent"))
-            ended.wait(30)
+            ended.wait(60)
 
     thread = threading.Thread(target=serve)
     thread.start()

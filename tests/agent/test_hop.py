@@ -25,7 +25,7 @@ from wire.messages import (
     TokenSampled,
 )
 
-ANSWER_S = 20
+ANSWER_S = 60.0
 LARGE = 8 << 20
 """More than the buffers of two sockets hold."""
 

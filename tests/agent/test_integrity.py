@@ -158,7 +158,7 @@ def test_a_watch_tells_of_the_first_damaged_file(tmp_path: Path) -> None:
         told.set()
 
     watch = Watch(contents, tell)
-    assert told.wait(10)
+    assert told.wait(60)
     watch.close()
     assert found == [tmp_path / "damaged"]
 
@@ -180,5 +180,5 @@ def test_a_watch_that_is_closed_tells_nothing(
 
     monkeypatch.setattr(integrity, "_hash", hash_until_stopped)
     watch = Watch(contents, lambda path: pytest.fail(f"{path} was reported"))
-    assert hashing.wait(10)
+    assert hashing.wait(60)
     watch.close()

@@ -62,7 +62,7 @@ LLAMA = Path(__file__).parents[1] / "fixtures" / "llama"
 EPOCH = 7
 HOP_KEY = b"told to nobody else"
 CONTEXT = 160
-ANSWER_S = 30
+ANSWER_S = 60.0
 
 GOLDEN = np.load(LLAMA / "golden.npz")
 PROMPT = tuple(GOLDEN["prompt"].tolist())

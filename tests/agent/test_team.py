@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -233,12 +234,11 @@ def _after(count: int, act: Callable[[], None]) -> Callable[[], None]:
 def test_closing_ends_a_pass_that_waits_for_a_member() -> None:
     with ring_of(LLAMA, (1, 1)) as (ring, members):
         members[1].team.stop()  # It goes mute, as when a file of it was damaged.
+        members[0].team.mesh._silence_s = math.inf  # So that it never counts as lost.
         ring.start(1, PROMPT, GREEDY)
-        started_s = time.monotonic()
         while members[0].team.mesh.number == 0:
             time.sleep(0.001)
         ring.close()
-        assert time.monotonic() - started_s < 4, "the pass waited until the member counted as lost"
         assert ring.lead.reports.empty()
 
 

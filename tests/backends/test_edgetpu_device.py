@@ -354,7 +354,7 @@ def test_a_compiler_ends_with_what_waits_for_it(
     with pytest.raises(Cancelled):
         compile_files(compiler, [product_file(tmp_path)], tmp_path / "compiled", tick)
     # Reading ends when nothing that was started holds the other end.
-    reading.join(10)
+    reading.join(60)
     assert not reading.is_alive()
     assert not list((tmp_path / "compiled").iterdir())
 

@@ -256,7 +256,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     with bind("127.0.0.1", 0) as listening:
         thread = threading.Thread(target=asyncio.run, args=(serve(),))
         thread.start()
-        assert started.wait(30)
+        assert started.wait(60)
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
         servers[0].should_exit = True
         thread.join(30)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.system.cluster import wait_for
 
-WAIT_S = 20.0
+WAIT_S = 60.0
 SHOWN = 1500
 """Characters at both ends of a page that a failed wait tells."""
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -162,7 +162,7 @@ class GivenShoal(StateFeed):
         finally:
             self.hold.set()
             server.should_exit = True
-            thread.join(10)
+            thread.join(60)
             listening.close()
 
 

@@ -62,7 +62,7 @@ def test_answers_of_a_split_model_are_judged_and_kept(
     ) as process:
         assert judge.is_asked.wait(60)
         process.send_signal(signal.SIGINT)
-        _, shown = process.communicate(timeout=30)
+        _, shown = process.communicate(timeout=60)
     assert process.returncode == 130, shown
     answers = kept(out, "answer")
     assert len(answers) == QUESTIONS

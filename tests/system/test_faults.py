@@ -316,7 +316,7 @@ def test_a_lost_device_that_no_other_can_replace_is_named(
 ) -> None:
     victim = loaded.get("/shoal/v1/ps")["model"]["plan"]["stages"][stage]["device"]
     generation = Generation(loaded)
-    assert generation.started.wait(30)
+    assert generation.started.wait(60)
     lost_s = time.monotonic()
     loaded.processes[victim].send_signal(how)
     try:
@@ -358,7 +358,7 @@ def test_a_killed_agent_that_comes_back_joins_again(loaded: Cluster) -> None:
     loaded.wait_for_agents(*NAMES)
     loaded.load(LLAMA, "--bits=32")
     loaded.processes["pi-1"].terminate()  # The next test wants one with less memory.
-    loaded.processes["pi-1"].wait(10)
+    loaded.processes["pi-1"].wait(60)
 
 
 def test_a_device_lost_while_loading_is_named(cluster: Cluster) -> None:
@@ -375,10 +375,10 @@ def test_a_device_lost_while_loading_is_named(cluster: Cluster) -> None:
     )
     agent = cluster.processes["pi-1"]
     # The command needs longer to start than the agent has left to live once it is asked.
-    wait_for(lambda: _is_measuring(cluster), 30, "the load to begin")
+    wait_for(lambda: _is_measuring(cluster), 60, "the load to begin")
     agent.kill()
     killed_s = time.monotonic()
-    _, stderr = load.communicate(timeout=30)
+    _, stderr = load.communicate(timeout=60)
     assert time.monotonic() - killed_s < LOST_WITHIN_S
     assert load.returncode == 1
     assert "pi-1: device lost" in stderr
@@ -412,7 +412,7 @@ def test_ctrl_c_at_any_time_leaves_nothing(phase: float, endless: Path) -> None:
     assert stderr.strip().splitlines()[-1] == "interrupted"
     assert took_s < 10
     # An agent that was about to run another program leaves a copy of itself for a moment.
-    wait_for(lambda: not demo_processes(), 30, "the processes' end")
+    wait_for(lambda: not demo_processes(), 60, "the processes' end")
 
 
 def test_ctrl_c_is_quiet_while_the_command_is_still_being_read() -> None:
@@ -420,9 +420,9 @@ def test_ctrl_c_is_quiet_while_the_command_is_still_being_read() -> None:
         [*COMMAND, "demo"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT
     )
     maps = Path(f"/proc/{process.pid}/maps")
-    wait_for(lambda: "numpy" in maps.read_text(), 30, "an import")
+    wait_for(lambda: "numpy" in maps.read_text(), 60, "an import")
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=20)
+    _, stderr = process.communicate(timeout=60)
     assert process.returncode in (130, -signal.SIGINT)
     assert stderr == b"interrupted\n"
 
@@ -434,7 +434,7 @@ def test_a_killed_demo_takes_its_processes_with_it() -> None:
         stderr=subprocess.DEVNULL,
         cwd=ROOT,
     )
-    wait_for(lambda: len(demo_processes()) >= 2, 30, "the demo's processes")
+    wait_for(lambda: len(demo_processes()) >= 2, 60, "the demo's processes")
     demo.kill()
     demo.wait()
     wait_for(lambda: not demo_processes(), 60, "the processes' end")
@@ -461,11 +461,11 @@ def test_agents_and_coordinator_end_on_ctrl_c(cluster: Cluster) -> None:
     agent = cluster.start_agent("pi-1")
     cluster.wait_for_agents("pi-1")
     agent.send_signal(signal.SIGINT)
-    assert agent.wait(10) == 130
+    assert agent.wait(60) == 130
     wait_for(lambda: cluster.names() == [], LOST_WITHIN_S, "the goodbye")
     coordinator = cluster.processes["coordinator"]
     coordinator.send_signal(signal.SIGINT)
-    assert coordinator.wait(10) == 130
+    assert coordinator.wait(60) == 130
 
 
 def test_a_service_that_is_stopped_has_not_failed(cluster: Cluster) -> None:
@@ -480,14 +480,14 @@ def test_a_service_that_is_stopped_has_not_failed(cluster: Cluster) -> None:
         [*COMMAND, "load", str(LLAMA), f"--url={cluster.url}"], stderr=subprocess.DEVNULL, cwd=ROOT
     )
     try:
-        wait_for(lambda: _is_measuring(cluster), 30, "measuring")
+        wait_for(lambda: _is_measuring(cluster), 60, "measuring")
     finally:
         load.terminate()
-        code = load.wait(10)
+        code = load.wait(60)
     assert code == 128 + signal.SIGTERM
     for process in (agent, cluster.processes["coordinator"]):
         process.terminate()
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
 
 
 def test_a_service_that_is_stopped_twice_has_not_failed(cluster: Cluster) -> None:
@@ -496,11 +496,11 @@ def test_a_service_that_is_stopped_twice_has_not_failed(cluster: Cluster) -> Non
     cluster.wait_for_agents("pi-1")
     for name in ("pi-1", "coordinator"):
         process = cluster.processes[name]
-        deadline_s = time.monotonic() + 10
+        deadline_s = time.monotonic() + 60
         while process.poll() is None and time.monotonic() < deadline_s:
             process.terminate()
             time.sleep(0.002)
-        assert process.wait(1) == 0, cluster.log(name)
+        assert process.wait(60) == 0, cluster.log(name)
 
 
 def test_the_embedded_model_is_there() -> None:

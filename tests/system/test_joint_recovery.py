@@ -93,7 +93,7 @@ def slower(cluster: Cluster, models: tuple[Path, Path], times: float) -> str:
 def lose(cluster: Cluster, name: str) -> None:
     cluster.kill(name)
     cluster.processes[name].wait()
-    wait_for(lambda: name not in cluster.names(), 30, "the loss")
+    wait_for(lambda: name not in cluster.names(), 60, "the loss")
 
 
 def test_models_that_were_planned_together_are_planned_together_again(
@@ -124,7 +124,7 @@ def test_models_that_were_planned_together_are_planned_together_again(
 
     # Without the slow device there is room for one of them. It stays where it is.
     lose(cluster, "slow")
-    wait_for(lambda: states(cluster)[small] == "recovering", 30, "the loss")
+    wait_for(lambda: states(cluster)[small] == "recovering", 60, "the loss")
     wait_for(lambda: "waits for room" in shown(cluster)[small]["reason"], 60, "the reason")
     assert f"{small} waits for room beside {large}: " in shown(cluster)[small]["reason"]
     assert answer(cluster, large) == expected[large]

@@ -83,11 +83,11 @@ def test_a_line_of_the_log_and_a_list_tell_of_an_answer(cluster: Cluster) -> Non
     assert told["prompt_tokens"] == usage["prompt_tokens"]
     assert told["answer_tokens"] == usage["completion_tokens"]
     assert 0 <= told["started_s"] <= told["first_token_s"] <= told["age_s"]
-    line = wait_for(lambda: _line(cluster, "mine-1"), 30, "its line")
+    line = wait_for(lambda: _line(cluster, "mine-1"), 60, "its line")
     assert "POST /v1/completions 200" in line
     refused = httpx.post(f"{cluster.url}/v1/completions", json={**QUESTION, "nonsense": 1})
     assert refused.status_code == 400
-    assert wait_for(lambda: _line(cluster, "nonsense"), 30, "the line of its error")
+    assert wait_for(lambda: _line(cluster, "nonsense"), 60, "the line of its error")
 
 
 def _line(cluster: Cluster, word: str) -> str:
@@ -104,7 +104,7 @@ def test_the_level_of_the_log_is_a_setting(cluster: Cluster, level: str, logged:
     cluster.start_coordinator("--no-mdns", f"--config={settings}")
     httpx.post(f"{cluster.url}/v1/completions", json=QUESTION)
     if logged:
-        wait_for(lambda: "POST /v1/completions 503" in cluster.log("coordinator"), 30, "the line")
+        wait_for(lambda: "POST /v1/completions 503" in cluster.log("coordinator"), 60, "the line")
     else:
         httpx.get(f"{cluster.url}/health/live")
         assert cluster.log("coordinator") == ""

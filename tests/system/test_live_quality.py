@@ -175,7 +175,7 @@ def test_what_was_measured_before_ctrl_c_and_a_lost_agent_is_kept(shoal: Cluster
 
     code, stderr, _ = interrupt_at(list(arguments), lambda: some(0))
     assert code == 130, stderr
-    wait_for(lambda: not (shoal.directory / "pi-1" / "quality").exists(), 20, "the agent to stop")
+    wait_for(lambda: not (shoal.directory / "pi-1" / "quality").exists(), 60, "the agent to stop")
     (before,) = kept(shoal)
     assert 0 < len(before["blocks"]) < 6 * blocks
     # Ask for another and switch the agent off meanwhile.

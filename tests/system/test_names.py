@@ -29,7 +29,7 @@ def restart(cluster: Cluster) -> None:
     """The coordinator again, where it was, and nobody else."""
     for process in cluster.processes.values():
         process.send_signal(signal.SIGKILL)
-        process.wait(10)
+        process.wait(60)
         if process.stdout is not None:
             process.stdout.close()
     cluster.start_coordinator("--no-mdns", f"--port={cluster.control_port}")
@@ -73,7 +73,7 @@ def test_names_pins_and_plans_mean_the_same_devices_after_all_restarts(
     assert cluster.run("unload").returncode == 0
     for name in ("first", "second"):
         cluster.processes[name].terminate()
-        cluster.processes[name].wait(10)
+        cluster.processes[name].wait(60)
     start(cluster, "first", "nano")
     start(cluster, "second")
     cluster.wait_for_agents("nano", "pi-2")

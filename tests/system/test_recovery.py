@@ -157,7 +157,7 @@ def test_an_unload_ends_the_waiting(cluster: Cluster, model: Path) -> None:
     start_all(cluster, ("--no-mdns", "--recovery-wait=600"), memory)
     load(cluster, model)
     cluster.processes["pi-3"].send_signal(signal.SIGKILL)
-    wait_for(lambda: state(cluster)["state"] == "recovering", 30, "the loss")
+    wait_for(lambda: state(cluster)["state"] == "recovering", 60, "the loss")
     with ThreadPoolExecutor(1) as pool:
         name = state(cluster)["model"]
         waiting = pool.submit(cluster.run, "run", name, "x")
@@ -172,7 +172,7 @@ def test_a_coordinator_that_is_started_again_loads_what_was_loaded(
     def restart(how: signal.Signals) -> None:
         coordinator = cluster.processes["coordinator"]
         coordinator.send_signal(how)
-        coordinator.wait(10)
+        coordinator.wait(60)
         if coordinator.stdout is not None:
             coordinator.stdout.close()
         # Nobody finds it by mDNS here: it has to come back where it was.

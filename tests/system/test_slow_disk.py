@@ -30,13 +30,13 @@ def test_all_others_go_on_while_a_device_joins(cluster: Cluster, tmp_path: Path)
     try:
         with Connection.connect(Endpoint("127.0.0.1", cluster.control_port), caller=new):
             for _ in range(10):  # Soon the coordinator waits for the list.
-                answer = httpx.get(f"{cluster.url}/health", timeout=5, trust_env=False)
+                answer = httpx.get(f"{cluster.url}/health", timeout=60, trust_env=False)
                 assert answer.status_code in (200, 503)
                 time.sleep(0.1)  # The answers are spread over the time of the slow disk.
             assert not cluster.book().devices()
             os.close(lock)
             lock = -1
-            wait_for(lambda: bool(cluster.book().devices()), 20, "the device in the list")
+            wait_for(lambda: bool(cluster.book().devices()), 60, "the device in the list")
     finally:
         if lock >= 0:
             os.close(lock)

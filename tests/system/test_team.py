@@ -173,7 +173,7 @@ def test_a_coordinator_that_is_started_again_loads_the_same_team(
     expected = tokens_of(four, PROMPTS[0], 30, threading.Event())
     coordinator = four.processes["coordinator"]
     coordinator.kill()
-    coordinator.wait(10)
+    coordinator.wait(60)
     if coordinator.stdout is not None:
         coordinator.stdout.close()
     four.start_coordinator("--no-mdns", f"--port={four.control_port}")

@@ -69,7 +69,7 @@ def test_metrics_and_traces_agree_with_the_answers(cluster: Cluster) -> None:
         frames = [value("hop_frames_total", source="a1", target="a2")]
         return bool(min(passes + frames) >= tokens)
 
-    wait_for(counted, 30, "the counts of the answer")
+    wait_for(counted, 60, "the counts of the answer")
     assert value("answer_tokens_total", model="tiny-opt") == tokens
     assert value("prompt_tokens_total", model="tiny-opt") == prompt
     assert value("requests_total", path="/v1/completions", status="200") == 1

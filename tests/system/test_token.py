@@ -23,8 +23,8 @@ def test_a_shoal_without_tokens_lets_everybody_in_who_says_so(cluster: Cluster) 
     assert len(loaded["plan"]["stages"]) == 2
     answer = last_json(cluster.run("run", loaded["model"], PROMPT, "--json"))
     assert "attic" in answer["text"]
-    wait_for(lambda: "it runs with --insecure" in cluster.log("other"), 20, "a line of it")
-    wait_for(lambda: "this side runs with --insecure" in cluster.log("coordinator"), 20, "its line")
+    wait_for(lambda: "it runs with --insecure" in cluster.log("other"), 60, "a line of it")
+    wait_for(lambda: "this side runs with --insecure" in cluster.log("coordinator"), 60, "its line")
     assert cluster.names() == ["one", "two"]
 
 
@@ -32,7 +32,7 @@ def test_an_agent_that_does_not_encrypt_stays_out(cluster: Cluster) -> None:
     cluster.start_coordinator()
     cluster.start_agent("open", f"--coordinator=127.0.0.1:{cluster.control_port}", "--insecure")
     wait_for(lambda: "without --insecure" in cluster.log("open"), 60, "a line of the agent")
-    wait_for(lambda: "runs with --insecure" in cluster.log("coordinator"), 20, "its line")
+    wait_for(lambda: "runs with --insecure" in cluster.log("coordinator"), 60, "its line")
     assert cluster.names() == []
 
 

@@ -141,7 +141,7 @@ def test_a_model_gets_what_the_others_leave(cluster: Cluster, tmp_path: Path) ->
     unload(cluster)
     cluster.processes["pi-1"].terminate()
     cluster.processes["pi-1"].wait(20)
-    wait_for(lambda: not cluster.names(), 30, "the agent's end")
+    wait_for(lambda: not cluster.names(), 60, "the agent's end")
     start(cluster, "pi-1", f"--memory={int(1.5 * needed_bytes)}")
     cluster.wait_for_agents("pi-1")
     cluster.load(first, *EXACT)

@@ -25,7 +25,7 @@ def test_a_coordinator_and_an_agent_name_who_is_of_another_version(
             version, text = told(read(agent))
         assert (version, "install shoal 7.1 on" in text) == (9, True)
     said = f"127.0.0.1 (pi) runs shoal 7.1 (protocol 9), this machine runs {HERE}: install"
-    wait_for(lambda: said in cluster.log("coordinator"), 20, "the coordinator's line")
+    wait_for(lambda: said in cluster.log("coordinator"), 60, "the coordinator's line")
     assert cluster.log("coordinator").count("protocol 9") == 1
     with old_peer() as endpoint:
         cluster.start_agent("pi-1", f"--coordinator=127.0.0.1:{endpoint.port}")

@@ -33,7 +33,7 @@ from wire.messages import (
 from wire.tls import TlsTransport, own_client_context
 
 UNKNOWN = "this shoal does not know that device"
-ANSWER_S = 20.0
+ANSWER_S = 60.0
 
 
 def admit(claim: Claim) -> None:

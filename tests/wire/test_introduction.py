@@ -38,7 +38,7 @@ from wire.messages import (
 )
 from wire.tls import TlsTransport, own_client_context
 
-ANSWER_S = 20.0
+ANSWER_S = 60.0
 UNKNOWN = "this shoal does not know that device"
 PAYLOAD = bytes(range(256)) * 4096
 

@@ -34,7 +34,7 @@ from wire.rare_log import RareLog
 
 HELLO = PeerHello("caller", "answerer")
 HELLOS: dict[type[Message], int] = {PeerHello: limits.MAX_HELLO_BYTES}
-ANSWER_S = 10.0
+ANSWER_S = 60.0
 
 
 def crowd(lobby: Lobby, closed: list[str]) -> Callable[..., None]:

@@ -22,7 +22,7 @@ from wire.messages import Endpoint, Heartbeat, ProbePing
 from wire.transport import Buffer, OnWait, TcpTransport, Transport, peer_name
 
 PAYLOAD = bytes(range(256)) * 4096
-ANSWER_S = 20.0
+ANSWER_S = 60.0
 
 
 class TlsTransport(Transport):
