@@ -80,12 +80,12 @@ def _divide(total: int, step: int, weights: Sequence[int]) -> list[tuple[int, in
     return list(pairwise(cuts))
 
 
-def write_plan(directory: Path, model: Path, stages: Sequence[StagePlan]) -> Path:
-    """Write a plan's file, and return its path. All blocks and sums have 32 bits."""
+def write_plan(directory: Path, model: Path, stages: Sequence[StagePlan], bits: int = 32) -> Path:
+    """Write a plan's file, and return its path. All blocks have ``bits``, and sums 32."""
     spec = load_spec(model)
     parts = []
     for names, blocks, weights in stages:
-        stage: dict[str, Any] = {"device": names[0], "bits": [32] * blocks}
+        stage: dict[str, Any] = {"device": names[0], "bits": [bits] * blocks}
         if len(names) > 1:
             spans = [
                 {"kv_heads": share.kv_heads, "columns": share.columns, "vocab": share.vocab}

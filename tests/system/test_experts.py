@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
+import numpy.typing as npt
 import pytest
 from tokenizers import Tokenizer, models
 
+from backends.onnx_session import mixes_experts
+from model.safetensors import write_safetensors
 from tests.parity import FAMILIES, Golden
 from tests.system.cluster import Cluster, last_json
-from tests.team import write_plan
+from tests.team import StagePlan, write_plan
 
+NORMS = ("input", "post_attention")
+WIDTH = 64
 EXACT = ("--bits=32", "--hop-bits=32", "--max-weight-error=none")
 
 
@@ -71,3 +78,63 @@ def test_experts_answer_in_a_pipeline_and_in_a_team(two: Cluster, name: str) -> 
     if name == "qwen3_moe":
         plan = last_json(two.run("plan", str(model), "--bits=4,8", "--json"))
         assert plan["plan"]["blocks"]
+
+
+def wide(directory: Path) -> Path:
+    """A Qwen3-MoE with random weights. Its layers are wide enough for the operator of experts."""
+    model = with_words(directory, "qwen3_moe")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"hidden_size": WIDTH, "moe_intermediate_size": WIDTH}
+    (model / "config.json").write_text(json.dumps(config))
+    random, tensors = np.random.default_rng(5), dict[str, npt.NDArray[np.float32]]()
+    vocabulary, heads, kv_heads, head = 64, 4, 2, 16
+    rows = {"q_proj": heads * head, "k_proj": kv_heads * head, "v_proj": kv_heads * head}
+    for layer in range(config["num_hidden_layers"]):
+        name = f"model.layers.{layer}"
+        tensors |= {f"{name}.{norm}_layernorm.weight": np.ones(WIDTH, np.float32) for norm in NORMS}
+        for part in "qk":
+            tensors[f"{name}.self_attn.{part}_norm.weight"] = np.ones(head, np.float32)
+        for part, count in rows.items():
+            tensors[f"{name}.self_attn.{part}.weight"] = drawn(random, count, WIDTH)
+        tensors[f"{name}.self_attn.o_proj.weight"] = drawn(random, WIDTH, heads * head)
+        tensors[f"{name}.mlp.gate.weight"] = drawn(random, config["num_local_experts"], WIDTH)
+        for expert in range(config["num_local_experts"]):
+            for part in ("gate_proj", "up_proj", "down_proj"):
+                weight = f"{name}.mlp.experts.{expert}.{part}.weight"
+                tensors[weight] = drawn(random, WIDTH, WIDTH)
+    tensors["model.norm.weight"] = np.ones(WIDTH, np.float32)
+    for weight in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[weight] = drawn(random, vocabulary, WIDTH)
+    write_safetensors(model / "model.safetensors", tensors)
+    return model
+
+
+def drawn(random: np.random.Generator, rows: int, columns: int) -> npt.NDArray[np.float32]:
+    return 0.3 * random.standard_normal((rows, columns), np.float32)
+
+
+def test_agents_run_the_experts_of_a_layer_as_one_operator(two: Cluster, tmp_path: Path) -> None:
+    """At 4 bits. Two agents answer as one does, and as a team that shares the experts."""
+    if not mixes_experts(4):
+        pytest.skip("this ONNX Runtime has no kernels for it")
+    model, golden = wide(tmp_path), Golden.load(FAMILIES / "qwen3_moe")
+    wishes = ("--bits=4", "--group-size=32", "--hop-bits=32", "--max-weight-error=none")
+    layouts: tuple[list[StagePlan], ...] = (
+        [(("pi-1",), 4, ())],
+        [(("pi-1",), 2, ()), (("pi-2",), 2, ())],
+        [(("pi-2", "pi-1"), 4, (2, 1))],
+    )
+    answers = []
+    for stages in layouts:
+        path = write_plan(tmp_path, model, stages, bits=4)
+        loaded = two.load(model, *wishes, f"--plan={path}")
+        assert len(loaded["stages"]) == len(stages)
+        answers.append(continued(two, golden))
+    for agent in ("pi-1", "pi-2"):
+        graphs = (two.directory / agent).rglob("prepared/**/*.onnx")
+        assert any(b"QMoE" in path.read_bytes() for path in graphs)
+    alone, pipeline, team = answers
+    assert len(set(alone)) > len(alone) / 4
+    assert pipeline == alone
+    # Sums in another order may turn a close choice, and then all that follows differs.
+    assert team[0] == alone[0]
