@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, normalizers
 
 from model.bounded import read_bytes, read_json
 from model.errors import TokenizerError
@@ -60,8 +60,15 @@ _CLASSES = {
     "gemma": "GemmaTokenizer",
     "gemma2": "GemmaTokenizer",
     "gemma3_text": "GemmaTokenizer",
+    "bert": "BertTokenizer",
+    "distilbert": "DistilBertTokenizer",
+    "mpnet": "MPNetTokenizer",
 }
 """The class that transformers takes for a type of model whose tokenizer_config.json names none."""
+_WORD_PIECES = frozenset(
+    ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MPNetTokenizer")
+)
+"""The classes for which the settings say how a text is normalized, whatever tokenizer.json says."""
 _OLD_TEKKEN_SPECIAL = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]"),
     *("[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]"),
@@ -372,7 +379,19 @@ def _byte_letters() -> dict[int, str]:
 
 
 def _whole(path: Path, settings: Mapping[str, Any], special: Mapping[str, str]) -> _Backend:
-    return tokenizers.Tokenizer.from_file(str(path))
+    backend = tokenizers.Tokenizer.from_file(str(path))
+    given = backend.normalizer
+    is_word_pieces = _class(path.parent, settings) in _WORD_PIECES
+    if is_word_pieces and isinstance(given, normalizers.BertNormalizer):
+        lower, chinese = settings.get("do_lower_case"), settings.get("tokenize_chinese_chars")
+        accents = settings.get("strip_accents")
+        backend.normalizer = normalizers.BertNormalizer(
+            clean_text=given.clean_text,
+            handle_chinese_chars=chinese is not False,
+            strip_accents=accents if isinstance(accents, bool) else None,  # None: as lowercase.
+            lowercase=lower is not False,
+        )
+    return backend
 
 
 _READERS: dict[str, Callable[[Path, Mapping[str, Any], Mapping[str, str]], _Backend]] = {

@@ -18,6 +18,7 @@ from model.template_values import WatchedMessage
 from model.tokenizer import MAX_PROMPT_CHARS, Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
+ENCODERS = FIXTURES.parent / "encoders"
 DOUBLING = (
     "{% set ns = namespace(s='ab') %}{% for i in range(60) %}{% set ns.s = TWICE %}{% endfor %}"
 )
@@ -202,6 +203,41 @@ def test_vocabulary_files_of_gpt2_suffice(tmp_path: Path) -> None:
     tokens = tokenizer.encode("the é</s>")
     assert (tokens[0], tokens[1], tokens[-1]) == (256, 258, 256)
     assert tokenizer.decode(tokens) == "the é"
+
+
+@pytest.mark.parametrize(
+    ("settings", "normalized"),
+    [
+        ({"do_lower_case": False}, " 日  Été"),
+        ({"do_lower_case": True}, " 日  ete"),
+        ({"do_lower_case": True, "strip_accents": False}, " 日  été"),
+        ({"do_lower_case": False, "strip_accents": True}, " 日  Ete"),
+        ({"tokenize_chinese_chars": False}, "日 ete"),
+        ({"tokenizer_class": "BertTokenizerFast", "do_lower_case": False}, " 日  Été"),
+        ({"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False}, "日 été"),
+    ],
+)
+def test_the_settings_of_word_pieces_count_and_not_their_file(
+    tmp_path: Path, settings: dict[str, object], normalized: str
+) -> None:
+    """transformers 5.24 gives the same, and takes a file of no class of its own as it is."""
+    model = Path(shutil.copytree(ENCODERS / "minilm", tmp_path / "model"))
+    path = model / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["normalizer"] |= {"lowercase": True, "strip_accents": False}
+    values["normalizer"] |= {"handle_chinese_chars": False}
+    path.write_text(json.dumps(values))
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    backend = Tokenizer.load(model).backend
+    assert backend.normalizer.normalize_str("日 Été") == normalized
+
+
+def test_another_normalizer_of_word_pieces_stays(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(ENCODERS / "minilm", tmp_path / "model"))
+    path = model / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"normalizer": {"type": "NFC"}}))
+    (model / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    assert Tokenizer.load(model).backend.normalizer.normalize_str("É") == "É"
 
 
 MERGES_NOTHING = b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "a"]]}}'
