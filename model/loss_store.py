@@ -35,7 +35,6 @@ from model.memory import memory_bytes
 from model.passages import built_in_text, split_passages
 from model.quantize import BITS, Format, Quantizer, Scheme
 from model.spec import ModelSpec
-from model.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -148,10 +147,14 @@ def _text(checkpoint: Checkpoint) -> list[list[int]]:
         )
     tokens = affordable_tokens(spec)
     try:
+        from model.tokenizer import Tokenizer  # A plan that measures nothing does without.
+
         tokenizer = Tokenizer.load(checkpoint.directory)
         encoded = [tokenizer.encode(passage) for passage in built_in_text()]
     except ModelError as error:
         raise LossUnknown(f"there is no text to measure with: {error}") from error
+    except ModuleNotFoundError as error:
+        raise LossUnknown(f"measuring needs {error.name}, which this installation lacks") from error
     known = [[token for token in one if token < spec.vocab] for one in encoded]
     sequences = split_passages(known, min(SEQUENCE_TOKENS, spec.max_context), tokens)
     if not sequences:

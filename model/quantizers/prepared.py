@@ -28,7 +28,6 @@ from model.passages import built_in_text, passages_of, split_passages
 from model.quantize import PREPARED, Format, Quantizer
 from model.quantizers.blocks import BlockText, needed_bytes, prepared_block, rounded_block
 from model.reference import ReferenceModel
-from model.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from model.checkpoint import Checkpoint
@@ -207,6 +206,8 @@ def quantized(
 
 def text_sequences(checkpoint: Checkpoint, text: str | None) -> tuple[tuple[int, ...], ...]:
     """Return the token ids of a text, or of the text that a model has. Raises ModelError."""
+    from model.tokenizer import Tokenizer  # Other schemes do without its library.
+
     spec, tokenizer = checkpoint.spec, Tokenizer.load(checkpoint.directory)
     passages = built_in_text() if text is None else passages_of(text)
     beside = checkpoint.directory / TEXT_FILE

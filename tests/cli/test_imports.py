@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.errors import EXIT_UNREACHABLE
+from cli.errors import EXIT_UNREACHABLE, Unavailable
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +53,28 @@ def test_plans_for_described_devices_need_no_server(
     assert shown.returncode == 0, shown.stderr
     assert "plan for opt-pre, predicted from" in shown.stdout
     assert list((tmp_path / "shoal" / "coordinator").rglob("*.json"))
+
+
+def test_plans_without_a_tokenizer_assume_what_a_text_would_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
+    lab = "--devices=examples/labs/home-4-pis.yaml"
+    shown = run_without(["tokenizers"], "plan", "tests/fixtures/opt-pre", lab)
+    assert shown.returncode == 0, shown.stderr
+    assert "measuring needs tokenizers, which this installation lacks" in shown.stdout
+
+
+def test_a_plan_that_needs_a_tokenizer_says_that_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STATE_DIRECTORY", str(tmp_path))
+    lab = "--devices=examples/labs/home-4-pis.yaml"
+    model = "tests/fixtures/opt-pre"
+    shown = run_without(["tokenizers"], "plan", model, lab, "--scheme", "gptq")
+    assert shown.returncode == Unavailable.exit_code
+    assert shown.stderr.startswith("error: this installation lacks tokenizers: pip install")
+    assert shown.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", ["ps", "devices"])
