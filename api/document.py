@@ -1,6 +1,7 @@
 """/openapi.json: the OpenAPI document of the routes for clients.
 
-Types, ranges and names are here. How fields act together is in docs/api.md.
+Types and names are here, and ranges by the constants of what reads them. How fields act together is
+in docs/api.md.
 """
 
 from __future__ import annotations
@@ -14,12 +15,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from api.openai.encoders import MOST_ANSWERS, MOST_TEXTS
+from api.openai.sampling import (
+    MAX_CHOICES,
+    MAX_STOP_CHARACTERS,
+    MAX_STOP_STRINGS,
+    MAX_TOKENS,
+)
 from model.generation import (
     MAX_PENALTY,
     MAX_REPETITION_PENALTY,
     MAX_TEMPERATURE,
+    MAX_TOP_K,
     MIN_REPETITION_PENALTY,
 )
+from wire.logprobs import MOST_TOP_LOGPROBS
 
 Schema = dict[str, Any]
 
@@ -100,14 +110,8 @@ def _ref(name: str) -> Schema:
 
 
 _FLAG = _or_null({"type": "boolean"})
-_STOP = _or_null(
-    {
-        "anyOf": [
-            {"type": "string", "minLength": 1, "maxLength": 256},
-            _list({"type": "string", "minLength": 1, "maxLength": 256}, maxItems=4),
-        ]
-    }
-)
+_STOP_TEXT: Schema = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARACTERS}
+_STOP = _or_null({"anyOf": [_STOP_TEXT, _list(_STOP_TEXT, maxItems=MAX_STOP_STRINGS)]})
 
 COMMON: dict[str, Schema] = {
     "model": _TEXT,
@@ -119,18 +123,18 @@ COMMON: dict[str, Schema] = {
     "seed": _integer(-(1 << 63), (1 << 63) - 1),
     "temperature": _number(0, MAX_TEMPERATURE),
     "top_p": _number(0, 1),
-    "top_k": _integer(0),
+    "top_k": _integer(0, MAX_TOP_K),
     "min_p": _number(0, 1),
     "repetition_penalty": _number(MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY),
     "presence_penalty": _number(-MAX_PENALTY, MAX_PENALTY),
     "frequency_penalty": _number(-MAX_PENALTY, MAX_PENALTY),
     "logit_bias": _or_null({"type": "object", "additionalProperties": {"type": "number"}}),
-    "n": _integer(1, 128),
-    "max_tokens": _integer(0),
+    "n": _integer(1, MAX_CHOICES),
+    "max_tokens": _integer(0, MAX_TOKENS),
     "ignore_eos": _FLAG,
     "return_token_ids": _FLAG,
     "cache_prompt": _FLAG,
-    "speculative.n_max": _integer(0),
+    "speculative.n_max": _integer(0, MAX_TOKENS),
     "speculative.draft_model": _FLAG,
     "response_format": _or_null(_OBJECT),
     "json_schema": _or_null({}),
@@ -205,12 +209,12 @@ _TOOL = {
 
 CHAT: dict[str, Schema] = {
     "messages": _list(_MESSAGE, minItems=1),
-    "max_completion_tokens": _integer(1),
+    "max_completion_tokens": _integer(1, MAX_TOKENS),
     "tools": _or_null(_list(_TOOL)),
     "tool_choice": _or_null({"anyOf": [{"enum": ["none", "auto", "required"]}, _OBJECT]}),
     "parallel_tool_calls": _FLAG,
     "logprobs": _FLAG,
-    "top_logprobs": _integer(0, 20),
+    "top_logprobs": _integer(0, MOST_TOP_LOGPROBS),
     "reasoning_effort": _one_of("none", "minimal", "low", "medium", "high", "xhigh"),
     "enable_thinking": _FLAG,
     "reasoning_format": _one_of("auto", "deepseek", "none"),
@@ -219,9 +223,9 @@ CHAT: dict[str, Schema] = {
 _TOKENS = _list({"type": "integer", "minimum": 0})
 COMPLETION: dict[str, Schema] = {
     "prompt": {"anyOf": [_TEXT, _TOKENS, _list(_TEXT, minItems=1), _list(_TOKENS, minItems=1)]},
-    "logprobs": _or_null({"anyOf": [{"type": "integer", "minimum": 0}, {"const": False}]}),
+    "logprobs": {"anyOf": [_integer(0, MOST_TOP_LOGPROBS), {"const": False}]},
     "echo": _FLAG,
-    "best_of": _integer(1, 128),
+    "best_of": _integer(1, MAX_CHOICES),
 }
 
 _USAGE = _open({"prompt_tokens": _WHOLE, "completion_tokens": _WHOLE, "total_tokens": _WHOLE})
@@ -233,7 +237,7 @@ _OF_ENCODERS: dict[str, Schema] = {
         "anyOf": [
             _TEXT,
             _TOKENS,
-            _list({"anyOf": [_TEXT, _list(_TEXT), _TOKENS]}, minItems=1, maxItems=2048),
+            _list({"anyOf": [_TEXT, _list(_TEXT), _TOKENS]}, minItems=1, maxItems=MOST_TEXTS),
         ]
     },
     "truncate": _FLAG,
@@ -275,9 +279,7 @@ _SCHEMAS: dict[str, Schema] = {
             "object": {"const": "chat.completion"},
             "created": _WHOLE,
             "model": _TEXT,
-            "choices": _list(
-                _open({"index": _WHOLE, "message": _OBJECT, "finish_reason": _FINISH})
-            ),
+            "choices": _list(_ref("Choice")),
             "usage": _USAGE,
         }
     ),
@@ -298,7 +300,7 @@ _SCHEMAS: dict[str, Schema] = {
             "model": _TEXT,
             "input": {"anyOf": [_TEXT, _list(_OBJECT, minItems=1)]},
             "instructions": _or_null(_TEXT),
-            "max_output_tokens": _integer(1),
+            "max_output_tokens": _integer(1, MAX_TOKENS),
             "stream": _FLAG,
             "temperature": _number(0, MAX_TEMPERATURE),
             "top_p": _number(0, 1),
@@ -322,7 +324,7 @@ _SCHEMAS: dict[str, Schema] = {
         "type": "object",
         "properties": {
             "model": _TEXT,
-            "max_tokens": {"type": "integer", "minimum": 1},
+            "max_tokens": {"type": "integer", "minimum": 1, "maximum": MAX_TOKENS},
             "messages": _list(
                 {
                     "type": "object",
@@ -337,7 +339,7 @@ _SCHEMAS: dict[str, Schema] = {
             "system": {"anyOf": [_TEXT, _list(_PART)]},
             "stream": _FLAG,
             "temperature": _number(0, MAX_TEMPERATURE),
-            "stop_sequences": _list({"type": "string", "minLength": 1}, maxItems=4),
+            "stop_sequences": _list(_STOP_TEXT, maxItems=MAX_STOP_STRINGS),
             "tools": _list(_OBJECT),
         },
         "required": ["max_tokens", "messages"],
@@ -403,7 +405,7 @@ _SCHEMAS: dict[str, Schema] = {
             "model": _TEXT,
             "question": _TEXT,
             "context": _TEXT,
-            "top": _integer(1, 20),
+            "top": _integer(1, MOST_ANSWERS),
             "may_lack": _FLAG,
             "user": _TEXT,
         },

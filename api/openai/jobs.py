@@ -11,7 +11,7 @@ from api.openai.constraints import constrained
 from api.openai.fields import IGNORED, KNOWN, NEUTRAL, flag, number
 from api.openai.prompts import chat_prompt, completion_prompts, encode, format_of
 from api.openai.reading import Reading
-from api.openai.sampling import read_choices, read_sampling, read_stop
+from api.openai.sampling import MAX_TOKENS, read_choices, read_sampling, read_stop
 from api.openai.tools import read_tools
 from coordinator.loading.deployment import Deployment
 from coordinator.serving.choices import Run, seed_of
@@ -127,7 +127,7 @@ def read_job(deployment: Deployment, body: Mapping[str, Any], *, chat: bool) -> 
 
 def read_shortcuts(body: Mapping[str, Any]) -> Shortcuts:
     """Read llama-server's fields for the prompt's cache and for guesses. Raises RequestInvalid."""
-    most = number(body, "speculative.n_max", limits.DRAFT_TOKENS, 0, 1 << 31, whole=True)
+    most = number(body, "speculative.n_max", limits.DRAFT_TOKENS, 0, MAX_TOKENS, whole=True)
     keeps = body.get("cache_prompt") is None or flag(body, "cache_prompt")
     model = body.get("speculative.draft_model") is None or flag(body, "speculative.draft_model")
     return Shortcuts(keeps, int(most), model)

@@ -30,6 +30,9 @@ MAX_STOP_CHARACTERS = 256
 MAX_CHOICES = 128
 """The most answers to one request, those to all its prompts together."""
 
+MAX_TOKENS = 1 << 31
+"""The most tokens that an answer may be asked to have. The context bounds them, too."""
+
 _NEUTRAL_SAMPLING = {
     "temperature": 1.0,
     "top_k": 0,
@@ -49,7 +52,7 @@ def read_sampling(deployment: Deployment, body: Mapping[str, Any], *, chat: bool
     penalties = MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
     echo = not chat and flag(body, "echo")
     # With echo, a request may want nothing but the prompt.
-    tokens = int(number(body, limit, default, 0 if echo else 1, 1 << 31, whole=True))
+    tokens = int(number(body, limit, default, 0 if echo else 1, MAX_TOKENS, whole=True))
     top_logprobs = read_logprobs(body, chat=chat)
     seed = number(body, "seed", requests.current().seed, -(1 << 63), (1 << 63) - 1, whole=True)
     return Sampling(

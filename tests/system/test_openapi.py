@@ -89,3 +89,34 @@ def test_the_document_has_every_field() -> None:
     for own, table in ((CHAT_FIELDS, CHAT), (COMPLETION_FIELDS, COMPLETION)):
         documented = COMMON.keys() | table.keys()
         assert shared | own <= documented
+
+
+def bounded() -> Iterator[Any]:
+    """Every field of OpenAI's that is a number: its route, its name and its schema."""
+    for path, table in (("/v1/chat/completions", CHAT), ("/v1/completions", COMPLETION)):
+        for field, schema in {**COMMON, **table}.items():
+            for one in schema.get("anyOf", ()):
+                for form in one.get("anyOf", [one]):
+                    if form.get("type") in ("integer", "number"):
+                        yield pytest.param(path, field, form, id=f"{path}-{field}")
+
+
+@pytest.mark.parametrize(("path", "field", "schema"), list(bounded()))
+def test_the_largest_number_in_the_document_is_the_largest_that_is_read(
+    scripted: ScriptedCluster, path: str, field: str, schema: dict[str, Any]
+) -> None:
+    def status(value: float) -> tuple[int, str]:
+        body: dict[str, Any] = {"prompt": "a"}
+        if "chat" in path:
+            body = {"messages": [{"role": "user", "content": "a"}]}
+            body["logprobs"] = field == "top_logprobs"
+        body |= {"max_tokens": 1, field: value}
+        if field == "best_of":
+            body["n"] = value
+        answer = httpx.post(scripted.url + path, json=body, timeout=60)
+        return answer.status_code, answer.text
+
+    assert status(schema["maximum"])[0] == 200
+    code, text = status(schema["maximum"] + 1)
+    assert code == 400
+    assert ("n" if field == "best_of" else field) in text
