@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from backends.base import Backend, BackendUnavailable, Capabilities, StageOptions
 from backends.checks import check_blocks
 from backends.torch_capture import DEVICE
+from backends.torch_libraries import map_libraries
 from model.spec import ModelSpec
 
 if TYPE_CHECKING:
@@ -173,6 +174,7 @@ def _load_encoder(
 
 def _torch(backend: str) -> Any:
     """Return the module torch. Raises BackendUnavailable that names what to install."""
+    map_libraries()
     try:
         import torch
     except ModuleNotFoundError as error:
