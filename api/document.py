@@ -505,7 +505,8 @@ def _path(path: str, summary: str, request: str, answer: str, stream: str) -> Sc
     if answer:
         content: Schema = {"application/json": {"schema": _ref(answer)}}
         if stream:
-            content["text/event-stream"] = {"schema": {"type": "string", "description": stream}}
+            # No type: some tools take the whole body for the value, a text, and some each event.
+            content["text/event-stream"] = {"schema": {"description": stream}}
         responses = {"200": {"description": "The answer.", "content": content}, **responses}
     operation: Schema = {"summary": summary, "responses": responses}
     if "{model}" in path:

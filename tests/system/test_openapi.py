@@ -67,6 +67,23 @@ def test_answers_are_as_the_document_says(
 
 
 @pytest.mark.parametrize(
+    ("path", "prompt"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+        ("/v1/completions", {"prompt": "a"}),
+    ],
+)
+def test_a_stream_is_as_the_document_says(
+    scripted: ScriptedCluster, path: str, prompt: dict[str, Any]
+) -> None:
+    body = {**prompt, "max_tokens": 2, "stream": True}
+    case = SCHEMA[path]["POST"].Case(body=body, media_type="application/json")
+    answer = case.call(base_url=scripted.url, timeout=60)
+    assert answer.headers["content-type"][0].startswith("text/event-stream")
+    case.validate_response(answer, checks=CHECKS)
+
+
+@pytest.mark.parametrize(
     ("path", "body", "needs"),
     [
         ("/v1/embeddings", {"input": "a"}, "load a model that gives vectors"),
