@@ -192,6 +192,7 @@ def test_answers_in_flight_begin_again(late: LateCluster, endless: Path, harmful
     blocks = artifacts(late.directory / "pi" / "blocks")
     for path in prepared(late) if harmful else blocks[:1]:
         flip_bytes(path, path.stat().st_size // 2)
+    (late.directory / "pi" / "hold").touch()
     late.load(endless, *options)
     begun = threading.Event()
     with ThreadPoolExecutor(2) as pool:
