@@ -28,6 +28,7 @@ from model.errors import CheckpointError
 from model.quantize import BITS, Format, Scheme
 from model.reference import ReferenceModel
 from model.spec import ExpertSpec, LayerSpec, ModelSpec, RopeSpec
+from tests.thorough import some
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CHECKPOINTS = sorted(path.parent.name for path in FIXTURES.glob("*/config.json"))
@@ -156,7 +157,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return kind()
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", some(BITS, 3, 4, 8, 32))
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_checkpoint(backend: Backend, name: str, bits: int, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(FIXTURES / name)
@@ -170,7 +171,10 @@ def test_checkpoint(backend: Backend, name: str, bits: int, tmp_path: Path) -> N
     check_against_reference(backend, spec, artifacts)
 
 
-@pytest.mark.parametrize(("bits", "scheme"), [(3, "truncate"), (8, "truncate"), (4, "rtn")])
+@pytest.mark.parametrize(
+    ("bits", "scheme"),
+    some([(3, "truncate"), (8, "truncate"), (4, "rtn")], (3, "truncate"), (4, "rtn")),
+)
 @pytest.mark.parametrize("name", [*LAYERS, *EXPERT_LAYERS])
 def test_feature(backend: Backend, name: str, bits: int, scheme: Scheme, tmp_path: Path) -> None:
     spec, tensors = random_model((LAYERS | EXPERT_LAYERS)[name])

@@ -16,6 +16,7 @@ from model.checkpoint import Checkpoint
 from model.quantize import Format
 from model.reference import ReferenceModel
 from tests.parity import FAMILIES, NAMES, Case, Golden, Rows
+from tests.thorough import some
 
 ATOL = 1e-4
 """Of logits, against transformers: fp32 arithmetic in another order."""
@@ -50,7 +51,7 @@ def test_continuations_vary(name: str) -> None:
     assert Golden.load(FAMILIES / name).distinct_fraction > 0.4
 
 
-@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("stages", some([1, 2, 3], 2))
 @pytest.mark.parametrize("name", NAMES)
 def test_stages_equal_transformers(
     backend: Backend, name: str, stages: int, tmp_path: Path

@@ -35,6 +35,7 @@ def figures(device: dict[str, Any]) -> dict[str, Conditions]:
     return {name: Conditions(**of) for name, of in device["conditions"]}
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="others yield the only core")
 def test_what_a_busy_machine_measured_is_marked_and_measured_again(
     tmp_path: Path, spinning: list[subprocess.Popen[bytes]]

@@ -69,6 +69,7 @@ PINS = ("--pin=layers=0-0:pi-1", "--pin=layers=1-1:pi-2", "--pin=layers=2-2:pi-3
 EXACT = ("--bits=32", "--hop-bits=32", "--replace")
 
 
+@pytest.mark.thorough
 def test_each_kind_of_encoder_answers_over_three_agents(three: Cluster) -> None:
     vectors_of(three)
     classes_of(three)

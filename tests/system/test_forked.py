@@ -6,6 +6,7 @@ import signal
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.system import forked
@@ -30,6 +31,14 @@ def test_the_environment_is_that_of_the_test(
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "own"))
     assert str(tmp_path / "own") in forked.run(["pull", "org/name"], 60).stderr
+
+
+def test_nothing_that_runs_is_forked() -> None:
+    """A lock that another thread held would stay locked in every process."""
+    forked.run(["--version"], 60)
+    children = psutil.Process().children()
+    (server,) = (one for one in children if "forkserver" in " ".join(one.cmdline()))
+    assert server.num_threads() == 1
 
 
 def test_signals_end_it_as_they_end_others(tmp_path: Path) -> None:

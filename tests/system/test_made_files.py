@@ -75,6 +75,7 @@ def corals(tmp_path: Path, library: Path) -> Iterator[CoralCluster]:
     cluster.stop()
 
 
+@pytest.mark.thorough
 def test_the_coordinator_compiles_once_for_a_device_that_cannot(corals: CoralCluster) -> None:
     corals.compiling.add("coordinator")
     corals.start_coordinator()

@@ -38,6 +38,7 @@ def devices(cluster: Cluster) -> list[str]:
     return [stage["device"] for stage in now["stages"]] if now["state"] == "ready" else []
 
 
+@pytest.mark.thorough
 def test_answers_go_over_to_a_device_that_is_back(
     tmp_path: Path, model: Path, request: pytest.FixtureRequest
 ) -> None:
