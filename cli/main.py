@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,8 +30,12 @@ Run = Callable[[argparse.Namespace, Screen], None]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code. No traceback reaches the user."""
-    parser = _parser(_named(sys.argv[1:] if arguments is None else arguments))
-    options = parser.parse_args(arguments)
+    try:
+        parser = _parser(_named(sys.argv[1:] if arguments is None else arguments))
+        options = parser.parse_args(arguments)
+    except ImportError as error:
+        Screen(json_output=False, journal=under_journal()).error(_not_loading(error))
+        return Unavailable.exit_code
     journal = under_journal()
     screen = Screen(json_output=getattr(options, "json", False), journal=journal)
     logging.basicConfig(
@@ -67,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"to use `shoal {options.command}`"
         )
         return Unavailable.exit_code
+    except ImportError as error:
+        screen.error(_not_loading(error))
+        return Unavailable.exit_code
     except BrokenPipeError:
         # The reader has seen enough. Without this, Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -77,6 +85,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return CommandFailed.exit_code
     return 0
+
+
+def _not_loading(error: ImportError) -> str:
+    """Name the library that does not load, what it lacks, and how to install it again.
+
+    It may have been built for another Python or system, or lack a library of the system.
+    """
+    frames = traceback.walk_tb(error.__traceback__)
+    modules = [str(frame.f_globals.get("__name__", "")) for frame, _ in frames]
+    importing = [name for name in modules if not name.startswith("importlib.")][-1]
+    library = (error.name or importing).partition(".")[0]
+    first: BaseException = error
+    while isinstance(first.__context__, ImportError):
+        first = first.__context__  # numpy, for one, puts pages of advice around it.
+    cause = str(first).strip().partition("\n")[0].rstrip(".")
+    return (
+        f"{library} does not load ({cause}): install what is missing, or "
+        f"`{sys.executable} -m pip install --force-reinstall {library}`"
+    )
 
 
 # ---- commands ----------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -137,3 +138,30 @@ def test_the_collector_runs_while_a_command_does_and_leaves_modules_alone() -> N
         timeout=60,
     )
     assert shown.stdout == "True True\n"
+
+
+@pytest.mark.parametrize(
+    ("library", "source"),
+    [
+        ("tokenizers", "raise ImportError('libgone.so.1: cannot open shared object file')"),
+        (
+            "numpy",
+            "try:\n"
+            "    raise ImportError('libgone.so.1: cannot open shared object file')\n"
+            "except ImportError as error:\n"
+            "    raise ImportError('\\n\\nPLEASE READ THIS\\n\\n') from error\n",
+        ),
+    ],
+)
+def test_a_library_that_does_not_load_is_named(tmp_path: Path, library: str, source: str) -> None:
+    (tmp_path / f"{library}.py").write_text(source)
+    lab = ROOT / "examples" / "labs" / "mixed-32.yaml"
+    plan = ["plan", str(ROOT / "tests" / "fixtures" / "llama"), f"--devices={lab}"]
+    for arguments in (["coordinator", f"--state-dir={tmp_path}"], plan):
+        command = [sys.executable, "-m", "cli", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+        assert done.returncode == 4
+        (line,) = done.stderr.splitlines()
+        assert f"{library} does not load (libgone.so.1: cannot open shared object file)" in line
+        assert line.endswith(f"-m pip install --force-reinstall {library}`")
