@@ -19,6 +19,7 @@ from tokenizers import AddedToken, normalizers
 
 from model.bounded import read_bytes, read_json
 from model.errors import TokenizerError
+from model.families.embedders import takes_lower_case
 from model.given import kind_of_file
 from model.sentencepiece import SentencePiece, read_sentencepiece
 from model.splittings import QWEN2_PATTERN
@@ -93,7 +94,8 @@ def load_backend(
     tokenizer.json, tekken.json, tokenizer.model, vocab.json with merges.txt.
 
     settings: of tokenizer_config.json. special: texts of special tokens, by names like bos_token.
-    Raises TokenizerError that names the file and what to do.
+    Raises TokenizerError, or CheckpointError for files of sentence-transformers, that names the
+    file and what to do.
     """
     for name, read in _READERS.items():
         path = directory / name
@@ -103,7 +105,7 @@ def load_backend(
         try:
             if path.stat().st_size > MAX_FILE_BYTES:
                 raise TokenizerError("larger than any tokenizer; is it the right file?")
-            return read(path, settings, special)
+            backend = read(path, settings, special)
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
                 raise
@@ -112,6 +114,10 @@ def load_backend(
                 raise TokenizerError(f"{path}: {error}") from error
             wrong = wrong or f"{one_line(error)}; fetch it again"
             raise TokenizerError(f"{path}: not a valid tokenizer: {wrong}") from error
+        if takes_lower_case(directory):
+            given = [] if backend.normalizer is None else [backend.normalizer]
+            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *given])
+        return backend
     raise TokenizerError(_missing(directory))
 
 

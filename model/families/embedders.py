@@ -16,7 +16,7 @@ from model.spec import DenseActivation, ModelSpec, OutputSpec, Pooling, StepSpec
 
 MODULES = "modules.json"
 PROMPTS = "config_sentence_transformers.json"
-LENGTH = "sentence_bert_config.json"
+SETTINGS = "sentence_bert_config.json"
 
 _MAX_BYTES = 1 << 20
 _POOLING: dict[str, Pooling] = {
@@ -61,7 +61,7 @@ def with_files(spec: ModelSpec, directory: Path) -> ModelSpec:
     if pooling is None:
         raise CheckpointError(f"{modules}: has no Pooling step; is the download complete?")
     output = OutputSpec("vector", pooling, normalized=normalized, steps=tuple(dense))
-    length = _most_tokens(directory / LENGTH, spec.max_context)
+    length = _most_tokens(directory / SETTINGS, spec.max_context)
     return replace(spec, output=output, tied_head=False, logit_cap=None, max_context=length)
 
 
@@ -73,6 +73,15 @@ def _most_tokens(path: Path, context_tokens: int) -> int:
     if type(length) is not int or length < 1:
         raise CheckpointError(f"{path}: max_seq_length {length!r:.40} is not a number of tokens")
     return min(length, context_tokens)
+
+
+def takes_lower_case(directory: Path) -> bool:
+    """Whether all texts become lower case, whatever the tokenizer's own files say.
+
+    Raises CheckpointError for a file that is malformed.
+    """
+    path = directory / SETTINGS
+    return path.is_file() and _object(path).get("do_lower_case") is True
 
 
 def dense_folders(directory: Path) -> list[Path]:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.errors import TokenizerError
+from model.errors import CheckpointError, TokenizerError
 from model.sentencepiece import read_sentencepiece
 from model.tokenizer import Tokenizer
 
@@ -188,3 +188,22 @@ def test_damaged_sentencepiece_models_are_errors(noise: bytes, start: int, end: 
 def test_a_cut_sentencepiece_model_is_refused(end: int) -> None:
     with pytest.raises(TokenizerError, match="no sentencepiece model, or damaged"):
         read_sentencepiece(WHOLE[:end])
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma", "llama", "qwen2", "unigram"])
+def test_texts_become_lower_case_if_sentence_transformers_says_so(
+    tmp_path: Path, name: str
+) -> None:
+    model = folder(tmp_path, name, GOLDEN[name]["variants"][0]["settings"])
+    texts = ("The LAMP in the Attic", "the lamp in the attic")
+    cased = [Tokenizer.load(model).encode_text(text).tokens for text in texts]
+    assert cased[0] != cased[1]
+    file = model / "sentence_bert_config.json"
+    for lowers in (False, True):
+        file.write_text(json.dumps({"max_seq_length": 128, "do_lower_case": lowers}))
+        found = [Tokenizer.load(model).encode_text(text) for text in texts]
+        assert [one.tokens for one in found] == ([cased[1]] * 2 if lowers else cased)
+        assert found[0].offsets == found[1].offsets or not lowers
+    file.write_text("[]")
+    with pytest.raises(CheckpointError, match=r"sentence_bert_config.json: not a JSON object"):
+        Tokenizer.load(model)
