@@ -17,6 +17,7 @@ from model.reference import ReferenceModel
 from model.tokenizer import Tokenizer
 from tests.greedy import generate_greedy
 from tests.system.cluster import FIXTURES, Cluster
+from tests.thorough import some
 
 FAMILIES = ("opt-pre", "opt-post", "llama", "mistral", "qwen2", "qwen3")
 NAMES = ("pi-1", "pi-2", "pi-3")
@@ -67,7 +68,7 @@ def answer(cluster: Cluster, model: Path, prompt: str) -> list[int]:
     return tokens
 
 
-@pytest.mark.parametrize("agents", [1, 2, 3])
+@pytest.mark.parametrize("agents", some([1, 2, 3], 3))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tokens_at_32_bits_are_those_of_transformers(
     three: Cluster, family: str, agents: int
@@ -83,7 +84,7 @@ def test_tokens_at_32_bits_are_those_of_transformers(
     assert {block["bits"] for block in plan["blocks"]} == {32}
 
 
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", some([8, 4], 4))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_quantized_tokens_are_those_of_the_reference(
     three: Cluster, family: str, bits: int, tmp_path: Path
