@@ -33,8 +33,10 @@ from planning.plan import (
     verify,
 )
 from planning.problem import ONE_TOKEN, Device, PlanningProblem
-from planning.search.base import Found
+from planning.search.base import PACK_S, Found
+from planning.search.packing import pack
 from planning.search.search import search
+from planning.search.tables import Tables
 from planning.shortage import shortage
 from planning.teams import incidence, refused
 from planning.time_limit import now_s
@@ -408,12 +410,16 @@ class _Runner:
         if aim in ("any", "best", "sensitivity") and shortage(problem) is not None:
             self.refused = True
             return None
-        if aim == "any" and counts(problem) > _small(problem):
+        large = counts(problem) > _small(problem) or len(problem.links) > _FEW_LINKS
+        if aim == "any" and large:
             # The search finds some plan of many devices sooner than the solver.
             found = _search(problem, self, gap=0.5, share=0.2)
             plan = _plan_of(problem, found.choice, Proof("search", 0.0, found.bound))
-            if plan is not None:
+            if plan is not None or found.impossible:
+                self.refused = found.impossible
                 return plan
+        if aim == "sensitivity" and large and (plan := _least_lossy(problem)) is not None:
+            return plan
         if not writable(problem) or not self.left_s():
             self.unsure = True
             return None
@@ -423,6 +429,17 @@ class _Runner:
             return None
         choice = program.choice(outcome.values)
         return assess(problem, choice.stages, Proof("", 0.0, 0.0), choice.hop_bits)
+
+
+def _least_lossy(problem: PlanningProblem) -> Plan | None:
+    """A plan that loses hardly more than it must, found by counts; None if that finds none."""
+    losses = Usable(problem).loss
+    most = float(np.where(np.isfinite(losses), losses, 0.0).max((0, 2)).sum())
+    problem = replace(problem, quality_budget=min(most, problem.quality_budget or 0.0))
+    tables = Tables(problem, _ties(problem))
+    walk = pack(tables, limit_s=PACK_S).walk if tables.longest else None
+    choice = None if walk is None else tables.choice(walk.spans, walk.chosen, walk.hops)
+    return _plan_of(problem, choice, Proof("search", 0.0, 0.0))
 
 
 def _in_order(problem: PlanningProblem, stages: Sequence[StageChoice]) -> list[StageChoice]:
@@ -578,8 +595,9 @@ def _explain(problem: PlanningProblem, reason: str | None, runner: _Runner) -> I
         links = _missing_links(problem, runner, problem.no_links)
     # Before the advice, which may take all the time.
     if reason is None and not links:
-        if proved is not None:
-            soon = _Runner(min(runner.deadline_s, now_s() + _SHORTAGE_S), runner.solver)
+        # The advice tells more, and needs time too.
+        longest_s = runner.left_s() / 2 if proved is None else _SHORTAGE_S
+        soon = _Runner(min(runner.deadline_s, now_s() + longest_s), runner.solver)
         memory, storage = _shortage(problem, soon)
         closed = soon.closed  # The advice solves other programs.
         if not closed and proved is not None:

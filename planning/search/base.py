@@ -13,6 +13,7 @@ from planning.exact.program import Choice
 from planning.problem import Objective, ObjectiveKind
 from planning.search.bounds import Free, Pricer
 from planning.search.greedy import fill, walk_value
+from planning.search.packing import pack
 from planning.search.polish import Polish
 from planning.search.tables import Integers, Span, Tables
 from planning.time_limit import now_s
@@ -28,6 +29,9 @@ _GREEDY = 12
 
 EXCHANGE_SHARE = 0.25
 """Share of the time left for each search of better orders of devices."""
+
+PACK_S = 1.0
+"""The most seconds of a solver that counts runs."""
 
 _OTHER_SHARE = 0.25
 """Share of the time left for the search for the other kind of objective."""
@@ -93,6 +97,8 @@ class Search:
         if self.filled:
             return self.value
         self.filled = True
+        if self.value < math.inf and now_s() > self.deadline_s:
+            return self.value
         for walk in fill(self.tables, self.deadline_s)[:_GREEDY]:
             if self.value < math.inf and now_s() > self.deadline_s:
                 break
@@ -103,6 +109,16 @@ class Search:
                 continue
             self._keep(walk.spans, *polished)
         return self.value
+
+    def _pack(self) -> bool:
+        """Keep a plan by counts (``packing.py``). True if it is proved that no plan fits."""
+        packed = pack(self.tables, limit_s=PACK_S)
+        walk = packed.walk
+        if walk is not None and self._complete(walk.spans):
+            polished = Polish(self.tables, walk.spans, walk.chosen, walk.hops).run()
+            if polished is not None:
+                self._keep(walk.spans, *polished)
+        return packed.impossible
 
     def _impossible(self) -> bool:
         """Whether prices of devices prove that no plan fits, wherever hops lead."""

@@ -45,9 +45,13 @@ def fill(tables: Tables, until_s: float = math.inf) -> list[Filled]:
     """
     filler = _Filler(tables)
     best: dict[tuple[Span, ...], Filled] = {}
+    tried: set[bytes] = set()
     for options in filler.choices():
         if now_s() > until_s and any(one.within for one in best.values()):
             break
+        if options.tobytes() in tried:
+            continue
+        tried.add(options.tobytes())
         level = _Level(tables, options)
         for score in ("longest", "fastest", "largest", "given"):
             spans = level.walk(score)

@@ -54,6 +54,8 @@ def search(
     searching = _make(tables, until_s, max(gap, _LEAST_GAP) * (1 - 1e-6))
     searching.value = known
     searching._fill()
+    if searching.value == math.inf and searching._pack():
+        return Found(None, 0.0, impossible=True)
     if searching.value == math.inf and searching._impossible():
         return Found(None, 0.0, impossible=True)
     found = searching.run()

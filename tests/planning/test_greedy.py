@@ -17,6 +17,7 @@ from planning.search import base, slowest, sums
 from planning.search import search as plan_search
 from planning.search.beam import beam as real
 from planning.search.greedy import fill
+from planning.search.packing import Packed
 from planning.search.search import search
 from planning.search.tables import Tables
 from tests.planning.test_planner import make_problem, make_spec, random_extras
@@ -118,6 +119,7 @@ def test_each_search_finishes_the_walks_of_the_other(
     """Where its own beam finds nothing, and nothing is made at once."""
     problem = wide_problem(6, 4, 0, kind)
     monkeypatch.setattr(base, "fill", lambda *_: [])
+    monkeypatch.setattr(base, "pack", lambda *_, **__: Packed(None))
     owners: list[bool] = []
 
     def beam(tables: Tables, *arguments: object, **settings: object) -> object:

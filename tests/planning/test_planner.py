@@ -31,6 +31,7 @@ from planning.problem import (
 )
 from planning.search import base
 from planning.search.base import Found
+from planning.search.packing import Packed
 from planning.search.search import search
 from tests.thorough import some
 from wire.profile import LinkProfile
@@ -624,6 +625,7 @@ def test_a_plan_is_looked_for_even_when_the_limit_has_passed(
 ) -> None:
     """As on a slow machine: bounds take all the time there is, and no plan is made at once."""
     monkeypatch.setattr(base, "fill", lambda *_: [])
+    monkeypatch.setattr(base, "pack", lambda *_, **__: Packed(None))
     problem = replace(hard_problem(), objective=Objective(kind))
     found = search(problem, deadline_s=0.0, gap=0.01, last_resort_s=time.monotonic() + 60)
     assert found.choice is not None
