@@ -120,3 +120,23 @@ def test_the_coordinator_of_another_machine_needs_the_model_there(
         assert "no agent" in refused(run("load", "org/tiny", "--pin=layers=0:pi"))
     finally:
         cluster.stop()
+
+
+@pytest.mark.thorough
+def test_a_hubs_model_is_timed_from_its_config_and_shown_in_the_demo(
+    hub: Hub, tmp_path: Path
+) -> None:
+    def asked_for_weights() -> int:
+        return sum("model.safetensors" in path for _, path, _ in hub.requests)
+
+    timed = shoal("calibrate", "--model=org/tiny", "--json", f"--state-dir={tmp_path / 'state'}")
+    assert timed.returncode == 0, timed.stderr
+    assert len(last_json(timed)["layers"]["layers"]) > 0
+    assert asked_for_weights() == 0
+    shown = shoal("demo", "--model=org/tiny", "--json", "--max-tokens=8")
+    assert shown.returncode == 0, shown.stderr
+    assert len(last_json(shown)["tokens"]) > 0
+    assert asked_for_weights() > 0
+    fetched = asked_for_weights()
+    assert shoal("demo", "--model=org/tiny", "--json", "--max-tokens=8").returncode == 0
+    assert asked_for_weights() == fetched
