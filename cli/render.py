@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -99,7 +100,10 @@ class Screen:
 
     @contextmanager
     def progress(self) -> Iterator[Callable[[Mapping[str, Any]], None]]:
-        """Yield a function that takes the coordinator's steps, and draws bars for slow ones."""
+        """Yield a function that takes the coordinator's steps, and draws bars for slow ones.
+
+        Without a terminal there are no bars. rich would end them with an empty line even so.
+        """
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         bars = Progress(
@@ -111,7 +115,7 @@ class Screen:
             transient=True,
         )
         tasks: dict[tuple[str, str], TaskID] = {}
-        started_s = time.monotonic()
+        begins_s = time.monotonic() + BAR_AFTER_S if self.err.is_interactive else math.inf
 
         def on_step(step: Mapping[str, Any]) -> None:
             # Each device has its bar, because several are measured at once. Links share one.
@@ -130,7 +134,7 @@ class Screen:
             bars.update(
                 tasks[key], description=label, completed=step["done"], total=total, amount=amount
             )
-            if not bars.live.is_started and time.monotonic() - started_s > BAR_AFTER_S:
+            if not bars.live.is_started and time.monotonic() > begins_s:
                 bars.start()
 
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,13 +69,17 @@ def store(tmp_path: Path) -> CalibrationStore:
     return CalibrationStore(tmp_path / "state" / "calibration.json")
 
 
+measure_whole = partial(measure_table, clock_s=lambda: 0.0)
+"""With all points, however slow the machine is."""
+
+
 def places(result: LayerTable) -> set[tuple[int, int, int, str]]:
     return {(item.variant, item.container_bits, item.rows, item.context) for item in result.layers}
 
 
 def test_every_point_of_every_shape(backend: Backend, store: CalibrationStore) -> None:
     steps: list[tuple[int, int]] = []
-    result = measure_table(
+    result = measure_whole(
         SPEC,
         (4, 8),
         backend,
@@ -106,7 +111,7 @@ def test_every_point_of_every_shape(backend: Backend, store: CalibrationStore) -
 
 
 def test_operations_grow_with_rows_and_context(backend: Backend, store: CalibrationStore) -> None:
-    result = measure_table(SPEC, (4,), backend, threads=1, store=store)
+    result = measure_whole(SPEC, (4,), backend, threads=1, store=store)
     one, two = (
         next(item for item in result.layers if (item.rows, item.context) == (rows, "short"))
         for rows in (1, 2)
@@ -119,18 +124,18 @@ def test_operations_grow_with_rows_and_context(backend: Backend, store: Calibrat
 
 
 def test_what_is_stored_is_not_measured_again(backend: Backend, store: CalibrationStore) -> None:
-    first = measure_table(SPEC, (4,), backend, threads=1, store=store)
-    again = measure_table(SPEC, (4,), backend, threads=1, store=store)
+    first = measure_whole(SPEC, (4,), backend, threads=1, store=store)
+    again = measure_whole(SPEC, (4,), backend, threads=1, store=store)
     assert (again.layers, again.memory) == (first.layers, first.memory)
     assert again.reused == len(first.layers) + len(first.embedding_and_head)
-    assert measure_table(SPEC, (4,), backend, threads=2, store=store).reused == 0
-    assert measure_table(SPEC, (4,), backend, threads=1, store=store, again=True).reused == 0
+    assert measure_whole(SPEC, (4,), backend, threads=2, store=store).reused == 0
+    assert measure_whole(SPEC, (4,), backend, threads=1, store=store, again=True).reused == 0
 
 
 def test_agents_find_what_they_would_measure(
     backend: Backend, store: CalibrationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = measure_table(SPEC, (4,), backend, threads=1, store=store)
+    result = measure_whole(SPEC, (4,), backend, threads=1, store=store)
 
     def refuse(*_: object) -> None:
         raise AssertionError("measured again")
@@ -159,13 +164,13 @@ def test_without_time_only_the_most_important_points(
     assert places(few) == {(0, 4, 1, "short"), (1, 4, 1, "short")}
     assert few.left_out == 2 * len(ALL) - 2
     # The next run goes on from there.
-    rest = measure_table(SPEC, (4,), backend, threads=1, store=store)
+    rest = measure_whole(SPEC, (4,), backend, threads=1, store=store)
     assert rest.left_out == 0
     assert set(few.layers) < set(rest.layers)
 
 
 def test_a_short_context_has_fewer_points(backend: Backend, store: CalibrationStore) -> None:
-    result = measure_table(replace(SPEC, max_context=96), (4,), backend, threads=1, store=store)
+    result = measure_whole(replace(SPEC, max_context=96), (4,), backend, threads=1, store=store)
     assert {(item.rows, item.context) for item in result.layers} == {
         *((rows, "short") for rows in (1, 2, 4, 8, 16)),
         *((rows, "long") for rows in (1, 2, 4, 8, 16)),
@@ -176,7 +181,7 @@ def test_blocks_that_do_not_fit_are_left_out(
     backend: Backend, store: CalibrationStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layers, "memory_bytes", lambda: (1000, 1 << 30))
-    result = measure_table(SPEC, (4,), backend, threads=1, store=store)
+    result = measure_whole(SPEC, (4,), backend, threads=1, store=store)
     assert (result.layers, result.memory) == ((), ())
     # Of a head a part is enough.
     assert [item.kind for item in result.embedding_and_head] == ["head"]
@@ -192,7 +197,7 @@ def test_shares_are_in_the_table_and_agents_find_them(
     monkeypatch.setattr(layers, "_SHARE_EFFORT", (1, 0.001, 1.0))
     spec = replace(SPEC, layers=(replace(LAYER, kv_heads=4, head_dim=32, ffn=256),) * 2)
     numpy = NumpyBackend()
-    result = measure_table(spec, (32,), numpy, threads=1, store=store)
+    result = measure_whole(spec, (32,), numpy, threads=1, store=store)
     assert [share.fraction for share in result.shares] == [0.25, 0.5, 1.0]
     smaller, _, whole = result.shares
     assert 0 < smaller.flops < whole.flops
@@ -210,7 +215,7 @@ def test_shares_are_in_the_table_and_agents_find_them(
         (share.fraction, share.decode_s, share.prefill_s_per_token) for share in result.shares
     )
     # Nothing is measured again, and a backend without shares shows none.
-    again = measure_table(spec, (32,), numpy, threads=1, store=store)
+    again = measure_whole(spec, (32,), numpy, threads=1, store=store)
     assert again.shares == result.shares
     if not backend.probe().shares:
         without = measure_table(spec, (32,), backend, threads=1, store=store, budget_s=0.0)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from cli import render
 from cli.render import BAR_AFTER_S
 from model.checkpoint import Checkpoint
 from model.hub import this_machine
@@ -157,6 +158,16 @@ def test_progress_is_shown_on_a_terminal(hub: Hub) -> None:
     assert "fetching" in terminal.text
     assert "KiB/1.0 MiB" in terminal.text
     assert "/s, 0:0" in terminal.text
+
+
+def test_slow_work_says_nothing_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(render, "BAR_AFTER_S", -1.0)
+    with render.Screen(json_output=False).counting("fetch") as report:
+        report(1, 2)
+        report(2, 2)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_download_goes_on_after_its_process_was_killed(hub: Hub, tmp_path: Path) -> None:

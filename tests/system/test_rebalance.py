@@ -47,7 +47,9 @@ def test_the_present_plan_is_compared_with_the_best_one(cluster: Cluster) -> Non
     # Without a better plan nothing is moved either way.
     kept = last_json(cluster.run("rebalance", "--json"))
     kinds = [event["kind"] for event in cluster.get("/shoal/v1/events")["events"]]
-    assert ("moved_to" in kept, "moving" in kinds) == (kept["moves"], kept["moves"])
+    # A move begins beside the present plan, or in its place.
+    began = bool({"moved", "moving"} & set(kinds))
+    assert ("moved_to" in kept, began) == (kept["moves"], kept["moves"])
 
 
 def test_a_faster_device_gets_the_model_and_the_answer_goes_on_there(
