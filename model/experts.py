@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -87,18 +88,56 @@ def clipped_swiglu(gate: Array, up: Array, limit: float) -> tuple[Array, Array]:
     return gate * sigmoid, np.clip(up, -limit, limit) + 1
 
 
+@dataclass(frozen=True, eq=False)
+class ExpertCounts:
+    """How many rows of a text each expert got, in each layer with experts: [layer][expert]."""
+
+    layers: tuple[tuple[int, ...], ...]
+
+
 @functools.lru_cache(maxsize=1024)
-def busiest(held: tuple[int, ...], active: int, rows: int) -> float:
+def busiest(
+    held: tuple[int, ...], active: int, rows: int, counts: ExpertCounts | None = None
+) -> float:
     """Return how much more the busiest of several devices has to do than its part of the experts.
 
     held: experts of each device, all of the layer's together. Each of ``rows`` rows takes
-    ``active`` of them, chosen uniformly. It is the mean of many draws, which are always the same.
+    ``active`` of them: uniformly, or as often as rows of a text did. With ``counts`` it is the mean
+    of their layers, and 1 without a layer of so many experts. It is the mean of many draws, which
+    are always the same.
     """
     random = np.random.default_rng(0)
     draws = max(16, _DRAWS // rows)
-    taken = random.multivariate_hypergeometric(held, active, size=(draws, rows)).sum(axis=1)
     expected = rows * active * np.array(held) / sum(held)
-    return float((taken / expected).max(axis=1).mean())
+    if counts is None:
+        taken = random.multivariate_hypergeometric(held, active, size=(draws, rows)).sum(axis=1)
+        return float((taken / expected).max(axis=1).mean())
+    layers = [one for one in counts.layers if len(one) == sum(held)]
+    factors = [
+        (_taken(random, held, active, rows, one, max(1, draws // len(layers))) / expected).max(1)
+        for one in layers
+    ]
+    return float(np.mean(factors)) if factors else 1.0
+
+
+def _taken(
+    random: np.random.Generator,
+    held: tuple[int, ...],
+    active: int,
+    rows: int,
+    counts: tuple[int, ...],
+    draws: int,
+) -> Array:
+    """[draw, device]: how many experts of each device rows take, drawn without replacement.
+
+    An expert that no row of the text took may still be taken: each counts one row more.
+    """
+    # The largest of log-weights with Gumbel noise are such a draw (Efraimidis and Spirakis, 2006).
+    noise = random.gumbel(size=(draws, rows, len(counts)))
+    scores = np.log(np.array(counts) + 1.0) + noise
+    chosen = np.argpartition(scores, len(counts) - active, axis=2)[..., len(counts) - active :]
+    owners = np.repeat(np.arange(len(held)), held)[chosen].reshape(draws, -1)
+    return np.stack([(owners == device).sum(1) for device in range(len(held))], axis=1)
 
 
 def rows_of(layer: LayerSpec, expert: int, name: str) -> slice:

@@ -25,8 +25,9 @@ from model.artifact import Tensor
 from model.checkpoint import Checkpoint
 from model.divergence import divergences
 from model.errors import Cancelled
+from model.experts import ExpertCounts
 from model.quantize import BITS, Format, QuantizedMatrix, Quantizer, own_format, quantize
-from model.reference import ReferenceModel
+from model.reference import Observe, ReferenceModel
 from model.spec import QUANTIZED_TENSORS, ModelSpec
 
 MEASURED_BITS = 4
@@ -65,7 +66,9 @@ class LossEstimate:
     """The KL divergence that each block adds, in nats per token, by bits.
 
     ``margin`` is what a plan's sum is multiplied with. ``tokens`` were run, in ``seconds``.
-    ``plans`` maps the bits of all blocks to the measured divergence of that plan.
+    ``plans`` maps the bits of all blocks to the measured divergence of that plan. ``experts``: how
+    many of the tokens each expert got, by layer; None for a model without experts, and where an
+    earlier version has measured.
     """
 
     blocks: tuple[Mapping[int, float], ...]
@@ -73,6 +76,7 @@ class LossEstimate:
     tokens: int
     seconds: float
     plans: Mapping[tuple[int, ...], float] = field(default_factory=dict)
+    experts: ExpertCounts | None = None
 
 
 def affordable_tokens(spec: ModelSpec) -> int:
@@ -139,6 +143,7 @@ def estimate_losses(
         max(ESTIMATE_MARGIN, whole / total if total > 0 else 1.0),
         sum(map(len, sequences)),
         time.monotonic() - started_s,
+        experts=students.experts(),
     )
 
 
@@ -179,6 +184,7 @@ class _Students:
         self._sums: list[float] = []
         self._expected: list[Rows] = []
         self._whole_sum = 0.0
+        self._experts: list[tuple[int, ...]] = []
 
     def advance(self, block: int, tensors: Tensors) -> Rows:
         """Run the original and the students through an original block; its input before."""
@@ -187,6 +193,14 @@ class _Students:
         if block == self._spec.head_block:
             self._expected = [self._logits(model, before[part]) for part in self._parts()]
             self._sums = [self._divergence(model, rows) for rows in self._singles]
+        elif block > 0 and (experts := self._spec.layer(block).experts) is not None:
+            counts = [0] * experts.count
+            counting = ReferenceModel(
+                self._spec, [tensors], first_block=block, observe=_counter(counts)
+            )
+            (self._teacher,) = self._run(counting, [before])
+            self._singles = self._run(model, self._singles)
+            self._experts.append(tuple(counts))
         else:
             self._teacher, *self._singles = self._run(model, [before, *self._singles])
         return before
@@ -200,6 +214,10 @@ class _Students:
         else:
             self._whole, *single = self._run(model, [self._whole, before][: 1 + alone])
             self._singles += single
+
+    def experts(self) -> ExpertCounts | None:
+        """How many rows of the original each expert got, in the layers so far."""
+        return ExpertCounts(tuple(self._experts)) if self._experts else None
 
     def losses(self) -> tuple[list[float], float]:
         """Mean KL divergences, in nats: of each block alone, and of all together."""
@@ -233,6 +251,16 @@ class _Students:
             float(divergences(expected, self._logits(model, rows[part])).sum())
             for part, expected in zip(self._parts(), self._expected, strict=True)
         )
+
+
+def _counter(counts: list[int]) -> Observe:
+    """Return a function that counts the rows of each expert."""
+
+    def observe(name: str, expert: int | None, rows: Rows) -> None:
+        if name == "up" and expert is not None:
+            counts[expert] += len(rows)
+
+    return observe
 
 
 def _quantized(

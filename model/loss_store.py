@@ -21,6 +21,7 @@ from model.bounded import read_json
 from model.checkpoint import Checkpoint
 from model.durable import replace_text
 from model.errors import ModelError
+from model.experts import ExpertCounts
 from model.loss_estimate import (
     SEQUENCE_TOKENS,
     LossEstimate,
@@ -119,6 +120,7 @@ class LossStore:
             "tokens": known.tokens,
             "seconds": known.seconds,
             "plans": [[list(bits), kl] for bits, kl in known.plans.items()],
+            "experts": None if known.experts is None else known.experts.layers,
         }
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
@@ -178,6 +180,11 @@ def _read(content: Any, spec: ModelSpec) -> LossEstimate:
     blocks = tuple({int(bits): float(kl) for bits, kl in row} for row in content["blocks"])
     plans = {tuple(map(int, bits)): float(kl) for bits, kl in content["plans"]}
     numbers = [kl for row in blocks for kl in row.values()] + [*plans.values()]
+    counts = content.get("experts")
+    experts = None
+    if counts is not None:
+        experts = ExpertCounts(tuple(tuple(map(int, row)) for row in counts))
+        numbers += [count for row in experts.layers for count in row]
     margin, tokens = float(content["margin"]), int(content["tokens"])
     if (
         content["version"] != VERSION
@@ -187,4 +194,4 @@ def _read(content: Any, spec: ModelSpec) -> LossEstimate:
         or not all(blocks)
     ):
         raise ValueError("not what is written here")
-    return LossEstimate(blocks, margin, tokens, float(content["seconds"]), plans)
+    return LossEstimate(blocks, margin, tokens, float(content["seconds"]), plans, experts)

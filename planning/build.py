@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from model import costs
+from model.experts import ExpertCounts
 from model.quantize import BITS, Format, own_format
 from model.spec import ModelSpec
 from model.texts import PASS_ROWS, pass_rows
@@ -69,6 +70,8 @@ class RequestInput:
     own_sensitivities: Own = field(default_factory=dict)
     """Like ``sensitivities``, for layers in arithmetics that add losses."""
     quality_budget: float | None = None
+    experts: ExpertCounts | None = None
+    """How often rows of a text took each expert. None: uniformly."""
     objective: Objective = ONE_TOKEN
     """A prompt and answer beyond the context are shortened in proportion."""
     pins: Mapping[int, str] = field(default_factory=dict)
@@ -153,6 +156,7 @@ def build_problem(
         max_weight_error=(bound,) * len(blocks),
         sensitivities=tuple(dict(row) for row in request.sensitivities or ()),
         quality_budget=request.quality_budget,
+        experts=request.experts,
         objective=_objective(request),
         pins={block: indices[name] for block, name in request.pins.items()},
         excluded=frozenset(indices[name] for name in request.excluded),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from model.experts import ExpertCounts
 from model.loss_estimate import LossEstimate
 from model.spec import ModelSpec
 from planning.plan import Plan, PlanError
@@ -24,18 +25,24 @@ MAX_CHECKS = 8
 
 @dataclass(frozen=True, slots=True)
 class RawLosses:
-    """Sensitivities without a margin, and the margin that planning applies to them."""
+    """Sensitivities without a margin, and the margin that planning applies to them.
+
+    experts: how often rows took each expert, if that was measured, too.
+    """
 
     rows: Sequence[Mapping[int, float]]
     hops: Mapping[int, float]
     own: Own
     margin: float
     source: LossSource
+    experts: ExpertCounts | None = None
 
 
 def estimated(known: LossEstimate, arithmetics: Iterable[str]) -> RawLosses:
     """Losses measured while planning. Hops and other arithmetics have assumed losses."""
-    return _beside(known.blocks, known.margin, LossSource("estimated", known.tokens), arithmetics)
+    source = LossSource("estimated", known.tokens)
+    raw = _beside(known.blocks, known.margin, source, arithmetics)
+    return replace(raw, experts=known.experts)
 
 
 def assumed(spec: ModelSpec, why: str, arithmetics: Iterable[str]) -> RawLosses:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 from model import costs
+from model.experts import ExpertCounts
 from model.share import Share
 from model.spec import ModelSpec
 from planning.json_codec import from_plain, to_plain
@@ -289,6 +290,7 @@ class PlanningProblem:
     ``group_size``: largest quantization group of the formats, which shares must not cut; 0: none.
     ``pass_tokens``: rows that go through at a time. An encoder runs whole texts. Its problem counts
     a pass of them as one decoded token, and ``decode_s`` is that of the pass.
+    ``experts``: how often rows of a text took each expert. None: they choose uniformly.
     """
 
     spec: ModelSpec
@@ -314,6 +316,7 @@ class PlanningProblem:
     no_teams: bool = False
     group_size: int = 0
     pass_tokens: int = 1
+    experts: ExpertCounts | None = None
 
     @property
     def real(self) -> range:

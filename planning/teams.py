@@ -131,13 +131,14 @@ def byte_part(problem: PlanningProblem, block: int, part: Fractions) -> float:
 def crowding(problem: PlanningProblem, shares: Sequence[Share], rows: int) -> float:
     """How much longer a team's experts take than if each row took equally many of each member.
 
-    It is assumed that rows choose experts uniformly. 1 for layers without experts.
+    Rows choose as those of a text did, or uniformly if no text was run. 1 for layers without
+    experts.
     """
     experts = problem.spec.layers[0].experts
     if experts is None:
         return 1.0
     held = tuple(share.columns[1] - share.columns[0] for share in shares)
-    return busiest(held, experts.active, rows)
+    return busiest(held, experts.active, rows, problem.experts)
 
 
 def sum_widths(problem: PlanningProblem) -> tuple[HopFormat, ...]:

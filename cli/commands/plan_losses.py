@@ -50,6 +50,7 @@ class DescribedLosses:
             "quality_budget": self.budget,
             "sensitivities": scaled(self.raw.rows, self.raw.margin),
             "own_sensitivities": scaled_own(self.raw.own, self.raw.margin),
+            "experts": self.raw.experts,
         }
 
     @property

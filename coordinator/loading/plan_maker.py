@@ -310,6 +310,7 @@ class PlanMaker:
                 sensitivities=losses.blocks,
                 own_sensitivities=losses.own,
                 quality_budget=losses.budget,
+                experts=losses.experts,
                 objective=request.objective,
                 pins={block: names[device] for block, device in request.pins.items()},
                 excluded=excluded,

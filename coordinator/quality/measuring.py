@@ -15,6 +15,7 @@ from coordinator.quality.store import KnownQuality, QualityRequest, QualityStore
 from coordinator.roster.measurements import OnStep, Step, forward, in_thread, measure_blocks
 from coordinator.roster.members import Member
 from model.checkpoint import Checkpoint
+from model.experts import ExpertCounts
 from model.loss_estimate import LossUnknown
 from model.loss_store import Form
 from model.spec import ModelSpec
@@ -134,7 +135,8 @@ class Losses:
     """The sensitivities as a plan counts them: multiplied by ``margin`` already.
 
     All are None or empty if nothing is known. ``known`` has this coordinator's calibration.
-    ``budget`` is what the plan may lose. ``source`` says from what that is counted.
+    ``budget`` is what the plan may lose. ``source`` says from what that is counted. ``experts``:
+    how often rows took each expert, if that was measured.
     """
 
     margin: float | None
@@ -144,6 +146,7 @@ class Losses:
     own: Own = field(default_factory=dict)
     budget: float | None = None
     source: LossSource = field(default_factory=lambda: LossSource("unknown"))
+    experts: ExpertCounts | None = None
 
 
 class QualityMeter:
@@ -207,6 +210,7 @@ class QualityMeter:
             scaled_own(own, margin),
             request.loss_budget,
             raw.source,
+            raw.experts,
         )
 
     async def _estimated(

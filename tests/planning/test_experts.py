@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from calibration.shapes import shape_spec
-from model.experts import busiest
+from model.experts import ExpertCounts, busiest
 from model.share import Share, share_spec
 from model.spec import ExpertSpec, ModelSpec
 from planning.build import RequestInput
@@ -92,3 +92,21 @@ def test_shares_that_leave_out_an_expert_are_refused() -> None:
     ]
     with pytest.raises(ValueError, match=r"the shares of experts do not follow"):
         with_team(problem_of(spec), (0, 1), halves, 16)
+
+
+def test_a_team_whose_experts_are_wanted_unevenly_is_slower() -> None:
+    spec = routed()
+    halves = [
+        Share((0, 2), (0, 64), (0, spec.vocab // 2)),
+        Share((2, 4), (64, 128), (spec.vocab // 2, spec.vocab)),
+    ]
+    problem = problem_of(spec)
+    even, skewed = (1,) * 128, (100,) * 64 + (0,) * 64
+
+    def seconds(experts: ExpertCounts | None) -> float:
+        made, index = with_team(replace(problem, experts=experts), (0, 1), halves, 16)
+        return made.devices[index].options[1][0].decode_s
+
+    uniform = seconds(None)
+    assert seconds(ExpertCounts((even,) * 4)) == pytest.approx(uniform, rel=0.03)
+    assert seconds(ExpertCounts((skewed,) * 4)) > 1.2 * uniform

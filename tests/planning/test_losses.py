@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 import shutil
@@ -20,8 +21,10 @@ from calibration.quality.blocks import measure_plan_kl, measure_quality
 from calibration.quality.students import Options
 from calibration.shapes import SHAPES
 from model import loss_store as losses_module
+from model import reference
 from model.checkpoint import Checkpoint
 from model.errors import Cancelled
+from model.experts import route
 from model.loss_estimate import (
     LEAST_TOKENS,
     MEASURED_BITS,
@@ -37,6 +40,7 @@ from model.loss_store import Form, LossStore
 from model.memory import memory_bytes
 from model.passages import built_in_text, split_passages
 from model.quantize import BITS, Format
+from model.spec import ExpertSpec
 from model.tokenizer import Tokenizer
 from planning.losses import assumed, estimated, keep_measured
 from planning.plan import Plan, PlanError
@@ -92,6 +96,54 @@ def test_other_widths_follow_from_the_weight_errors() -> None:
 
 def copied(tmp_path: Path, name: str = "llama") -> Path:
     return Path(shutil.copytree(FIXTURES / name, tmp_path / name))
+
+
+ROUTED = FIXTURES.parent / "families" / "qwen3_moe"
+
+
+def test_the_tokens_of_each_expert_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(ROUTED)
+    spec = checkpoint.spec
+    sequences = [[(7 * token + start) % spec.vocab for token in range(20)] for start in range(3)]
+    found = estimate_losses(checkpoint, sequences, "rtn", 64, lambda *_: None, lambda: False)
+    assert found.experts is not None
+    expected = [np.zeros(layer.experts.count, int) for layer in spec.layers if layer.experts]
+    turns = itertools.cycle(expected)
+
+    def counting(experts: ExpertSpec, scores: Any) -> Any:
+        places, weights = route(experts, scores)
+        np.add.at(next(turns), places.ravel(), 1)
+        return places, weights
+
+    monkeypatch.setattr(reference, "route", counting)
+    for sequence in sequences:
+        reference.ReferenceModel.from_checkpoint(checkpoint).forward(sequence)
+    assert len(expected) > 1
+    assert [list(row) for row in found.experts.layers] == [row.tolist() for row in expected]
+
+
+def test_counts_of_experts_are_kept(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(ROUTED, tmp_path / "model"))
+    for file in (FIXTURES / "llama").glob("tokenizer*"):
+        shutil.copy(file, model)
+    form = Form(Checkpoint.open(model), "rtn", 64)
+    found = LossStore(tmp_path).losses(form, lambda *_: None, lambda: False).experts
+    kept = LossStore(tmp_path).known(form)
+    assert found is not None
+    assert kept is not None
+    assert kept.experts is not None
+    assert kept.experts.layers == found.layers
+    assert estimated(kept, []).experts is kept.experts
+    (path,) = (tmp_path / "losses").iterdir()
+    content = json.loads(path.read_text())
+    for other, is_known in ((None, True), ([[-1]], False), ([["x"]], False), (3, False)):
+        path.write_text(json.dumps(content | {"experts": other}))
+        now = LossStore(tmp_path).known(form)
+        assert (now is not None) == is_known
+        assert now is None or now.experts is None
+    del content["experts"]  # As earlier versions wrote it.
+    path.write_text(json.dumps(content))
+    assert LossStore(tmp_path).known(form) is not None
 
 
 class Reports:
