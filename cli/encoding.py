@@ -51,7 +51,10 @@ def _classes(found: Mapping[str, Any], text: str) -> list[str]:
             f"{one['label']}: {text[one['start'] : one['end']]}  ({one['score']:.0%})"
             for one in found["entities"]
         ] or ["nothing found"]
-    return [f"{found['label']}  ({max(found['probs']):.0%})"]
+    best = max(found["probs"])
+    # A model that was trained for values gives one, which is no probability.
+    shown = f"({best:.0%})" if 0 <= best <= 1 else f"{best:.4g}"
+    return [f"{found['label']}  {shown}"]
 
 
 def require_generates(model: str, kind: str | None) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from model.bounded import read_json
 from model.errors import CheckpointError
-from model.families import label_names, read_config
+from model.families import label_names, problem_type, read_config
 from model.families.embedders import PROMPTS
 
 _MAX_BYTES = 1 << 20
@@ -16,6 +17,23 @@ _MAX_BYTES = 1 << 20
 def label_names_of(directory: Path) -> tuple[str, ...]:
     """Return the names of the classes of a model. Raises CheckpointError."""
     return label_names(read_config(directory))
+
+
+@dataclass(frozen=True, slots=True)
+class Classes:
+    """The classes of a model.
+
+    problem_type: what a text's scores of them mean, as config.json calls it. "": it says nothing.
+    """
+
+    names: tuple[str, ...]
+    problem_type: str
+
+
+def classes_of(directory: Path) -> Classes:
+    """Return the classes of a model. Raises CheckpointError."""
+    config = read_config(directory)
+    return Classes(label_names(config), problem_type(config))
 
 
 def prompts_of(directory: Path) -> tuple[dict[str, str], str]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import base64
 import functools
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -30,7 +30,7 @@ from api.openai.routes import OpenAIRoutes
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.models import Models
 from coordinator.serving.encoding import Encoders, Result, TextTokens
-from model.encoder_files import label_names_of, prompts_of
+from model.encoder_files import Classes, classes_of, prompts_of
 from model.spans import Span, best_spans, entities, windows
 from model.tokenizer import EncodedText
 from planning.errors import RequestInvalid
@@ -112,15 +112,15 @@ class EncoderRoutes:
     async def _classify(self, deployment: Deployment, body: Mapping[str, Any]) -> dict[str, Any]:
         kind = require_kind(deployment, "class", "tokens")
         check(body, {"input", "truncate"})
-        names = label_names_of(deployment.request.model)
+        classes = classes_of(deployment.request.model)
         texts = await self._prepared(lambda: read_texts(deployment, body, pairs=kind == "class"))
         scores = await self._encoders.encode(deployment, texts.tokens)
         data = []
         for index, (text, rows) in enumerate(zip(texts.encoded, scores, strict=True)):
             if kind == "class":
-                data.append({"index": index, **classified(rows, names)})
+                data.append({"index": index, **classified(rows, classes)})
             else:
-                found = entities(text, softmax(rows), names)
+                found = entities(text, softmax(rows), classes.names)
                 data.append({"index": index, "entities": [entity.to_json() for entity in found]})
         return {"object": "list", "data": data, "model": deployment.name, "usage": texts.usage}
 
@@ -201,14 +201,24 @@ def fitting(deployment: Deployment, text: EncodedText, *, truncate: bool) -> Enc
     )
 
 
-def classified(scores: Result, names: Sequence[str]) -> dict[str, Any]:
-    """Describe a text's class as vLLM does. One score alone is a probability by itself."""
-    if len(scores) == 1:
-        share = float(1 / (1 + np.exp(-scores[0].astype(np.float64))))
-        return {"label": names[0], "probs": [share], "num_classes": 1}
-    shares = softmax(scores)
-    best = int(shares.argmax())
-    return {"label": names[best], "probs": shares.tolist(), "num_classes": len(names)}
+def classified(scores: Result, classes: Classes) -> dict[str, Any]:
+    """Describe a text's class as vLLM does."""
+    best, names = int(scores.argmax()), classes.names
+    probs = _probabilities(scores, classes.problem_type).tolist()
+    return {"label": names[best], "probs": probs, "num_classes": len(names)}
+
+
+def _probabilities(scores: Result, problem_type: str) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Return a probability for each score, as transformers' pipeline does. A regression has none.
+
+    Classes of which a text may have several are independent, and so is a class alone.
+    """
+    exact = scores.astype(np.float64)
+    if problem_type == "regression":
+        return exact
+    if problem_type == "multi_label_classification" or len(scores) == 1:
+        return 0.5 + 0.5 * np.tanh(0.5 * exact)  # The sigmoid, which does not overflow so.
+    return softmax(scores)
 
 
 def softmax(scores: Result) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -39,6 +39,7 @@ from model.families.encoders import (
     label_names,
     modernbert,
     mpnet,
+    problem_type,
     roberta,
 )
 from model.families.experts import (
@@ -94,6 +95,7 @@ __all__ = [
     "describe",
     "label_names",
     "load_spec",
+    "problem_type",
     "read_config",
     "read_config_file",
     "tensor_sources",

@@ -74,6 +74,8 @@ ENCODERS = frozenset(
     ("bert", "camembert", "distilbert", "modernbert", "mpnet", "roberta", "xlm-roberta")
 )
 
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+
 VECTOR = OutputSpec("vector", "mean")
 """The mean of all rows, which sentence-transformers takes of a model that says nothing."""
 
@@ -239,6 +241,7 @@ def _bert(config: Config, *, dense: DenseActivation, offset: int) -> ModelSpec:
 def _output(config: Config, hidden: int, dense: DenseActivation) -> OutputSpec:
     match _kind(config):
         case "ForSequenceClassification":
+            problem_type(config)
             return OutputSpec("class", "first", hidden, dense, labels=len(label_names(config)))
         case "ForTokenClassification":
             return OutputSpec("tokens", "none", labels=len(label_names(config)))
@@ -258,6 +261,17 @@ def label_names(config: Config) -> tuple[str, ...]:
     if not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{config.path}: id2label must name the classes 0, 1, 2 and so on")
     return tuple(map(str, names))
+
+
+def problem_type(config: Config) -> str:
+    """Return what the scores of a text's classes mean, "" if config.json does not say it."""
+    name = config.text("problem_type", "")
+    if name and name not in PROBLEM_TYPES:
+        raise CheckpointError(
+            f"{config.path}: problem_type must be one of {', '.join(PROBLEM_TYPES)}, "
+            f"not {name[:80]!r}"
+        )
+    return name
 
 
 def _kind(config: Config) -> str:
