@@ -27,7 +27,7 @@ MAX_TEMPLATE_CHARS = 1 << 20
 _MAX_FILE_BYTES = 256 << 20
 
 _SPECIAL_KEYS = tuple(
-    f"{name}_token" for name in ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
+    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
@@ -75,8 +75,10 @@ class Tokenizer:
         if gguf is not None and (gguf == directory or not has_tokenizer(directory)):
             return _of_gguf(gguf, directory)
         settings = _read_object(directory / "tokenizer_config.json")
-        special = _special_tokens(_read_object(directory / "special_tokens_map.json"))
-        special |= _special_tokens(settings)
+        own = _read_object(directory / "special_tokens_map.json")
+        if "added_tokens_decoder" not in settings:  # Then this file wins, as in transformers.
+            settings |= own
+        special = _special_tokens(own) | _special_tokens(settings)
         backend = load_backend(directory, settings, special)
         source, text, tool_text = _find_template(directory, settings)
         template = None if text is None else ChatTemplate(text, source)
@@ -375,9 +377,12 @@ def _find_template(
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
     """Map names to texts. Each text is a string, or an object with its content."""
+    others = [key for key in settings if key.endswith("_token") and key not in _SPECIAL_KEYS]
+    named = {key: settings.get(key) for key in (*_SPECIAL_KEYS, *others)}
+    own = settings.get("extra_special_tokens")
+    named |= own if isinstance(own, dict) else {}
     tokens: dict[str, str] = {}
-    for key in _SPECIAL_KEYS:
-        value = settings.get(key)
+    for key, value in named.items():
         text = value.get("content") if isinstance(value, dict) else value
         if isinstance(text, str):
             tokens[key] = text

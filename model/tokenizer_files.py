@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, normalizers
+from tokenizers import AddedToken, normalizers, pre_tokenizers
 
 from model.bounded import read_bytes, read_json
 from model.errors import TokenizerError
@@ -64,12 +64,15 @@ _CLASSES = {
     "bert": "BertTokenizer",
     "distilbert": "DistilBertTokenizer",
     "mpnet": "MPNetTokenizer",
+    "roberta": "RobertaTokenizer",
 }
 """The class that transformers takes for a type of model whose tokenizer_config.json names none."""
 _WORD_PIECES = frozenset(
     ("BertTokenizer", "DistilBertTokenizer", "ElectraTokenizer", "MPNetTokenizer")
 )
 """The classes for which the settings say how a text is normalized, whatever tokenizer.json says."""
+_SPACE_SET = frozenset(("GPT2Tokenizer", "RobertaTokenizer"))
+"""The classes for which the settings say whether a text begins with a space (add_prefix_space)."""
 _OLD_TEKKEN_SPECIAL = (
     *("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]"),
     *("[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]"),
@@ -171,30 +174,46 @@ def _add_tokens(
     directory: Path,
     settings: Mapping[str, Any],
     special: Mapping[str, str],
+    *,
+    ids_hold: bool = True,
 ) -> None:
-    """Add the tokens that the settings have beside the vocabulary, at the ids that they give.
+    """Add the tokens that the settings have beside the vocabulary.
 
-    Raises TokenizerError if an id is taken or would leave a gap.
+    Tokens that are in the vocabulary keep their ids, and are found whole in a text from then on.
+
+    ids_hold: raise TokenizerError if a token does not get the id that the settings give it, because
+        that is taken or would leave a gap.
     """
     given = sorted(_given_tokens(directory, settings), key=lambda item: item[0])
     if len(given) > MAX_ADDED_TOKENS:
         raise TokenizerError("it has more added tokens than any; is it the right file?")
-    for index, token in given:
-        if token.content in special.values():
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for _, token in given:
+        old = known.get(token.content)
+        if token.content in special.values() or (old is not None and old.special):
             token.special = True
-        backend.add_tokens([token])
+    # Each call sorts all tokens, of which some models have thousands.
+    backend.add_tokens([token for _, token in given if _differs(token, known)])
+    for index, token in given:
         found = backend.token_to_id(token.content)
-        if found != index:
+        if ids_hold and found != index:
             raise TokenizerError(
                 f"the added token {token.content!r} has the id {index} in the settings, where"
                 f" {found} would be next; do the files belong together?"
             )
+    known |= {token.content: token for _, token in given}
     texts = list(special.values())
     for key in ("additional_special_tokens", "extra_special_tokens"):
         texts += _texts(settings.get(key))
-    known = {token.content for _, token in given}
     names = [text for text in dict.fromkeys(texts) if text and text not in known]
     backend.add_tokens([AddedToken(text, special=True) for text in names])
+
+
+def _differs(token: AddedToken, known: Mapping[str, AddedToken]) -> bool:
+    """Whether a token is not among the known ones, or is found in another way."""
+    old = known.get(token.content)
+    names = ("lstrip", "rstrip", "single_word", "normalized", "special")
+    return old is None or any(getattr(token, name) != getattr(old, name) for name in names)
 
 
 def _given_tokens(directory: Path, settings: Mapping[str, Any]) -> Iterator[tuple[int, AddedToken]]:
@@ -397,6 +416,17 @@ def _whole(path: Path, settings: Mapping[str, Any], special: Mapping[str, str]) 
             strip_accents=accents if isinstance(accents, bool) else None,  # None: as lowercase.
             lowercase=lower is not False,
         )
+    own, prefix = backend.pre_tokenizer, settings.get("add_prefix_space")
+    if (
+        _class(path.parent, settings) in _SPACE_SET
+        and isinstance(prefix, bool)
+        and isinstance(own, pre_tokenizers.ByteLevel)
+    ):
+        own.add_prefix_space = prefix
+        backend.pre_tokenizer = own
+    _add_tokens(backend, path.parent, settings, special, ids_hold=False)
+    if settings.get("split_special_tokens") is True:
+        backend.encode_special_tokens = True
     return backend
 
 
