@@ -27,6 +27,8 @@ _SPECIAL = {
 }
 """The names of special tokens in tokenizer_config.json, and in the metadata (as it spells them)."""
 
+_TEMPLATES = {"chat_template": "chat_template", "tool_template": "chat_template.tool_use"}
+
 _SAMPLING = {
     "temperature": "temp",
     "top_k": "top_k",
@@ -39,7 +41,8 @@ _SAMPLING = {
 def gguf_tokenizer(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:
     """Return the tokenizer of a GGUF model, and what its tokenizer_config.json would say.
 
-    The second has the texts of special tokens (``bos_token``) and the ``chat_template``.
+    The second has the texts of special tokens (``bos_token``), the ``chat_template``, and as
+    ``tool_template`` another one for conversations with tools.
 
     Raises CheckpointError for a damaged file, TokenizerError for a vocabulary that is absent,
     damaged or of an unknown kind.
@@ -115,8 +118,12 @@ def _tokenizer(metadata: _Metadata) -> tuple[tokenizers.Tokenizer, dict[str, Any
         for name, stored in _SPECIAL.items()
         if (index := metadata.token(stored)) is not None and 0 <= index < len(tokens)
     }
-    template = metadata.get("chat_template", str)
-    return backend, special if template is None else special | {"chat_template": template}
+    templates = {
+        name: template
+        for name, key in _TEMPLATES.items()
+        if (template := metadata.get(key, str)) is not None
+    }
+    return backend, special | templates
 
 
 def _byte_level(metadata: _Metadata) -> VocabSettings:

@@ -43,6 +43,7 @@ DESCRIPTIONS = (
     "special_tokens_map.json",
     "chat_template.jinja",
     "chat_template.json",
+    "additional_chat_templates/tool_use.jinja",
     "adapter_config.json",
     "quantize_config.json",
     "quant_config.json",
@@ -268,7 +269,7 @@ def lacks_weights(path: Path) -> bool:
         names = {item.name for item in path.iterdir() if not (item / CONFIG).is_file()}
     except OSError:
         return False
-    return CONFIG in names and names <= set(DESCRIPTIONS)
+    return CONFIG in names and names <= {name.partition("/")[0] for name in DESCRIPTIONS}
 
 
 def cached_model(name: HubName) -> Path | None:

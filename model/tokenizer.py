@@ -29,6 +29,8 @@ _MAX_FILE_BYTES = 256 << 20
 _SPECIAL_KEYS = tuple(
     f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
+_PLAIN, _TOOLS = "default", "tool_use"
+"""The names of templates: for conversations without tools, and with them."""
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -80,11 +82,13 @@ class Tokenizer:
             settings |= own
         special = _special_tokens(own) | _special_tokens(settings)
         backend = load_backend(directory, settings, special)
-        source, text, tool_text = _find_template(directory, settings)
-        template = None if text is None else ChatTemplate(text, source)
-        tool_template = None if tool_text is None else ChatTemplate(tool_text, source)
+        found = {
+            name: ChatTemplate(text, source)
+            for name, (source, text) in _templates(directory, settings).items()
+        }
         defaults = read_sampling_defaults(directory)
-        return Tokenizer(backend, special, template, directory, defaults, tool_template)
+        plain, tools = found.get(_PLAIN), found.get(_TOOLS)
+        return Tokenizer(backend, special, plain, directory, defaults, tools)
 
     @property
     def template_text(self) -> str:
@@ -282,12 +286,14 @@ def _of_gguf(path: Path, given: Path) -> Tokenizer:
     from model.gguf_tokenizer import gguf_sampling, gguf_tokenizer  # Slow to import, seldom used.
 
     backend, settings = gguf_tokenizer(path)
-    text = settings.get("chat_template")
-    template = None if text is None else ChatTemplate(text, path)
+    plain, tools = (
+        None if text is None else ChatTemplate(text, path)
+        for text in (settings.get("chat_template"), settings.get("tool_template"))
+    )
     defaults = read_sampling_defaults(given)
     if defaults == SamplingDefaults():
         defaults = sampling_defaults(gguf_sampling(path), str(path))
-    return Tokenizer(backend, _special_tokens(settings), template, path, defaults)
+    return Tokenizer(backend, _special_tokens(settings), plain, path, defaults, tools)
 
 
 def _longest_token_bytes(backend: tokenizers.Tokenizer) -> int | None:
@@ -335,44 +341,47 @@ def _keeps_all(step: Mapping[str, Any]) -> bool:
     return kind in ("ByteLevel", "Digits", "Metaspace", "Prepend")
 
 
-def _find_template(
-    directory: Path, settings: Mapping[str, Any]
-) -> tuple[Path, str | None, str | None]:
-    """Return the template's file, its text, and the text of another one for tools.
+def _templates(directory: Path, settings: Mapping[str, Any]) -> dict[str, tuple[Path, str]]:
+    """Return the file and the text of the template, and of another one for tools, by their names.
 
-    A file of its own wins over the config. chat_template.json, which models with a processor have,
+    Files of their own win over the config. chat_template.json, which models with a processor have,
     comes last.
     """
-    path = directory / "chat_template.jinja"
-    if path.exists():
-        try:
-            if path.stat().st_size > _MAX_FILE_BYTES:
-                raise TokenizerError(f"{path}: larger than any template; is it the right file?")
-            kind = kind_of_file(path)
-            if kind is not None:
-                raise TokenizerError(f"{path}: it is {kind}")
-            return path, path.read_text(encoding="utf-8"), None
-        except (OSError, ValueError) as error:
-            raise TokenizerError(f"{path}: cannot be read: {error}") from error
+    files = {
+        _PLAIN: directory / "chat_template.jinja",
+        _TOOLS: directory / "additional_chat_templates" / f"{_TOOLS}.jinja",
+    }
+    found = {name: (path, _template_of(path)) for name, path in files.items() if path.exists()}
+    if _PLAIN in found:
+        return found
     path = directory / "tokenizer_config.json"
     value = settings.get("chat_template")
     if value is None:
         path = directory / "chat_template.json"
         value = _read_object(path).get("chat_template")
-    if value is None or isinstance(value, str):
-        return path, value, None
-    named = {
-        item.get("name"): item.get("template")
-        for item in (value if isinstance(value, list) else [])
-        if isinstance(item, dict)
-    }
-    text = named.get("default")
-    if not isinstance(text, str):
+    if isinstance(value, list):
+        items = [item for item in value if isinstance(item, dict)]
+        value = {item.get("name"): item.get("template") for item in items}
+    named = value if isinstance(value, dict) else {_PLAIN: value}
+    if value is not None and not isinstance(named.get(_PLAIN), str):
         raise TokenizerError(
-            f"{path}: chat_template must be a string, or a list with one named default"
+            f"{path}: chat_template must be a string, or a list with one named {_PLAIN}"
         )
-    tool_text = named.get("tool_use")
-    return path, text, tool_text if isinstance(tool_text, str) else None
+    texts = {name: (path, text) for name in files if isinstance(text := named.get(name), str)}
+    return texts | found
+
+
+def _template_of(path: Path) -> str:
+    """Read a template's own file. Raises TokenizerError."""
+    try:
+        if path.stat().st_size > _MAX_FILE_BYTES:
+            raise TokenizerError(f"{path}: larger than any template; is it the right file?")
+        kind = kind_of_file(path)
+        if kind is not None:
+            raise TokenizerError(f"{path}: it is {kind}")
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path}: cannot be read: {error}") from error
 
 
 def _special_tokens(settings: Mapping[str, Any]) -> dict[str, str]:

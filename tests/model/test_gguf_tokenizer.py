@@ -110,6 +110,7 @@ def test_special_tokens_and_template(tmp_path: Path) -> None:
         "ggml__padding_token_id": 0xFFFFFFFF,
         "ggml__add_eos_token": True,
         "chat_template": "{{ bos_token }}{{ messages[0].content }}",
+        "chat_template.tool_use": "tools {{ tools | length }}",
     }
     file = tiny(**stored(metadata)).write(tmp_path / "x.gguf")
     _, settings = gguf_tokenizer(file)
@@ -118,12 +119,14 @@ def test_special_tokens_and_template(tmp_path: Path) -> None:
         "eos_token": "</s>",
         "unk_token": "<unk>",
         "chat_template": metadata["chat_template"],
+        "tool_template": metadata["chat_template.tool_use"],
     }
     tokenizer = Tokenizer.load(file)
     ids = tokenizer.encode("hi")
     assert (ids[0], ids[-1]) == (1, 2)
     assert ids[1:-1] == tokenizer.encode("hi", add_special=False)
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}]) == "<s>hi"
+    assert tokenizer.apply_chat_template([], tools=[{}]) == "tools 1"
 
 
 def test_recommendations_of_sampling(tmp_path: Path) -> None:

@@ -187,6 +187,7 @@ def test_no_file_is_described_twice() -> None:
 
 def test_weights_are_lacking_beside_descriptions_only(tmp_path: Path) -> None:
     path = put(tmp_path / "model", "config.json", "tokenizer.json")
+    put(path / "additional_chat_templates", "tool_use.jinja")
     assert lacks_weights(path)
     put(path, "pytorch_model.bin")
     assert not lacks_weights(path)

@@ -284,11 +284,29 @@ def test_a_template_for_tools_serves_conversations_with_tools(model: Path) -> No
         {"name": "default", "template": "plain {{ mood }}"},
         {"name": "tool_use", "template": "tools {{ tools | length }}{{ enable_thinking }}"},
     ]
-    tokenizer = with_template(model, named)
-    assert tokenizer.apply_chat_template(USER) == "plain "
-    assert tokenizer.apply_chat_template(USER, tools=[{}]) == "tools 1"
-    assert tokenizer.template_variables == {"tools", "enable_thinking"}
-    assert "length" in tokenizer.template_text
+    for stored in (named, {item["name"]: item["template"] for item in named}):
+        tokenizer = with_template(model, stored)
+        assert tokenizer.apply_chat_template(USER) == "plain "
+        assert tokenizer.apply_chat_template(USER, tools=[{}]) == "tools 1"
+        assert tokenizer.template_variables == {"tools", "enable_thinking"}
+        assert "length" in tokenizer.template_text
+
+
+def test_a_template_for_tools_may_be_a_file_of_its_own(model: Path) -> None:
+    """As save_pretrained of transformers 4.50 and later writes several templates."""
+    folder = model / "additional_chat_templates"
+    folder.mkdir()
+    (folder / "tool_use.jinja").write_text("tools {{ tools | length }}")
+    (folder / "rag.jinja").write_text("documents")
+    for text in ("of the config", "of a file"):
+        tokenizer = with_template(model, "of the config")
+        assert tokenizer.apply_chat_template(USER) == text
+        assert tokenizer.apply_chat_template(USER, tools=[{}]) == "tools 1"
+        assert tokenizer.template_variables == {"tools"}
+        (model / "chat_template.jinja").write_text("of a file")
+    (folder / "tool_use.jinja").write_text("{% nonsense %}")
+    with pytest.raises(TokenizerError, match=r"tool_use\.jinja: not a valid chat template"):
+        with_template(model, "plain")
 
 
 def test_chosen_special_tokens_are_shown_while_streaming() -> None:
