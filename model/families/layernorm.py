@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from model.errors import CheckpointError
 from model.families.config import Config
-from model.families.decoder import LAYER, LLAMA_NAMES, rotary_decoder, windows_by_type, with_layers
+from model.families.decoder import LAYER, LLAMA_NAMES, rotary_decoder, with_layers
 from model.families.sources import Source, scaled, stacked
 from model.spec import LayerSpec, ModelSpec
 
@@ -32,7 +32,7 @@ GPT2_NAMES = {
 
 def starcoder2(config: Config) -> ModelSpec:
     window = config.size("sliding_window") if config.has("sliding_window") else None
-    windows = windows_by_type(config, window) or [window] * config.layer_count()
+    windows = [window] * config.layer_count()  # transformers reads no layer_types here.
     bias = config.flag("use_bias", True)
     spec = rotary_decoder(
         config, qkv_bias=bias, out_bias=bias, mlp_bias=bias, windows=windows, tied=True

@@ -337,3 +337,14 @@ def test_fixtures_exercise_each_feature(feature: str) -> None:
         blocks = [checkpoint.block(block) for block in range(checkpoint.spec.block_count)]
         logits = ReferenceModel(undo(checkpoint.spec), blocks).forward(golden.prompt)
         assert np.abs(logits - golden.logits).max() > 0.02, name
+
+
+def test_starcoder2_has_the_window_in_all_layers(tmp_path: Path) -> None:
+    """transformers reads no layer_types of this architecture."""
+    directory = FAMILIES / "starcoder2"
+    values = json.loads((directory / "config.json").read_text())
+    for kinds in (["full_attention"], ["full_attention", "sliding_attention"]):
+        count = values["num_hidden_layers"]
+        layers = {"layer_types": (kinds * count)[:count], "sliding_window": 9}
+        (tmp_path / "config.json").write_text(json.dumps(values | layers))
+        assert {layer.sliding_window for layer in load_spec(tmp_path).layers} == {9}
