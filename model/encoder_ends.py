@@ -59,7 +59,7 @@ def result(spec: ModelSpec, weights: Weights, hidden: Array, texts: Texts) -> Ar
         rows = rows @ weights["labels.weight"].T + weights["labels.bias"]
     if output.normalized:
         rows = rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), 1e-12)
-    return rows
+    return rows[:, : output.columns] if output.columns else rows
 
 
 def _bent(rows: Array, activation: DenseActivation) -> Array:

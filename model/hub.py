@@ -30,6 +30,12 @@ ADAPTER = "adapter_model.safetensors"
 MODULES = "modules.json"
 """The steps of a sentence encoder. Each may have a folder with a config.json."""
 
+SENTENCE_SETTINGS = tuple(
+    f"sentence_{kind}_config.json"
+    for kind in ("bert", "roberta", "distilbert", "camembert", "xlm-roberta")
+)
+"""The names of sentence-transformers' file about texts, of which the first that is there counts."""
+
 DESCRIPTIONS = (
     CONFIG,
     "generation_config.json",
@@ -49,7 +55,7 @@ DESCRIPTIONS = (
     "quant_config.json",
     MODULES,
     "config_sentence_transformers.json",
-    "sentence_bert_config.json",
+    *SENTENCE_SETTINGS,
 )
 """The files beside weights that a model may need. Most have a few KB."""
 

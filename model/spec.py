@@ -11,7 +11,7 @@ family's name. The unit of placement is the block:
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 from model.errors import UnsupportedModelError
@@ -124,6 +124,7 @@ class OutputSpec:
     labels: scores of a linear layer after that, or 0 if the vector itself is the result.
     normalized: the vector is divided by its length.
     steps: linear layers that a vector goes through before that.
+    columns: of the vector only these first ones are the result, or 0 for all.
     """
 
     kind: OutputKind
@@ -133,6 +134,7 @@ class OutputSpec:
     labels: int = 0
     normalized: bool = False
     steps: tuple[StepSpec, ...] = ()
+    columns: int = 0
 
     @property
     def per_token(self) -> bool:
@@ -279,6 +281,8 @@ class ModelSpec:
         """The values that the head returns: of a row, or of a text."""
         if self.output is None:
             return self.vocab
+        if self.output.columns:
+            return self.output.columns
         if self.output.steps:
             return self.output.steps[-1].width
         return self.output.labels or self.output.dense or self.hidden
@@ -440,7 +444,7 @@ _FACTORS = ("short_factors", "long_factors")
 _COUNTS = frozenset(
     (
         "learned_positions", "position_offset", "original_context", "rotated", "shared_ffn",
-        "first", "held", "dense", "labels", "token_types", "position_buckets",
+        "first", "held", "dense", "labels", "token_types", "position_buckets", "columns",
     )
 )  # fmt: skip
 _SIZES = frozenset(
@@ -490,6 +494,8 @@ def _check_output(spec: ModelSpec, output: OutputSpec) -> None:
         or (output.kind == "span" and output.labels != 2)
         or (output.steps and (output.kind != "vector" or output.dense))
         or len(output.steps) > MAX_STEPS
+        or (output.columns and output.kind != "vector")
+        or output.columns > replace(spec, output=replace(output, columns=0)).output_width
         or spec.projected
         or any(layer.experts or layer.sinks or layer.score_cap for layer in spec.layers)
     ):

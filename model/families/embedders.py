@@ -12,11 +12,11 @@ from typing import Any
 
 from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
+from model.hub import SENTENCE_SETTINGS
 from model.spec import DenseActivation, ModelSpec, OutputSpec, Pooling, StepSpec
 
 MODULES = "modules.json"
 PROMPTS = "config_sentence_transformers.json"
-SETTINGS = "sentence_bert_config.json"
 
 _MAX_BYTES = 1 << 20
 _POOLING: dict[str, Pooling] = {
@@ -32,6 +32,7 @@ _POOLING: dict[str, Pooling] = {
     "weightedmean_tokens": "weighted_mean",
 }
 _ACTIVATIONS: dict[str, DenseActivation] = {"Identity": "none", "ReLU": "relu", "Tanh": "tanh"}
+_VECTOR_NAME = "sentence_embedding"
 _ORDER = ("Transformer", "Pooling", "Dense", "Normalize")
 
 
@@ -61,13 +62,32 @@ def with_files(spec: ModelSpec, directory: Path) -> ModelSpec:
     if pooling is None:
         raise CheckpointError(f"{modules}: has no Pooling step; is the download complete?")
     output = OutputSpec("vector", pooling, normalized=normalized, steps=tuple(dense))
-    length = _most_tokens(directory / SETTINGS, spec.max_context)
+    output = replace(output, columns=_columns(directory / PROMPTS, width))
+    length = _most_tokens(directory, spec.max_context)
     return replace(spec, output=output, tied_head=False, logit_cap=None, max_context=length)
 
 
-def _most_tokens(path: Path, context_tokens: int) -> int:
+def _columns(path: Path, width: int) -> int:
+    """Return how many of a vector's values are kept (truncate_dim), or 0 for all."""
+    kept = _object(path).get("truncate_dim") if path.is_file() else None
+    if kept is None:
+        return 0
+    if type(kept) is not int or kept < 1:
+        raise CheckpointError(f"{path}: truncate_dim {kept!r:.40} is not a number of values")
+    return 0 if kept >= width else kept
+
+
+def _settings(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the file about texts, and what is in it: nothing if there is none."""
+    paths = [directory / name for name in SENTENCE_SETTINGS]
+    path = next((path for path in paths if path.is_file()), None)
+    return (paths[0], {}) if path is None else (path, _object(path))
+
+
+def _most_tokens(directory: Path, context_tokens: int) -> int:
     """Return the longest text that the model was trained for, within its context."""
-    length = _object(path).get("max_seq_length") if path.is_file() else None
+    path, values = _settings(directory)
+    length = values.get("max_seq_length")
     if length is None:
         return context_tokens
     if type(length) is not int or length < 1:
@@ -80,8 +100,7 @@ def takes_lower_case(directory: Path) -> bool:
 
     Raises CheckpointError for a file that is malformed.
     """
-    path = directory / SETTINGS
-    return path.is_file() and _object(path).get("do_lower_case") is True
+    return _settings(directory)[1].get("do_lower_case") is True
 
 
 def dense_folders(directory: Path) -> list[Path]:
@@ -122,6 +141,15 @@ def _dense(path: Path, width: int) -> StepSpec:
         raise UnsupportedModelError(
             f"{path}: the activation {name} is not implemented; known: {', '.join(_ACTIVATIONS)}"
         )
+    if values.get("use_residual") is True:
+        raise UnsupportedModelError(
+            f"{path}: use_residual = true is not implemented; only steps without it are"
+        )
+    for key in ("module_input_name", "module_output_name"):
+        if values.get(key, _VECTOR_NAME) != _VECTOR_NAME:
+            raise UnsupportedModelError(
+                f"{path}: {key} = {values[key]!r:.40} is not implemented; only {_VECTOR_NAME} is"
+            )
     inward, outward, bias = (values.get(key) for key in ("in_features", "out_features", "bias"))
     bias = True if bias is None else bias
     if inward != width or type(outward) is not int or outward < 1 or type(bias) is not bool:

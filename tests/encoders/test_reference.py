@@ -16,6 +16,7 @@ import pytest
 from model.checkpoint import Checkpoint
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import load_spec
+from model.families.embedders import takes_lower_case
 from model.position_bias import buckets_of
 from model.reference import ReferenceModel
 from model.spec import ModelSpec, OutputSpec
@@ -100,6 +101,35 @@ def test_a_text_is_as_long_at_most_as_the_model_was_trained_for(tmp_path: Path, 
         load_spec(model)
 
 
+def test_older_names_of_the_file_about_texts_are_read(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(ENCODERS / "roberta", tmp_path / "roberta"))
+    text = '{"max_seq_length": 16, "do_lower_case": true}'
+    (model / "sentence_roberta_config.json").write_text(text)
+    assert load_spec(model).max_context == 16
+    assert takes_lower_case(model)
+    (model / "sentence_bert_config.json").write_text('{"max_seq_length": 17}')  # The first counts.
+    assert load_spec(model).max_context == 17
+    assert not takes_lower_case(model)
+
+
+@pytest.mark.parametrize("name", ["minilm", "gemma3-embed"])
+def test_a_vector_may_be_cut(tmp_path: Path, name: str) -> None:
+    """truncate_dim keeps the first values as they are, also behind the division by the length."""
+    model = Path(shutil.copytree(ENCODERS / name, tmp_path / name))
+    golden, width = Golden.load(name), load_spec(model).output_width
+    for kept, left in ((8, 8), (width, width), (1000, width), (None, width)):
+        settings = json.dumps({"truncate_dim": kept})
+        (model / "config_sentence_transformers.json").write_text(settings)
+        checkpoint = Checkpoint.open(model)
+        assert checkpoint.spec.output_width == left
+        assert ModelSpec.from_dict(checkpoint.spec.to_dict()) == checkpoint.spec
+        found = ReferenceModel.from_checkpoint(checkpoint).encode(golden.tokens, golden.texts)
+        np.testing.assert_allclose(found, golden.output[:, :left], atol=ATOL)
+    (model / "config_sentence_transformers.json").write_text('{"truncate_dim": "8"}')
+    with pytest.raises(CheckpointError, match="truncate_dim '8' is not a number of values"):
+        load_spec(model)
+
+
 def changed_modules(directory: Path, name: str, change: Callable[[list[Any]], list[Any]]) -> Path:
     """A copy of a fixture with other steps."""
     model = Path(shutil.copytree(ENCODERS / name, directory / name))
@@ -124,6 +154,12 @@ def test_steps_in_another_order_are_refused(tmp_path: Path) -> None:
         ),
         ({"in_features": 31}, CheckpointError, "rows of 32 values"),
         ({"out_features": -1}, CheckpointError, "out_features"),
+        ({"use_residual": True}, UnsupportedModelError, "use_residual = true"),
+        (
+            {"module_input_name": "token_embeddings"},
+            UnsupportedModelError,
+            "module_input_name = 'token_embeddings'",
+        ),
     ],
 )
 def test_linear_steps_that_cannot_be_are_refused(
@@ -190,6 +226,8 @@ def test_far_distances_share_biases_as_in_mpnet() -> None:
         OutputSpec("class", "first"),
         OutputSpec("span", "none", labels=3),
         OutputSpec("vector", "mean", dense=4),
+        OutputSpec("vector", "mean", columns=33),
+        OutputSpec("tokens", "none", labels=3, columns=2),
     ],
 )
 def test_outputs_that_make_no_sense_are_refused(output: OutputSpec) -> None:
