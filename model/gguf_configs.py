@@ -213,9 +213,9 @@ def _routed(model: GgufMetadata) -> Values:
 
 def gpt_oss(model: GgufMetadata) -> Values:
     values = _decoder(model, "gpt_oss") | _rms(model) | _routed(model)
-    scaling = values.get("rope_scaling")
-    if scaling is not None:  # The file cannot say it, and all published models have it.
-        values["rope_scaling"] = scaling | {"truncate": False}
+    # The file cannot say it, and all published models have it.
+    scaling = values.get("rope_scaling", {"rope_type": "default"})
+    values["rope_scaling"] = scaling | {"truncate": False}
     return values | {
         "intermediate_size": model.size("expert_feed_forward_length"),
         "sliding_window": model.size("attention.sliding_window", 128),

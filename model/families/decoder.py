@@ -51,6 +51,7 @@ def mistral(config: Config) -> ModelSpec:
 
 def ministral3(config: Config) -> ModelSpec:
     """Describe Ministral 3, up to the context from which it scales queries by their position."""
+    config = config.with_defaults({"rms_norm_eps": 1e-5})
     window = config.size("sliding_window") if config.has("sliding_window") else None
     spec = rotary_decoder(config, windows=[window] * config.layer_count(), head_dim=128)
     rope = config.nested("rope_parameters") or config.nested("rope_scaling")
@@ -79,6 +80,7 @@ def qwen3(config: Config) -> ModelSpec:
 
 
 def ernie(config: Config) -> ModelSpec:
+    config = config.with_defaults({"rms_norm_eps": 1e-5})
     bias = config.flag("use_bias", False)
     return rotary_decoder(
         config, qkv_bias=bias, out_bias=bias, mlp_bias=bias, head_dim=128, theta=5e5, tied=True

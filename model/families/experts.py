@@ -112,6 +112,7 @@ def qwen2_moe(config: Config) -> ModelSpec:
 
 
 def mixtral(config: Config) -> ModelSpec:
+    config = config.with_defaults({"rms_norm_eps": 1e-5})
     window = config.size("sliding_window") if config.has("sliding_window") else None
     spec = rotary_decoder(config, windows=[window] * config.layer_count(), theta=1e6)
     experts = ExpertSpec(expert_count(config, 8), config.size("num_experts_per_tok", 2))

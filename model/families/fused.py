@@ -21,7 +21,7 @@ GLM4_NAMES = GLM_NAMES | {
 def phi3(config: Config) -> ModelSpec:
     """Describe Phi-3, Phi-3.5 and Phi-4, the mini ones and those of 14B."""
     # The architecture's own trained context comes before one in rope_scaling.
-    config = config.with_defaults({"original_max_position_embeddings": 4096})
+    config = config.with_defaults({"original_max_position_embeddings": 4096, "rms_norm_eps": 1e-5})
     window = config.size("sliding_window") if config.has("sliding_window") else None
     return rotary_decoder(config, windows=[window] * config.layer_count(), partial=1.0)
 
@@ -35,6 +35,7 @@ def phi3_sources(
 
 
 def glm(config: Config) -> ModelSpec:
+    config = config.with_defaults({"rms_norm_eps": 1.5625e-7})
     bias = config.flag("attention_bias", True)
     return rotary_decoder(config, qkv_bias=bias, head_dim=128, partial=0.5)
 

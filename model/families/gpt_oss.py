@@ -15,6 +15,16 @@ from model.spec import ExpertSpec, LayerSpec, ModelSpec
 
 Sources = dict[str, Source]
 
+_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+"""The rotary scaling of a config without any, as of the published models."""
+
 _WINDOWS = ("full_attention", "sliding_attention")
 
 
@@ -57,6 +67,9 @@ GPT_OSS = GptOssNames(("mlp",), ("router",), ("", "", ""))
 
 
 def gpt_oss(config: Config) -> ModelSpec:
+    config = config.with_defaults({"rms_norm_eps": 1e-5})
+    if not (config.nested("rope_scaling") or config.nested("rope_parameters")):
+        config = Config(config.path, {**config.values, "rope_scaling": _ROPE})
     bias = config.flag("attention_bias", True)
     if config.number("swiglu_alpha", CLIPPED_ALPHA) != CLIPPED_ALPHA:
         raise config.unsupported(
