@@ -89,7 +89,7 @@ class PlainTensor(StoredTensor):
 
     @property
     def readable(self) -> bool:
-        return self.dtype in ("F32", "F16", "BF16")
+        return self.dtype in ("F64", "F32", "F16", "BF16")
 
     def float32(self, rows: Rows = slice(None)) -> npt.NDArray[np.float32]:
         return self.file.float32(self.name, rows)

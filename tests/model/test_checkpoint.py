@@ -152,6 +152,18 @@ def test_a_tensor_in_two_shards(sharded: Path) -> None:
         Checkpoint.open(sharded)
 
 
+def test_numbers_of_64_bits_are_read(llama: Path) -> None:
+    path, before = llama / "model.safetensors", Checkpoint.open(llama)
+    expected = before.block(1)
+    file = read_safetensors(path)
+    tensors = {name: file.float32(name).astype(np.float64) for name in file.entries}
+    write_safetensors(path, tensors)
+    found = Checkpoint.open(llama)
+    assert set(found.source_dtypes(1).values()) == {"F64"}
+    assert found.lossless_format(1) == Format.of(32)
+    assert all(np.array_equal(found.block(1)[name], values) for name, values in expected.items())
+
+
 def test_missing_and_misshapen_tensors(llama: Path) -> None:
     path = llama / "model.safetensors"
     file = read_safetensors(path)
