@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from model.errors import CheckpointError, UnsupportedModelError
 from model.gguf_metadata import GgufMetadata
-from model.spec import MAX_LAYERS, MAX_SIZE
+from model.spec import MAX_LAYERS, MAX_SIZE, POOLING_KEY
 
 Values = dict[str, Any]
 """The values that config.json would hold."""
@@ -189,6 +189,24 @@ def _ropes_by_kind(
 
 def _layer_types(sliding: list[bool]) -> list[str]:
     return ["sliding_attention" if item else "full_attention" for item in sliding]
+
+
+def whole_texts(model: GgufMetadata) -> Values:
+    """Return what a file says about models that read whole texts, which most leave out."""
+    values: Values = {} if model.flag("attention.causal", True) else {"is_causal": False}
+    pooling = model.size("pooling_type", 0)
+    if not pooling:
+        return values
+    if pooling not in _POOLINGS:
+        raise UnsupportedModelError(
+            f"{model.path}: pooling of the type {pooling} is not implemented; "
+            "get the model's safetensors"
+        )
+    return values | {POOLING_KEY: _POOLINGS[pooling]}
+
+
+_POOLINGS = {1: "mean", 2: "cls", 3: "lasttoken"}
+"""llama.cpp's numbers of poolings. 4 gives scores of a reranker."""
 
 
 def llama(model: GgufMetadata) -> Values:

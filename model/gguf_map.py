@@ -48,7 +48,7 @@ def read_model(path: Path) -> GgufModel:
     files = read_parts(path)
     model = GgufMetadata(files)
     architecture = _architecture(model)
-    values = architecture.config(model)
+    values = architecture.config(model) | configs.whole_texts(model)
     tensors = {
         name: tensor
         for key in model.places
@@ -67,7 +67,7 @@ def read_model(path: Path) -> GgufModel:
 def read_values(path: Path) -> Values:
     """Return what config.json would say. Raises as ``read_model``."""
     model = GgufMetadata(read_parts(path))
-    return _architecture(model).config(model)
+    return _architecture(model).config(model) | configs.whole_texts(model)
 
 
 # ---- tensors -----------------------------------------------------------------------------------

@@ -34,6 +34,8 @@ OutputKind = Literal["vector", "class", "tokens", "span"]
 or how well an answer begins and ends at each token."""
 Pooling = Literal["none", "first", "mean", "last", "max", "mean_sqrt_len", "weighted_mean"]
 """Which of a text's rows its result comes from: each, the first, all of them, or the last."""
+POOLING_KEY = "gguf_pooling"
+"""Where the config that stands for a GGUF file has the pooling of an embedder."""
 DenseActivation = Literal["none", "tanh", "relu"]
 """The function behind the dense layer of a head. none: the head has no such layer."""
 

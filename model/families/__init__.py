@@ -26,7 +26,7 @@ from model.families.decoder import (
     qwen3,
     smollm3,
 )
-from model.families.embedders import with_files
+from model.families.embedders import with_files, with_pooling
 from model.families.encoders import (
     BERT_NAMES,
     DISTILBERT_NAMES,
@@ -144,7 +144,7 @@ def describe(config: Config, directory: Path) -> ModelSpec:
     own = language_part(config)
     family = _family(own)
     _refuse_foreign_options(config)
-    spec = with_files(family.describe(own), directory)
+    spec = with_pooling(with_files(family.describe(own), directory), own)
     generation = directory / "generation_config.json"
     eos = read_config_file(generation).tokens("eos_token_id") if generation.exists() else ()
     plain = spec.to_dict()

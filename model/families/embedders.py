@@ -12,8 +12,9 @@ from typing import Any
 
 from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
+from model.families.config import Config
 from model.hub import SENTENCE_SETTINGS
-from model.spec import DenseActivation, ModelSpec, OutputSpec, Pooling, StepSpec
+from model.spec import POOLING_KEY, DenseActivation, ModelSpec, OutputSpec, Pooling, StepSpec
 
 MODULES = "modules.json"
 PROMPTS = "config_sentence_transformers.json"
@@ -65,6 +66,18 @@ def with_files(spec: ModelSpec, directory: Path) -> ModelSpec:
     output = replace(output, columns=_columns(directory / PROMPTS, width))
     length = _most_tokens(directory, spec.max_context)
     return replace(spec, output=output, tied_head=False, logit_cap=None, max_context=length)
+
+
+def with_pooling(spec: ModelSpec, config: Config) -> ModelSpec:
+    """Return the model as an embedder if its GGUF file has a pooling.
+
+    Its vectors are divided by their length, as llama.cpp's server does.
+    """
+    pooling = _POOLING.get(config.text(POOLING_KEY, ""))
+    if spec.output is not None or pooling is None:
+        return spec
+    output = OutputSpec("vector", pooling, normalized=True)
+    return replace(spec, output=output, tied_head=False, logit_cap=None)
 
 
 def _columns(path: Path, width: int) -> int:

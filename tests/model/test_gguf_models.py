@@ -16,13 +16,15 @@ import numpy as np
 import pytest
 
 from model.checkpoint import Checkpoint
+from model.encoder_ends import rms_norm
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families import load_spec
 from model.gguf_map import read_values
 from model.given import gguf_of, require_model
 from model.quantize import Format
 from model.reference import ReferenceModel
-from model.spec import ModelSpec
+from model.spec import ModelSpec, OutputSpec, Pooling
+from model.texts import Texts
 from model.tokenizer import Tokenizer
 from tests.gguf_files import TINY, Gguf, plain, tiny
 from tests.parity import Golden
@@ -183,6 +185,39 @@ def test_a_block_takes_its_own_memory(tmp_path: Path) -> None:
         tracemalloc.stop()
     assert opened < 200_000
     assert read < opened + 2 * sum(values.nbytes for values in block.values()) + 200_000
+
+
+# ---- whole texts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "pooling"), [(1, "mean"), (2, "first"), (3, "last")])
+def test_a_file_with_a_pooling_is_an_embedder(
+    tmp_path: Path, number: int, pooling: Pooling
+) -> None:
+    """As Qwen3-Embedding's files. Its layers stay causal, and vectors have the length 1."""
+    tokens = np.arange(1, 12)
+    path = tiny(llama__pooling_type=number).write(tmp_path / "x.gguf")
+    checkpoint = Checkpoint.open(path)
+    assert load_spec(path) == checkpoint.spec
+    assert checkpoint.spec.output == OutputSpec("vector", pooling, normalized=True)
+    plain_path = tiny().write(tmp_path / "plain.gguf")
+    same = Checkpoint.open(plain_path)
+    rows = ReferenceModel(same.spec, [same.block(0), same.block(1)]).forward(tokens)
+    rows = rms_norm(rows, 1e-5) * same.block(2)["norm.weight"]
+    vector = {"mean": rows.mean(axis=0), "first": rows[0], "last": rows[-1]}[pooling]
+    found = ReferenceModel.from_checkpoint(checkpoint).encode(tokens, Texts((11,), (11,)))
+    np.testing.assert_allclose(found[0], vector / np.linalg.norm(vector), atol=1e-5)
+
+
+def test_what_a_file_says_about_whole_texts_is_not_left_out(tmp_path: Path) -> None:
+    path = tiny(llama__pooling_type=4).write(tmp_path / "x.gguf")
+    with pytest.raises(UnsupportedModelError, match="pooling of the type 4 is not implemented"):
+        Checkpoint.open(path)
+    path = tiny(llama__attention__causal=False).write(tmp_path / "x.gguf")
+    with pytest.raises(UnsupportedModelError, match="is_causal = false is not implemented"):
+        Checkpoint.open(path)
+    path = tiny(llama__attention__causal=True, llama__pooling_type=0).write(tmp_path / "x.gguf")
+    assert Checkpoint.open(path).spec.output is None
 
 
 # ---- metadata ----------------------------------------------------------------------------------
