@@ -117,6 +117,8 @@ def load_backend(
                 raise TokenizerError(f"{path}: {error}") from error
             wrong = wrong or f"{one_line(error)}; fetch it again"
             raise TokenizerError(f"{path}: not a valid tokenizer: {wrong}") from error
+        if settings.get("split_special_tokens") is True:
+            backend.encode_special_tokens = True
         if takes_lower_case(directory):
             given = [] if backend.normalizer is None else [backend.normalizer]
             backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *given])
@@ -297,8 +299,9 @@ def _byte_level(path: Path, settings: Mapping[str, Any], special: Mapping[str, s
         defaults = {"eos_token": _END_OF_TEXT, "pad_token": _END_OF_TEXT}
     else:
         defaults = dict.fromkeys(("unk_token", "bos_token", "eos_token"), _END_OF_TEXT)
-    if not any(key in special for key in defaults):
-        special = {key: text for key, text in defaults.items() if text in values} | dict(special)
+    for key, text in defaults.items():
+        if key not in settings and text in values:  # Null means none.
+            special = {key: text} | dict(special)
     _add_tokens(backend, path.parent, settings, special)
     return _ends(backend, settings, special)
 
@@ -425,8 +428,6 @@ def _whole(path: Path, settings: Mapping[str, Any], special: Mapping[str, str]) 
         own.add_prefix_space = prefix
         backend.pre_tokenizer = own
     _add_tokens(backend, path.parent, settings, special, ids_hold=False)
-    if settings.get("split_special_tokens") is True:
-        backend.encode_special_tokens = True
     return backend
 
 

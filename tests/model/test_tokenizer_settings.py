@@ -95,3 +95,25 @@ def test_tokens_that_the_settings_call_special_are_left_out_of_text(tmp_path: Pa
     assert ids == [START, THE, NEXT, THE, TURN, END]
     assert tokenizer.decode(ids) == "the<think>the"
     assert set(tokenizer.special_ids) == {"<s>", "<|eot|>", "<|im_end|>"}
+
+
+def bare(path: Path, settings: dict[str, Any]) -> Tokenizer:
+    """A tokenizer made from vocab.json and merges.txt of GPT-2's class."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = (*letters, *TOKENS, "<|endoftext|>")
+    (path / "vocab.json").write_text(json.dumps({token: at for at, token in enumerate(tokens)}))
+    (path / "merges.txt").write_text("#version: 0.2\nt h\nth e\n\u0120 the\n")
+    values = {"tokenizer_class": "GPT2Tokenizer"} | settings
+    (path / "tokenizer_config.json").write_text(json.dumps(values))
+    return Tokenizer.load(path)
+
+
+def test_a_special_token_that_a_class_has_stays_beside_named_ones(tmp_path: Path) -> None:
+    text, default = "the<|im_end|>the<|endoftext|>", 261
+    ids = [THE, END, THE, default]
+    end: dict[str, Any] = {"eos_token": "<|im_end|>"}
+    assert bare(tmp_path, {}).encode("the<|endoftext|>") == [THE, default]
+    assert bare(tmp_path, end).encode(text) == ids
+    none = {"bos_token": None, "unk_token": None}
+    assert bare(tmp_path, none | end).encode("<|endoftext|>") != [default]
+    assert len(bare(tmp_path, {"split_special_tokens": True} | end).encode(text)) > len(ids)
