@@ -51,6 +51,27 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+_NOT_DONE: dict[str, float] = {
+    "bad_words_ids": 0,
+    "begin_suppress_tokens": 0,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+    "exponential_decay_length_penalty": 0,
+    "forced_bos_token_id": 0,
+    "guidance_scale": 1,
+    "min_length": 0,
+    "min_new_tokens": 0,
+    "no_repeat_ngram_size": 0,
+    "num_beams": 1,
+    "penalty_alpha": 0,
+    "sequence_bias": 0,
+    "stop_strings": 0,
+    "suppress_tokens": 0,
+    "typical_p": 1,
+}
+"""Options of transformers that change answers and are not implemented, with what changes none."""
+
+
 def read_sampling_defaults(directory: Path) -> SamplingDefaults:
     """Read generation_config.json, if the folder has one.
 
@@ -82,6 +103,9 @@ def sampling_defaults(values: Mapping[str, Any], source: str) -> SamplingDefault
             used[name] = value if name == "top_k" else float(value)
         else:
             wrong.append(f"{name} {str(value)[:40]!r} is not between {low:g} and {high:g}")
+    unread = [name for name, plain in _NOT_DONE.items() if (values.get(name) or plain) != plain]
+    if unread:
+        log.warning("%s: not implemented, so it changes nothing: %s", source, ", ".join(unread))
     if wrong:
         log.warning("%s: ignored, because %s", source, ", and ".join(wrong))
     if values.get("do_sample") is False:

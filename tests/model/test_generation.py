@@ -46,6 +46,23 @@ def test_recommendations(
     assert not caplog.records
 
 
+def test_options_that_would_change_answers_and_are_not_implemented_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = {"num_beams": 1, "typical_p": 1.0, "suppress_tokens": None, "min_length": 0}
+    (tmp_path / "generation_config.json").write_text(json.dumps(plain | {"bad_words_ids": []}))
+    assert read_sampling_defaults(tmp_path) == SamplingDefaults()
+    assert not caplog.records
+    values = {"suppress_tokens": [5, 6], "no_repeat_ngram_size": 3, "num_beams": 4, "top_k": 9}
+    (tmp_path / "generation_config.json").write_text(json.dumps(plain | values))
+    assert read_sampling_defaults(tmp_path) == SamplingDefaults(top_k=9)
+    (record,) = caplog.records
+    assert record.getMessage().endswith(
+        "generation_config.json: not implemented, so it changes nothing: "
+        "no_repeat_ngram_size, num_beams, suppress_tokens"
+    )
+
+
 def test_values_that_no_request_could_have_are_ignored_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
