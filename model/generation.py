@@ -61,6 +61,7 @@ _NOT_DONE: dict[str, float] = {
     "guidance_scale": 1,
     "min_length": 0,
     "min_new_tokens": 0,
+    "mirostat": 0,
     "no_repeat_ngram_size": 0,
     "num_beams": 1,
     "penalty_alpha": 0,
@@ -68,8 +69,9 @@ _NOT_DONE: dict[str, float] = {
     "stop_strings": 0,
     "suppress_tokens": 0,
     "typical_p": 1,
+    "xtc_probability": 0,
 }
-"""Options of transformers that change answers and are not implemented, with what changes none."""
+"""Options of transformers and llama.cpp that are not implemented, with what changes no answer."""
 
 
 def read_sampling_defaults(directory: Path) -> SamplingDefaults:

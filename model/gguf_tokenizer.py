@@ -33,7 +33,10 @@ _SAMPLING = {
     "temperature": "temp",
     "top_k": "top_k",
     "top_p": "top_p",
+    "min_p": "min_p",
     "repetition_penalty": "penalty_repeat",
+    "mirostat": "mirostat",
+    "xtc_probability": "xtc_probability",
 }
 """The names of recommendations in generation_config.json, and in the metadata."""
 

@@ -129,17 +129,19 @@ def test_special_tokens_and_template(tmp_path: Path) -> None:
     assert tokenizer.apply_chat_template([], tools=[{}]) == "tools 1"
 
 
-def test_recommendations_of_sampling(tmp_path: Path) -> None:
+def test_recommendations_of_sampling(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     changes: dict[str, Any] = {
         "general__sampling__temp": 0.6,
         "general__sampling__top_k": 20,
         "general__sampling__top_p": 0.95,
         "general__sampling__min_p": 0.1,
         "general__sampling__penalty_repeat": 99.0,
+        "general__sampling__mirostat": 2,
     }
     path = tiny(**stored(byte_level("gpt2", "gpt-2")), **changes).write(tmp_path / "x.gguf")
-    expected = {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    expected = {"temperature": 0.6, "top_k": 20, "top_p": 0.95, "min_p": 0.1}
     assert Tokenizer.load(path).defaults.stated() == expected, "a penalty of 99 is absurd"
+    assert "x.gguf: not implemented, so it changes nothing: mirostat" in caplog.text
     assert Tokenizer.load(tmp_path).defaults.stated() == expected
     (tmp_path / "generation_config.json").write_text('{"temperature": 0.3}')
     assert Tokenizer.load(tmp_path).defaults.stated() == {"temperature": 0.3}
