@@ -98,11 +98,16 @@ def _settings(directory: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _most_tokens(directory: Path, context_tokens: int) -> int:
-    """Return the longest text that the model was trained for, within its context."""
+    """Return the longest text that the model was trained for, within its context.
+
+    Where the file about texts says nothing, the tokenizer's settings count.
+    """
     path, values = _settings(directory)
     length = values.get("max_seq_length")
     if length is None:
-        return context_tokens
+        path = directory / "tokenizer_config.json"
+        own = _object(path).get("model_max_length") if path.is_file() else None
+        return min(own, context_tokens) if type(own) is int and own > 0 else context_tokens
     if type(length) is not int or length < 1:
         raise CheckpointError(f"{path}: max_seq_length {length!r:.40} is not a number of tokens")
     return min(length, context_tokens)

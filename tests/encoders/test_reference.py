@@ -101,6 +101,18 @@ def test_a_text_is_as_long_at_most_as_the_model_was_trained_for(tmp_path: Path, 
         load_spec(model)
 
 
+def test_the_length_that_a_tokenizer_names_counts_without_another(tmp_path: Path) -> None:
+    model = Path(shutil.copytree(ENCODERS / "minilm", tmp_path / "minilm"))
+    whole = load_spec(model).max_context
+    for length, expected in ((20, 20), (int(1e30), whole), (1e30, whole), (None, whole)):
+        text = json.dumps({"model_max_length": length})
+        (model / "tokenizer_config.json").write_text(text)
+        assert load_spec(model).max_context == expected
+    (model / "tokenizer_config.json").write_text('{"model_max_length": 20}')
+    (model / "sentence_bert_config.json").write_text('{"max_seq_length": 30}')
+    assert load_spec(model).max_context == 30
+
+
 def test_older_names_of_the_file_about_texts_are_read(tmp_path: Path) -> None:
     model = Path(shutil.copytree(ENCODERS / "roberta", tmp_path / "roberta"))
     text = '{"max_seq_length": 16, "do_lower_case": true}'
