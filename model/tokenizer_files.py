@@ -84,6 +84,10 @@ _END_OF_TEXT = "<|endoftext|>"
 """The special token of GPT2Tokenizer and Qwen2Tokenizer, unless the settings name others."""
 
 
+class _SettingsError(Exception):
+    """A fault of a file beside the tokenizer, which the message names."""
+
+
 def has_tokenizer(directory: Path) -> bool:
     """Whether a folder has one of the files that ``load_backend`` reads."""
     return any((directory / name).exists() for name in _READERS)
@@ -112,6 +116,8 @@ def load_backend(
         except BaseException as error:
             if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
                 raise
+            if isinstance(error, _SettingsError):
+                raise TokenizerError(f"{error}; fetch it again") from error
             wrong = kind_of_file(path)
             if wrong is None and isinstance(error, TokenizerError):
                 raise TokenizerError(f"{path}: {error}") from error
@@ -208,6 +214,10 @@ def _add_tokens(
     for key in ("additional_special_tokens", "extra_special_tokens"):
         texts += _texts(settings.get(key))
     names = [text for text in dict.fromkeys(texts) if text and text not in known]
+    wrong = next((text for text in names if not _is_text(text)), None)
+    if wrong is not None:
+        path = directory / "tokenizer_config.json"
+        raise _SettingsError(f"{path}: {wrong[:40]!r} is named as a special token, and is no text")
     backend.add_tokens([AddedToken(text, special=True) for text in names])
 
 
@@ -219,23 +229,37 @@ def _differs(token: AddedToken, known: Mapping[str, AddedToken]) -> bool:
 
 
 def _given_tokens(directory: Path, settings: Mapping[str, Any]) -> Iterator[tuple[int, AddedToken]]:
-    """Yield the added tokens that have an id of their own. Raises ValueError."""
-    decoder = settings.get("added_tokens_decoder")
+    """Yield the added tokens that have an id of their own. Raises _SettingsError."""
+    decoder, path = settings.get("added_tokens_decoder"), directory / "tokenizer_config.json"
     if isinstance(decoder, dict):
         for index, token in decoder.items():
-            if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-                raise ValueError("added_tokens_decoder is not an object of tokens by id")
+            text = token.get("content") if isinstance(token, dict) else None
+            if not _INDEX.fullmatch(index) or not _is_text(text):
+                raise _SettingsError(f"{path}: added_tokens_decoder is no object of tokens by id")
             names = ("lstrip", "rstrip", "single_word", "normalized", "special")
             flags = {name: token[name] for name in names if isinstance(token.get(name), bool)}
-            yield int(index), AddedToken(token["content"], **flags)
+            yield int(index), AddedToken(text, **flags)
         return
     path = directory / "added_tokens.json"
     if path.exists():
-        values = read_json(path)
-        if not isinstance(values, dict) or any(type(index) is not int for index in values.values()):
-            raise ValueError("added_tokens.json is not an object of ids by token")
-        for token, index in values.items():
-            yield index, AddedToken(token, special=False, normalized=False)
+        try:
+            values = read_json(path)
+        except (OSError, ValueError) as error:
+            raise _SettingsError(f"{path}: cannot be read: {error}") from error
+        if not isinstance(values, dict):
+            values = {"": None}
+        for text, index in values.items():
+            if type(index) is not int or not _is_text(text):
+                raise _SettingsError(f"{path}: not an object of ids by token")
+            yield index, AddedToken(text, special=False, normalized=False)
+
+
+_INDEX = re.compile(r"\d{1,9}", re.ASCII)
+
+
+def _is_text(value: object) -> bool:
+    """Whether a token is a text that UTF-8 can hold, which JSON's half surrogates are not."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _texts(value: Any) -> list[str]:

@@ -130,7 +130,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 499723
         (
             "llama",
             {"added_tokens.json": "[]", "tokenizer_config.json": "{}"},
-            r"added_tokens\.json is not an object",
+            r"added_tokens\.json: not an object",
         ),
         ("gpt2", {"vocab.json": '{"a": 7}'}, r"vocab\.json: .*1 tokens, but the id 7"),
         ("gpt2", {"vocab.json": "["}, r"vocab\.json: not a valid tokenizer: .*not valid JSON"),

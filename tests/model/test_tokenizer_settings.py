@@ -10,6 +10,7 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Library
 
+from model.errors import TokenizerError
 from model.tokenizer import Tokenizer
 
 TOKENS = ("th", "the", "\u0120the", "<|im_end|>", "<|eot|>")
@@ -117,3 +118,23 @@ def test_a_special_token_that_a_class_has_stays_beside_named_ones(tmp_path: Path
     none = {"bos_token": None, "unk_token": None}
     assert bare(tmp_path, none | end).encode("<|endoftext|>") != [default]
     assert len(bare(tmp_path, {"split_special_tokens": True} | end).encode(text)) > len(ids)
+
+
+@pytest.mark.parametrize(
+    ("settings", "files", "said"),
+    [
+        ({"added_tokens_decoder": {"x": token("<a>")}}, {}, "tokenizer_config.json: added_tokens"),
+        ({"added_tokens_decoder": {"9" * 5000: token("<a>")}}, {}, "no object of tokens by id"),
+        ({"added_tokens_decoder": {"1": "<a>"}}, {}, "tokenizer_config.json: added_tokens"),
+        ({"added_tokens_decoder": {"1": token("\ud800")}}, {}, "no object of tokens by id"),
+        ({"eos_token": "\ud800"}, {}, "tokenizer_config.json: .* is no text; fetch it again"),
+        ({}, {"added_tokens": {"<a>": "x"}}, "added_tokens.json: not an object of ids by token"),
+        ({}, {"added_tokens": [1]}, "added_tokens.json: not an object of ids by token"),
+    ],
+)
+def test_wrong_settings_are_named_and_not_the_tokenizer(
+    tmp_path: Path, settings: dict[str, Any], files: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(TokenizerError, match=said) as error:
+        Tokenizer.load(folder(tmp_path, settings, **files))
+    assert "tokenizer.json" not in str(error.value)
