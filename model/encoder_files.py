@@ -44,13 +44,14 @@ def prompts_of(directory: Path) -> tuple[dict[str, str], str]:
     path = directory / PROMPTS
     if not path.is_file():
         return {}, ""
+    known: dict[str, str] = {}
     try:
         values: Any = read_json(path, _MAX_BYTES)
+        prompts = values.get("prompts") if isinstance(values, dict) else None
+        if isinstance(prompts, dict):
+            known = {name: text for name, text in prompts.items() if isinstance(text, str)}
+        "".join((*known, *known.values())).encode()  # JSON may hold halves of characters.
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}; fetch it again") from error
-    prompts = values.get("prompts") if isinstance(values, dict) else None
-    if not isinstance(prompts, dict):
-        return {}, ""
-    known = {name: text for name, text in prompts.items() if isinstance(text, str)}
-    default = values.get("default_prompt_name")
+    default = values.get("default_prompt_name") if known else None
     return known, default if isinstance(default, str) else ""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from api.openai.encoders import classified
-from model.encoder_files import classes_of
+from model.encoder_files import classes_of, prompts_of
 from model.errors import CheckpointError
 from tests.encoder_cases import ENCODERS
 
@@ -53,3 +53,18 @@ def test_one_score_is_a_probability_unless_it_is_a_value(tmp_path: Path) -> None
 def test_an_unknown_type_of_problem_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="problem_type must be one of single_label"):
         said(tmp_path, SCORES, problem_type="ranking")
+
+
+def test_names_and_prompts_that_are_no_text_are_refused(tmp_path: Path) -> None:
+    """JSON may hold a half of a character. Each answer with it would fail."""
+    with pytest.raises(CheckpointError, match="id2label must name the classes"):
+        said(tmp_path, SCORES, id2label={"0": "red", "1": "\ud800", "2": "blue"})
+    path = tmp_path / "config_sentence_transformers.json"
+    path.write_text(json.dumps({"prompts": {"query": "\ud800", "text": ""}}))
+    with pytest.raises(CheckpointError, match=r"transformers\.json: cannot be read"):
+        prompts_of(tmp_path)
+    prompts = {"query": "find:\n", "text": "", "none": None}
+    path.write_text(json.dumps({"prompts": prompts, "default_prompt_name": "query"}))
+    assert prompts_of(tmp_path) == ({"query": "find:\n", "text": ""}, "query")
+    path.write_text('{"prompts": {}, "default_prompt_name": "query"}')
+    assert prompts_of(tmp_path) == ({}, "")
