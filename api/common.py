@@ -28,11 +28,15 @@ from coordinator.serving.requests import InFlight
 from model.errors import ModelError
 from planning.errors import RequestInvalid
 from planning.plan import InfeasiblePlan, PlanError
+from wire.hygiene import clean_text
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 4 << 20
 """More text than any context holds."""
+
+MAX_DIGITS = 1000
+"""More than any whole number of a request needs. Those of JSON schemas may be large."""
 
 CLIENT_CLOSED_REQUEST = 499
 """A status for a client that closed first, which nobody reads (Source: nginx's log)."""
@@ -73,20 +77,60 @@ async def read_json(request: Request) -> dict[str, Any]:
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if content_type != "application/json":
         raise RequestInvalid("send JSON, with the header Content-Type: application/json")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise RequestInvalid(
+            f"Content-Encoding: {clean_text(encoding, 40)!r} is not read: send the JSON as it is"
+        )
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_BODY_BYTES:
             raise RequestInvalid(f"the request is larger than {MAX_BODY_BYTES} bytes")
-    try:
-        values = json.loads(bytes(body), parse_constant=_no_number, parse_float=_finite)
-    except (ValueError, RecursionError) as error:
-        raise RequestInvalid(f"the request is not valid JSON: {error}") from error
+    values = _parsed(body)
     if not isinstance(values, dict):
         raise RequestInvalid("the request must be a JSON object")
     if b"\\u" in body and not _is_unicode(values):
         raise RequestInvalid("the request has text that is not Unicode: half of a surrogate pair")
     return values
+
+
+def _parsed(body: bytearray) -> Any:
+    """The value of a JSON text. Raises RequestInvalid."""
+    try:
+        # `json` would also take UTF-16, and bytes of half a surrogate pair.
+        text = body.decode("utf-8-sig")
+        return json.loads(
+            text,
+            parse_constant=_no_number,
+            parse_float=_finite,
+            parse_int=_short,
+            object_pairs_hook=_each_once,
+        )
+    except UnicodeDecodeError as error:
+        message = f"the request is not valid JSON: byte {error.start} is not UTF-8"
+        raise RequestInvalid(message) from error
+    except RecursionError as error:
+        raise RequestInvalid("the request is not valid JSON: it is nested too deeply") from error
+    except ValueError as error:
+        raise RequestInvalid(f"the request is not valid JSON: {error}") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object. Of a field that is there twice, Python would drop the first one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {twice[:40]!r} is there twice")
+    return found
+
+
+def _short(text: str) -> int:
+    """Return a whole number. Python refuses thousands of digits in words of its own."""
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"the number {text[:20]}... has {len(text)} digits")
+    return int(text)
 
 
 def _no_number(text: str) -> float:
@@ -143,7 +187,9 @@ async def on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         message = f"{request.method} {request.url.path}: {error.detail.lower()}"
         body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-        return JSONResponse({"error": body}, status_code=error.status_code)
+        return JSONResponse(
+            {"error": body}, status_code=error.status_code, headers=dict(error.headers or {})
+        )
     if isinstance(error, (ClientGone, ClientDisconnect)):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     status, described = describe(error)

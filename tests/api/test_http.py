@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -43,7 +45,7 @@ class Server:
         self.may_clean_up = asyncio.Event()
 
     def app(self) -> Starlette:
-        handled = (RequestInvalid, ClientGone, ClientDisconnect)
+        handled = (RequestInvalid, ClientGone, ClientDisconnect, HTTPException)
         return Starlette(
             routes=[
                 Route("/echo", self.echo, methods=["POST"]),
@@ -152,6 +154,31 @@ def test_json_comes_in_and_goes_out() -> None:
     run(test)
 
 
+def test_a_body_in_another_encoding_is_named_by_its_header() -> None:
+    async def test(server: Server) -> None:
+        body = gzip.compress(b"{}")
+        given = f"{JSON}\r\nContent-Encoding: gzip"
+        status, text = await answer(server, "/echo", body, given)
+        assert status == 400
+        assert "Content-Encoding: 'gzip'" in text
+        status, _ = await answer(server, "/echo", b"{}", f"{JSON}\r\nContent-Encoding: identity")
+        assert status == 200
+
+    run(test)
+
+
+def test_a_wrong_method_is_told_the_right_ones() -> None:
+    async def test(server: Server) -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"GET /echo HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        head = (await reader.read()).decode().lower()
+        writer.close()
+        assert head.split()[1] == "405"
+        assert "\r\nallow: post\r\n" in head
+
+    run(test)
+
+
 @pytest.mark.parametrize(
     ("body", "content_type", "words"),
     [
@@ -166,11 +193,15 @@ def test_json_comes_in_and_goes_out() -> None:
         (b"[]", JSON, "JSON object"),
         (b'{"a": ["\\ud800"]}', JSON, "surrogate"),
         (b'{"\\udfff": 1}', JSON, "surrogate"),
+        (b'{"a": "\xed\xa0\x80"}', JSON, "byte 7 is not UTF-8"),
+        ('{"a": "\\ud800"}'.encode("utf-16"), JSON, "not UTF-8"),
+        (b'{"a": [{"b": 1, "c": 2, "b": 1}]}', JSON, "the field 'b' is there twice"),
+        (b'{"a": ' + b"9" * 5000 + b"}", JSON, "has 5000 digits"),
         (b'{"a": "' + b"x" * (4 << 20) + b'"}', JSON, "larger than"),
     ],
     ids=[
         *("type", "cut", "deep", "bytes", "number", "nan", "infinity", "huge", "list"),
-        *("surrogate", "key", "large"),
+        *("surrogate", "key", "raw surrogate", "utf-16", "twice", "digits", "large"),
     ],
 )
 def test_what_is_no_json_object_is_refused(body: bytes, content_type: str, words: str) -> None:
