@@ -114,11 +114,9 @@ _STOP_TEXT: Schema = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CH
 _STOP = _or_null({"anyOf": [_STOP_TEXT, _list(_STOP_TEXT, maxItems=MAX_STOP_STRINGS)]})
 
 COMMON: dict[str, Schema] = {
-    "model": _TEXT,
+    "model": _or_null(_TEXT),
     "stream": _FLAG,
-    "stream_options": _or_null(
-        {"type": "object", "properties": {"include_usage": {"type": "boolean"}}}
-    ),
+    "stream_options": _or_null(_closed({"include_usage": _FLAG, "include_obfuscation": _FLAG})),
     "stop": _STOP,
     "seed": _integer(-(1 << 63), (1 << 63) - 1),
     "temperature": _number(0, MAX_TEMPERATURE),

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from api.openai.fields import SAYS_NOTHING, flag, only
 from planning.errors import RequestInvalid
 
 _SAME = (
@@ -19,6 +20,9 @@ _OTHER = (
     "cache_control",
 )
 """``cache_control`` is a hint, here and in blocks: prompts are kept without it."""
+
+_COMMON = ("type", "cache_control")
+"""The fields that every block may have."""
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "container": (None,),
@@ -44,7 +48,7 @@ def chat_request(body: Mapping[str, Any], *, counts: bool = False) -> dict[str, 
             raise RequestInvalid("max_tokens: expected a whole number", "max_tokens")
         chat["max_tokens"] = body["max_tokens"]
     chat["messages"] = _messages(body)
-    if body.get("stop_sequences"):
+    if body.get("stop_sequences") not in (None, []):
         chat["stop"] = body["stop_sequences"]
     if body.get("tools") is not None:
         chat["tools"] = _tools(body["tools"])
@@ -65,7 +69,8 @@ def _read_choice(choice: Any, chat: dict[str, Any]) -> None:
         raise RequestInvalid(
             "tool_choice: expected an object of the type auto, any, tool or none", "tool_choice"
         )
-    if choice.get("disable_parallel_tool_use"):
+    only(choice, ("type", "name", "disable_parallel_tool_use"), "tool_choice", "tool_choice")
+    if flag(choice, "disable_parallel_tool_use"):
         chat["parallel_tool_calls"] = False
 
 
@@ -78,6 +83,7 @@ def _read_thinking(thinking: Any, chat: dict[str, Any]) -> None:
         raise RequestInvalid(
             "thinking: expected an object of the type enabled, disabled or adaptive", "thinking"
         )
+    only(thinking, ("type", "budget_tokens", "display"), "thinking", "thinking")
     if kind != "adaptive":
         chat["enable_thinking"] = kind == "enabled"
 
@@ -106,13 +112,14 @@ def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
         raise RequestInvalid("messages: expected a list with at least one message", "messages")
     messages: list[dict[str, Any]] = []
     system = body.get("system")
-    if system:
+    if system not in (None, "", []):
         messages.append({"role": "system", "content": _text(system, "system")})
     for number, message in enumerate(given):
         place = f"messages[{number}]"
         role = message.get("role") if isinstance(message, dict) else None
         if role not in ("user", "assistant", "system"):
             raise RequestInvalid(f"{place}.role: expected user or assistant", "messages")
+        only(message, ("role", "content"), place, "messages")
         content = message.get("content")
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
@@ -130,8 +137,10 @@ def _user(role: str, blocks: list[Any], place: str) -> list[dict[str, Any]]:
     for number, block in enumerate(blocks):
         at = f"{place}[{number}]"
         if isinstance(block, dict) and block.get("type") == "tool_result":
-            content = _text(block.get("content") or "", f"{at}.content")
-            if block.get("is_error"):
+            only(block, ("tool_use_id", "content", "is_error", *_COMMON), at, "messages")
+            given = block.get("content")
+            content = _text("" if given in SAYS_NOTHING else given, f"{at}.content")
+            if flag(block, "is_error"):
                 content = f"Error: {content}"
             result = {"role": "tool", "tool_call_id": block.get("tool_use_id"), "content": content}
             found.append(result)
@@ -146,6 +155,7 @@ def _assistant(role: str, blocks: list[Any], place: str) -> list[dict[str, Any]]
         at = f"{place}[{number}]"
         kind = block.get("type") if isinstance(block, dict) else None
         if kind == "tool_use":
+            only(block, ("id", "name", "input", *_COMMON), at, "messages")
             arguments = block.get("input")
             if not isinstance(arguments, dict):
                 raise RequestInvalid(f"{at}.input: expected an object", "messages")
@@ -153,6 +163,7 @@ def _assistant(role: str, blocks: list[Any], place: str) -> list[dict[str, Any]]
             call = {"id": block.get("id"), "type": "function", "function": function}
             message.setdefault("tool_calls", []).append(call)
         elif kind == "thinking" and isinstance(block.get("thinking"), str):
+            only(block, ("thinking", "signature", *_COMMON), at, "messages")
             thoughts = message.get("reasoning_content", "")
             message["reasoning_content"] = thoughts + block["thinking"]
         else:
@@ -172,5 +183,8 @@ def _block_text(block: Any, place: str) -> str:
     if isinstance(block, dict) and block.get("type") == "text":
         text = block.get("text")
         if isinstance(text, str):
+            only(block, ("text", *_COMMON), place, "messages")
             return text
-    raise RequestInvalid(f"{place}: only text content is supported", "messages")
+    kind = block.get("type") if isinstance(block, dict) else None
+    instead = f", not {str(kind)[:40]!r}" if kind not in (None, "text") else ""
+    raise RequestInvalid(f"{place}: only text content is supported{instead}", "messages")

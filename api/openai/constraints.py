@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from api.formats.json_grammar import json_rule
+from api.openai.fields import only
 from api.openai.reading import Reading
 from coordinator.files.vocabulary import Vocabulary
 from coordinator.loading.deployment import Deployment
@@ -25,6 +26,9 @@ OPTIONS = '\n%llguidance {"no_forcing": true}\n'
 """The device has no tokenizer, so the model decides how forced text is split into tokens."""
 
 MAX_SCHEMA_NESTING = 100
+
+_NAMED = ("name", "description", "schema", "strict")
+"""The fields of a schema with a name. An answer keeps to it, whatever ``strict`` says."""
 
 
 def constrained(
@@ -128,6 +132,9 @@ def _response_format(deployment: Deployment, value: Any, field: str) -> str:
     if not isinstance(value, dict):
         raise RequestInvalid(f"{field}: expected an object", field)
     kind = value.get("type")
+    known = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema", *_NAMED)}
+    if kind in known:
+        only(value, ("type", *known[kind]), field, field)
     if kind == "text":
         return ""
     if kind == "json_object":  # llama-server takes a schema here, too.
@@ -136,6 +143,9 @@ def _response_format(deployment: Deployment, value: Any, field: str) -> str:
         inner = value.get("json_schema", value)
         if not isinstance(inner, dict) or "schema" not in inner:
             raise RequestInvalid(f"{field}.json_schema: expected an object with a schema", field)
+        if inner is not value:
+            only(value, ("type", "json_schema"), field, field)
+            only(inner, _NAMED, f"{field}.json_schema", field)
         return _json(deployment, inner["schema"], field)
     raise RequestInvalid(f"{field}.type: expected text, json_object or json_schema", field)
 

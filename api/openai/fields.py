@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from planning.errors import RequestInvalid
@@ -67,6 +67,20 @@ KNOWN = frozenset(
 )
 
 
+SAYS_NOTHING: tuple[Any, ...] = (None, "", [], {})
+"""The values of a field that asks for nothing."""
+
+MOST_SHOWN_CHARS = 40
+"""So much of a client's value is in an error."""
+
+
+def only(value: Mapping[str, Any], known: Collection[str], place: str, field: str) -> None:
+    """Refuse what an object at ``place`` of ``field`` has beside ``known``, unless it is empty."""
+    for name, inner in value.items():
+        if name not in known and inner not in SAYS_NOTHING:
+            raise RequestInvalid(f"{place}: unknown field {name[:MOST_SHOWN_CHARS]!r}", field)
+
+
 def number(
     body: Mapping[str, Any],
     field: str,
@@ -82,7 +96,9 @@ def number(
     if type(value) is not int and (whole or type(value) is not float):
         raise RequestInvalid(f"{field}: expected a {'whole ' if whole else ''}number", field)
     if not low <= value <= high:
-        raise RequestInvalid(f"{field}: {value} is not between {low:g} and {high:g}", field)
+        shown = str(value)[:MOST_SHOWN_CHARS]
+        low, high = (int(bound) if bound == int(bound) else bound for bound in (low, high))
+        raise RequestInvalid(f"{field}: {shown} is not between {low} and {high}", field)
     return float(value) if not whole else value
 
 

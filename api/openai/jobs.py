@@ -8,7 +8,7 @@ from typing import Any
 
 from api.formats.parts import Parser, PlainText
 from api.openai.constraints import constrained
-from api.openai.fields import IGNORED, KNOWN, NEUTRAL, flag, number
+from api.openai.fields import IGNORED, KNOWN, NEUTRAL, flag, number, only
 from api.openai.prompts import chat_prompt, completion_prompts, encode, format_of
 from api.openai.reading import Reading
 from api.openai.sampling import MAX_TOKENS, read_choices, read_sampling, read_stop
@@ -96,9 +96,7 @@ class Job:
 def read_job(deployment: Deployment, body: Mapping[str, Any], *, chat: bool) -> Job:
     check_fields(body, CHAT_FIELDS if chat else COMPLETION_FIELDS)
     check_model(deployment, body)
-    options = body.get("stream_options") or {}
-    if not isinstance(options, dict):
-        raise RequestInvalid("stream_options must be an object", "stream_options")
+    options = read_stream_options(body)
     reading, prompts, texts = None, list[list[int]](), list[str]()
     if chat:
         reading, tokens = read_conversation(deployment, body)
@@ -123,6 +121,18 @@ def read_job(deployment: Deployment, body: Mapping[str, Any], *, chat: bool) -> 
         echoed=tuple(texts) if flag(body, "echo") else (),
         wants_no_answer=body.get("max_tokens") == 0,
     )
+
+
+def read_stream_options(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the object of ``stream_options``. Raises RequestInvalid."""
+    options = body.get("stream_options")
+    if options is None:
+        return {}
+    if not isinstance(options, dict):
+        raise RequestInvalid("stream_options: expected an object", "stream_options")
+    # No stream is padded here, so there is nothing to obfuscate.
+    only(options, ("include_usage", "include_obfuscation"), "stream_options", "stream_options")
+    return options
 
 
 def read_shortcuts(body: Mapping[str, Any]) -> Shortcuts:
@@ -159,8 +169,8 @@ def check_fields(body: Mapping[str, Any], own: frozenset[str]) -> None:
 
 def check_model(deployment: Deployment, body: Mapping[str, Any]) -> None:
     """Refuse a request for another model."""
-    model = body.get("model", deployment.name)
-    if model != deployment.name:
+    model = body.get("model")
+    if model is not None and model != deployment.name:
         raise RequestInvalid(
             f"the model {model!r} is not loaded; {deployment.name!r} is", "model", "model_not_found"
         )

@@ -13,13 +13,12 @@ from typing import Any
 
 from api.formats import mistral
 from api.formats.tool_format import ToolFormat
+from api.openai.fields import SAYS_NOTHING, only
 from model.template_values import WatchedMessage
 from planning.errors import RequestInvalid
 
 _ONE_CALL_EACH = ("llama", "harmony")
 """The formats whose templates take a single call in a message."""
-
-_EMPTY: tuple[Any, ...] = (None, "", [], {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,7 @@ def _message(message: Mapping[str, Any], place: str) -> dict[str, Any]:
     role = message["role"]
     read = {"role": role, "content": _content(message.get("content"), place)}
     calls = message.get("tool_calls")
-    if calls not in _EMPTY:
+    if calls not in SAYS_NOTHING:
         if role != "assistant":
             raise _wrong(f"{place}.tool_calls: only the assistant calls tools")
         if not isinstance(calls, list):
@@ -89,14 +88,17 @@ def _message(message: Mapping[str, Any], place: str) -> dict[str, Any]:
     elif message.get("content") is None and role != "assistant":
         raise _wrong(f"{place}: it needs content")
     # `reasoning` is the name that vLLM and OpenRouter give to it.
-    thoughts = message.get("reasoning_content") or message.get("reasoning")
-    if thoughts not in _EMPTY:
+    both = [message.get(name) for name in ("reasoning_content", "reasoning")]
+    thoughts = next((value for value in both if value not in SAYS_NOTHING), None)
+    if any(value not in (thoughts, *SAYS_NOTHING) for value in both):
+        raise _wrong(f"{place}.reasoning: reasoning_content says something else: leave one out")
+    if thoughts not in SAYS_NOTHING:
         if not isinstance(thoughts, str):
             raise _wrong(f"{place}.reasoning_content: expected text")
         read["reasoning_content"] = thoughts
     done = {"role", "content", "tool_calls", "reasoning_content", "reasoning"}
     for name, field in message.items():
-        if name not in done and field not in _EMPTY:
+        if name not in done and field not in SAYS_NOTHING:
             read[name] = field
     return read
 
@@ -114,6 +116,8 @@ def _content(content: Any, place: str) -> str:
 
 def _part(part: Any, place: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        # Prompts are kept without this hint.
+        only(part, ("type", "text", "cache_control"), place, "messages")
         text: str = part["text"]
         return text
     kind = part.get("type") if isinstance(part, dict) else None
@@ -126,6 +130,9 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or call.get("type", "function") != "function":
         raise _wrong(f"{place}: expected a call of the type function, with a function")
+    # Clients give back the `index` that a call had in a stream.
+    only(call, ("id", "type", "function", "index"), place, "messages")
+    only(function, ("name", "arguments"), f"{place}.function", "messages")
     name, arguments, call_id = function.get("name"), function.get("arguments"), call.get("id")
     if not isinstance(name, str) or not name:
         raise _wrong(f"{place}.function.name: expected text")

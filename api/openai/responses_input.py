@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from api.openai.fields import only
 from planning.errors import RequestInvalid
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -16,23 +17,30 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "max_tool_calls": (None,),
     "context_management": (None, []),
 }
+
+NO_LOGPROBS = "log-probabilities are told by /v1/chat/completions only"
+
 """Fields that are not supported, with the values that have no effect. Nothing is stored here."""
 
 _SAME = (
     *("model", "temperature", "top_p", "parallel_tool_calls", "stream", "user", "metadata"),
     *("service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
-    *("top_logprobs", "seed", "top_k", "min_p", "repetition_penalty", "cache_prompt", "stop"),
+    *("seed", "top_k", "min_p", "repetition_penalty", "cache_prompt", "stop"),
     *("chat_template_kwargs", "enable_thinking", "reasoning_format", "presence_penalty"),
-    "frequency_penalty",
+    *("frequency_penalty", "stream_options"),
 )
 """The fields that mean the same in a request for a chat."""
 
 _OTHER = (
     *("input", "instructions", "max_output_tokens", "tools", "tool_choice", "text", "reasoning"),
-    *("store", "include", "stream_options"),
+    *("store", "include", "top_logprobs"),
 )
 
-_INCLUDED = ("reasoning.encrypted_content", "message.output_text.logprobs")
+_INCLUDED = ("reasoning.encrypted_content",)
+"""These may be wished for beside the text. Thoughts come as they are, so nothing is encrypted."""
+
+_ITEM = ("type", "id", "status")
+"""The fields that items have of an earlier response."""
 
 
 def chat_request(body: Mapping[str, Any]) -> dict[str, Any]:
@@ -43,6 +51,8 @@ def chat_request(body: Mapping[str, Any]) -> dict[str, Any]:
                 raise RequestInvalid(f"{field} is not supported: nothing is stored here", field)
         elif field not in _SAME and field not in _OTHER:
             raise RequestInvalid(f"unknown field {field!r}", field)
+    if body.get("top_logprobs") not in (None, 0):
+        raise RequestInvalid(f"top_logprobs: {NO_LOGPROBS}", "top_logprobs")
     chat = {field: body[field] for field in _SAME if field in body}
     chat["messages"] = _messages(body)
     if body.get("max_output_tokens") is not None:
@@ -56,12 +66,15 @@ def chat_request(body: Mapping[str, Any]) -> dict[str, Any]:
     if reasoning is not None:
         if not isinstance(reasoning, dict):
             raise RequestInvalid("reasoning: expected an object", "reasoning")
+        # Thoughts are told whole, which is more than any summary.
+        only(reasoning, ("effort", "summary", "generate_summary"), "reasoning", "reasoning")
         chat["reasoning_effort"] = reasoning.get("effort")
     include = body.get("include")
     if include is not None and not (
         isinstance(include, list) and all(item in _INCLUDED for item in include)
     ):
-        raise RequestInvalid(f"include: only {' and '.join(_INCLUDED)} are known", "include")
+        names = " and ".join(_INCLUDED)
+        raise RequestInvalid(f"include: only {names} is known; {NO_LOGPROBS}", "include")
     return chat
 
 
@@ -70,6 +83,7 @@ def _read_text(text: Any, chat: dict[str, Any]) -> None:
         return
     if not isinstance(text, dict):
         raise RequestInvalid("text: expected an object", "text")
+    only(text, ("format", "verbosity"), "text", "text")
     form = text.get("format")
     if text.get("verbosity") is not None:
         chat["verbosity"] = text["verbosity"]
@@ -126,6 +140,15 @@ def _messages(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     return messages.found
 
 
+_FIELDS = {
+    "message": ("role", "content"),
+    "function_call": ("call_id", "name", "arguments"),
+    "function_call_output": ("call_id", "output"),
+    "reasoning": ("content", "summary", "encrypted_content"),
+}
+"""The fields of each kind of item, beside those of all."""
+
+
 class _Messages:
     """Gathers items to messages. The assistant's items up to another one are one message."""
 
@@ -141,6 +164,8 @@ class _Messages:
         if not isinstance(item, dict):
             raise RequestInvalid(f"{place}: expected an object", "input")
         kind = item.get("type", "message")
+        if kind in _FIELDS:
+            only(item, (*_ITEM, *_FIELDS[kind]), place, "input")
         if kind == "message" and item.get("role") == "assistant":
             message = self._assistant()
             if message["content"] is not None:
@@ -183,7 +208,11 @@ def _text(content: Any, place: str) -> str:
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("text") if isinstance(part, dict) else None
         if kind not in ("input_text", "output_text", "text") or not isinstance(text, str):
-            raise RequestInvalid(f"{place}[{number}]: only text content is supported", "input")
+            instead = f", not {str(kind)[:40]!r}" if kind not in (None, "input_text") else ""
+            raise RequestInvalid(
+                f"{place}[{number}]: only text content is supported{instead}", "input"
+            )
+        only(part, ("type", "text"), f"{place}[{number}]", "input")
         texts.append(text)
     return "".join(texts)
 

@@ -104,7 +104,9 @@ def read_logit_bias(body: Mapping[str, Any], vocab: int) -> tuple[tuple[int, flo
         )
     found: dict[int, float] = {}
     for token, bias in value.items():
-        if not token.isascii() or not token.isdecimal() or not int(token[:20]) < vocab:
+        # No sign, and no zeros before it: "5" and "05" would be two biases of one token.
+        is_number = token.isascii() and token.isdecimal() and token == (token.lstrip("0") or "0")
+        if not is_number or not int(token[:20]) < vocab:
             raise RequestInvalid(
                 f"logit_bias: {token[:20]!r} is no token id of this model, which has {vocab}",
                 "logit_bias",
@@ -122,8 +124,7 @@ def read_logit_bias(body: Mapping[str, Any], vocab: int) -> tuple[tuple[int, flo
 def read_choices(body: Mapping[str, Any], prompts: int) -> int:
     """Return the number of answers to each of so many prompts."""
     choices = int(number(body, "n", 1, 1, MAX_CHOICES, whole=True))
-    best_of = body.get("best_of")
-    if best_of is not None and best_of != choices:
+    if number(body, "best_of", choices, 1, MAX_CHOICES, whole=True) != choices:
         raise RequestInvalid(
             "best_of: answers are not compared here: leave it out, or give the value of n",
             "best_of",

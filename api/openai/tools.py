@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from api.openai.fields import flag
+from api.openai.fields import flag, only
 from planning.errors import RequestInvalid
 
 _NAME = re.compile(r"[\w.-]{1,128}", re.ASCII)
@@ -71,6 +71,7 @@ def read_tools(body: Mapping[str, Any]) -> Tools:
 def _tool(item: Any, place: str) -> Tool:
     if not isinstance(item, dict) or item.get("type") != "function":
         raise RequestInvalid(f"{place}: only tools of the type function are supported", "tools")
+    only(item, ("type", "function"), place, "tools")
     function = item.get("function")
     if not isinstance(function, dict):
         raise RequestInvalid(f"{place}.function: expected an object", "tools")
@@ -85,9 +86,7 @@ def _tool(item: Any, place: str) -> Tool:
     parameters = function.get("parameters")
     if parameters is not None and not isinstance(parameters, dict):
         raise RequestInvalid(f"{place}.function.parameters: expected a JSON schema", "tools")
-    unknown = function.keys() - {"name", "description", "parameters", "strict"}
-    if unknown:
-        raise RequestInvalid(f"{place}.function: unknown field {min(unknown)!r}", "tools")
+    only(function, ("name", "description", "parameters", "strict"), f"{place}.function", "tools")
     return Tool(name, description or "", parameters or {}, flag(function, "strict"))
 
 
@@ -97,9 +96,12 @@ def _choice(value: Any, names: list[str]) -> tuple[str, list[str]]:
         return value or "auto", names
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "function":
+        only(value, ("type", "function"), "tool_choice", "tool_choice")
         return "required", [_known(value.get("function"), names)]
     if kind == "allowed_tools" and isinstance(value.get("allowed_tools"), dict):
         allowed = value["allowed_tools"]
+        only(value, ("type", "allowed_tools"), "tool_choice", "tool_choice")
+        only(allowed, ("mode", "tools"), "tool_choice.allowed_tools", "tool_choice")
         listed = allowed.get("tools")
         if allowed.get("mode") in ("auto", "required") and isinstance(listed, list):
             chosen = [
