@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 
 from api.key_book import LOCAL_FILE
-from cli.errors import CommandFailed, CoordinatorUnreachable
+from cli.errors import CommandFailed, CoordinatorUnreachable, UsageError
 from cli.parser import DEFAULT_URL
 from cli.service.running import running_in
 from wire.addresses import is_loopback
@@ -40,11 +40,13 @@ KEEPALIVE = (
 SERVICE_STATE = Path("/var/lib/shoal/coordinator")
 """The state directory of an installed coordinator."""
 
+MAX_PORT = (1 << 16) - 1
+
 
 def default_url() -> str:
     """The coordinator's URL: SHOAL_COORDINATOR, else this machine."""
     given = os.environ.get("SHOAL_COORDINATOR")
-    if given is not None:
+    if given:
         return given
     for directory in _state_dirs():
         running = running_in(directory)
@@ -62,16 +64,14 @@ def api_key(url: str) -> str | None:
     """The API key for the coordinator at ``url``, or None.
 
     It is SHOAL_API_KEY. For this machine's coordinator it is else the newest local key that this
-    user may read.
+    user may read. Raises UsageError.
     """
     given = os.environ.get("SHOAL_API_KEY", "").strip()
+    if given and not (given.isascii() and given.isprintable()):
+        raise UsageError("SHOAL_API_KEY: a key has only printable ASCII characters")
     if given:
         return given
-    try:
-        host = httpx.URL(url).host
-    except httpx.InvalidURL:
-        return None
-    if not is_loopback(host):
+    if not is_loopback(httpx.URL(url).host):
         return None
     found = []
     for directory in _state_dirs():
@@ -93,7 +93,7 @@ class Client:
     """The API of a coordinator. All calls raise CoordinatorUnreachable and CommandFailed."""
 
     def __init__(self, url: str) -> None:
-        self._url = url.rstrip("/")
+        self._url = _address(url)
         key = api_key(self._url)
         # Proxies of the environment do not lead to this machine or LAN.
         self._http = httpx.Client(
@@ -197,21 +197,36 @@ class Client:
             if self._url.startswith("http:"):
                 hint = f"; if it runs with --http-tls, say --url https{self._url[4:]}"
             raise CommandFailed(f"the coordinator stopped before it was done{hint}") from error
-        except (httpx.TransportError, httpx.InvalidURL) as error:
+        except httpx.TransportError as error:
             raise CoordinatorUnreachable(
                 f"no coordinator answers at {self._url}: start `shoal coordinator`, "
                 "or name it with --url or SHOAL_COORDINATOR"
             ) from error
+        except UnicodeEncodeError:
+            raise  # What is sent is at fault, not the answer.
         except (httpx.DecodingError, ValueError, KeyError, TypeError) as error:
             raise CommandFailed(f"{self._url} does not answer like a coordinator") from error
 
 
-def _encryption(url: str) -> ssl.SSLContext | bool:
-    """How to check the server at ``url``. Raises CommandFailed, CoordinatorUnreachable."""
+def _address(url: str) -> str:
+    """Return the URL of a coordinator, without a slash at its end. Raises UsageError."""
     try:
         parsed = httpx.URL(url)
-    except httpx.InvalidURL:
-        return False  # The first request says so.
+        is_one = parsed.scheme in ("http", "https") and bool(parsed.host)
+        is_one = is_one and (parsed.port is None or 0 < parsed.port <= MAX_PORT)
+    except (httpx.InvalidURL, UnicodeError):
+        is_one = False
+    if not is_one:
+        raise UsageError(
+            f"{ascii(url)[1:-1]!r} is no address of a coordinator: give one such as {DEFAULT_URL} "
+            "by --url or SHOAL_COORDINATOR"
+        )
+    return url.rstrip("/")
+
+
+def _encryption(url: str) -> ssl.SSLContext | bool:
+    """How to check the server at ``url``. Raises CommandFailed, CoordinatorUnreachable."""
+    parsed = httpx.URL(url)
     if parsed.scheme != "https":
         return False
     # Importing ssl takes longer than most commands do otherwise.

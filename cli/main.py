@@ -75,6 +75,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         screen.error(_not_loading(error))
         return Unavailable.exit_code
+    except UnicodeEncodeError:
+        screen.error("an argument has bytes that are not UTF-8 text")
+        return UsageError.exit_code
     except BrokenPipeError:
         # The reader has seen enough. Without this, Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 BAR_AFTER_S = 2.0
 """Work that ends sooner needs no progress bar."""
 
+LEAST_COLUMNS = 20
+"""Lines of a narrower terminal are broken by the terminal."""
+
 NOISY = " *"
 """Marks a device whose figures may have been measured on a busy machine."""
 
@@ -69,6 +72,10 @@ class Screen:
         self.out = Console(highlight=False, stderr=json_output)
         self.err = Console(highlight=False, stderr=True)
         self._plain = Console(highlight=False)
+        for console in (self.out, self.err, self._plain):
+            # COLUMNS=0 means that nobody knows. In a few characters, cells would be left out.
+            if console.width < LEAST_COLUMNS:
+                console.width = LEAST_COLUMNS
 
     def note(self, text: str) -> None:
         """Print one line about something that happened."""
