@@ -64,6 +64,9 @@ from wire.versions import shoal_version
 POLL_S = 30.0
 """The longest wait for new events. The answer may then have none."""
 
+MOST_SHOWN_CHARS = 200
+"""So much of a client's text is in an error."""
+
 MOST_DIGITS = 15
 
 Emit = Callable[[dict[str, Any]], None]
@@ -102,7 +105,7 @@ class AdminRoutes:
         return JSONResponse(await self._devices())
 
     async def measure(self, request: Request) -> Response:
-        name = (await read_json(request)).get("device")
+        name = (await _body(request, "device")).get("device")
         if not isinstance(name, str):
             raise RequestInvalid("name the device to measure", "device")
 
@@ -114,7 +117,7 @@ class AdminRoutes:
 
     async def revoke(self, request: Request) -> Response:
         """Let a device join no more, and drop it."""
-        name = (await read_json(request)).get("device")
+        name = (await _body(request, "device")).get("device")
         if not isinstance(name, str):
             raise RequestInvalid("name the device to revoke", "device")
         try:
@@ -213,7 +216,7 @@ class AdminRoutes:
         """Fetch a hub's config.json alone, to plan the model. Its folder, and the model's size."""
         from model.hub_download import fetch_config
 
-        name = _hub_name((await read_json(request)).get("model"))
+        name = _hub_name((await _body(request, "model")).get("model"))
         folder, size_bytes = await asyncio.to_thread(fetch_config, name)
         return JSONResponse({"path": str(folder), "size_bytes": size_bytes})
 
@@ -296,7 +299,7 @@ class AdminRoutes:
 
         With ``dry_run`` nothing is moved. Without ``model`` it is the first one that answers.
         """
-        body = await read_json(request)
+        body = await _body(request, "model", "dry_run")
         dry_run, name = body.get("dry_run", False), body.get("model")
         if not isinstance(dry_run, bool):
             raise RequestInvalid("dry_run: expected true or false", "dry_run")
@@ -317,11 +320,21 @@ class AdminRoutes:
 
     async def unload(self, request: Request) -> Response:
         """Unload the model ``model``, or all. The answer's ``models`` has their names."""
-        name = (await read_json(request)).get("model")
+        name = (await _body(request, "model")).get("model")
         if name is not None and not isinstance(name, str):
             raise RequestInvalid("model: give the name of a loaded model", "model")
         names = await self._operations.unload(name)
         return JSONResponse({"unloaded": names[0] if names else None, "models": names})
+
+
+async def _body(request: Request, *known: str) -> dict[str, Any]:
+    """The request's JSON object. Another field than ``known`` is refused: a wish would be lost."""
+    body = await read_json(request)
+    unknown = sorted(body.keys() - set(known))
+    if unknown:
+        shown = ", ".join(unknown)[:MOST_SHOWN_CHARS]
+        raise RequestInvalid(f"unknown fields: {shown}")
+    return body
 
 
 def _hub_name(text: object) -> HubName:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -23,6 +24,10 @@ MAX_TEXT = 1 << 18
 """The most characters of a request's ``scheme_text``. Quantizers look at the beginning alone."""
 
 SCHEME_TEXT_EXPECTED = f"a text of at most {MAX_TEXT} characters, or null"
+
+LONGEST_NAME_BYTES = 255
+LONGEST_PATH_CHARS = 4096
+"""What Linux takes at most (Source: limits.h)."""
 
 
 def read_request(
@@ -56,6 +61,15 @@ def require_model(model: Path, field: str = "model") -> None:
         raise RequestInvalid(
             f"{field}: {not_absolute(str(model))}; {MODEL_EXPECTED} is needed", field
         )
+    require_path(str(model), field)
+
+
+def require_path(path: str, field: str) -> None:
+    """Raise RequestInvalid unless a file may have this path."""
+    parts = [os.fsencode(part) for part in path.split("/")]
+    require("\0" not in path, field, "a path has no NUL character")
+    is_short = max(map(len, parts)) <= LONGEST_NAME_BYTES and len(path) < LONGEST_PATH_CHARS
+    require(is_short, field, "the path is longer than any of Linux")
 
 
 def require_adapter(adapter: str | None) -> None:
@@ -65,6 +79,7 @@ def require_adapter(adapter: str | None) -> None:
             "adapter: the absolute path of a LoRA adapter's folder, none or null is needed",
             "adapter",
         )
+    require_path(adapter or "", "adapter")
 
 
 def require_form(scheme: Quantizer, group_size: int) -> None:

@@ -48,6 +48,45 @@ def ask(directory: Path, path: str, body: dict[str, Any]) -> httpx.Response:
 
 
 @pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("field", ["model", "adapter", "draft"])
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/a\0b", "has no NUL character"),
+        ("/" + "x" * 256, "longer than any"),
+        ("/x" * 3000, "longer than any"),
+    ],
+    ids=["nul", "name", "path"],
+)
+def test_what_can_be_no_path_is_refused(
+    path: str, said: str, field: str, route: str, tmp_path: Path
+) -> None:
+    answer = ask(tmp_path, route, {"model": str(LLAMA), **ROUTES[route], field: path})
+    error = answer.json()["error"]
+    if field == "draft" and "unknown fields" in error["message"]:
+        return  # This route has none.
+    assert (answer.status_code, error["param"]) == (400, field)
+    assert said in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("unload", {"modle": "x"}),
+        ("rebalance", {"dryrun": True}),
+        ("revoke", {"device": "x", "y": 1}),
+    ],
+)
+def test_a_misspelt_field_does_not_change_what_happens(
+    route: str, body: dict[str, Any], tmp_path: Path
+) -> None:
+    """It would have unloaded all models, or moved one where only a look was wanted."""
+    answer = ask(tmp_path, route, body)
+    assert answer.status_code == 400, answer.text
+    assert "unknown fields: " in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("route", ROUTES)
 def test_what_is_no_model_is_the_users_mistake(route: str, tmp_path: Path) -> None:
     model = tmp_path / "model"
     state = tmp_path / "state"
