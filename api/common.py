@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -45,6 +45,18 @@ COMMENT_S = 5.0
 """A stream that has sent nothing for so long sends a comment. So no proxy takes it for dead."""
 
 SCOPE_KEY = "shoal.request"
+
+MESSAGES = "/v1/messages"
+"""Errors of this path and those below have Anthropic's form."""
+
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+"""Anthropic's words for statuses. Others are api_error or invalid_request_error."""
 
 Result = TypeVar("Result")
 
@@ -182,19 +194,32 @@ def describe(error: Exception) -> tuple[int, dict[str, Any]]:
     return status, {"message": str(error), "type": kind, "param": param, "code": code}
 
 
+def messages_error(status: int, error: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of Anthropic's API for an error of OpenAI's."""
+    kind = _KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": error["message"]}}
+
+
+def error_response(
+    path: str, status: int, error: Mapping[str, Any], headers: Mapping[str, str] | None = None
+) -> JSONResponse:
+    """The answer to a request that failed, in the form of the API at ``path``."""
+    is_messages = path == MESSAGES or path.startswith(f"{MESSAGES}/")
+    body = messages_error(status, error) if is_messages else {"error": error}
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
 async def on_error(request: Request, error: Exception) -> Response:
     """Starlette's exception handler for every route."""
     if isinstance(error, HTTPException):
         message = f"{request.method} {request.url.path}: {error.detail.lower()}"
         body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-        return JSONResponse(
-            {"error": body}, status_code=error.status_code, headers=dict(error.headers or {})
-        )
+        return error_response(request.url.path, error.status_code, body, error.headers)
     if isinstance(error, (ClientGone, ClientDisconnect)):
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     status, described = describe(error)
     tracked(request.scope).error = described["message"]
-    return JSONResponse({"error": described}, status_code=status, headers=retry_header(error))
+    return error_response(request.url.path, status, described, retry_header(error))
 
 
 def retry_header(error: Exception) -> dict[str, str]:

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from api.common import error_response
 from wire.hygiene import clean_text
 from wire.lobby import Lobby
 
@@ -72,13 +73,13 @@ class HostGuard:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         message = None if scope["type"] != "http" or self._any else self._refusal(scope)
         if message is not None:
-            response = _error(403, message, "invalid_request_error", "host_not_allowed")
+            response = _error(scope, 403, message, "invalid_request_error", "host_not_allowed")
             await response(scope, receive, send)
         elif scope.get("path") in ALWAYS_SERVED:
             await self._app(scope, receive, send)
         elif self._answering >= MOST_REQUESTS:
             message = f"{MOST_REQUESTS} requests are being answered: try again later"
-            response = _error(503, message, "server_error", "busy")
+            response = _error(scope, 503, message, "server_error", "busy")
             response.headers["Retry-After"] = str(RETRY_BUSY_S)
             await response(scope, receive, send)
         else:
@@ -200,9 +201,9 @@ def guarded_protocol(lobby: Lobby) -> type[GuardedProtocol]:
     return type("GuardedProtocol", (GuardedProtocol,), {"lobby": lobby})
 
 
-def _error(status: int, message: str, kind: str, code: str) -> JSONResponse:
+def _error(scope: Scope, status: int, message: str, kind: str, code: str) -> JSONResponse:
     body = {"message": message, "type": kind, "param": None, "code": code}
-    return JSONResponse({"error": body}, status_code=status)
+    return error_response(scope["path"], status, body)
 
 
 def _normal(name: str) -> str:

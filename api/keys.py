@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from api.common import tracked
+from api.common import error_response, tracked
 from api.key_book import KeyBook
 from coordinator.serving.urgency import urgency_named
 from wire.rare_log import RareLog
@@ -66,7 +66,7 @@ class KeyGuard:
             "param": None,
             "code": "invalid_api_key",
         }
-        return JSONResponse({"error": body}, 401, {"WWW-Authenticate": "Bearer"})
+        return error_response(scope["path"], 401, body, {"WWW-Authenticate": "Bearer"})
 
     def _reason(self, given: str) -> str:
         how = (

@@ -24,6 +24,7 @@ A wrong request is planning.errors.RequestInvalid. HTTP answers have the error's
 
 from __future__ import annotations
 
+REJOIN = "to take it back, let it join by a new token (`shoal token create`)"
 UPDATE = "update shoal there, or leave it out with --exclude"
 """The advice for an agent that sends what no working agent sends."""
 
@@ -72,24 +73,29 @@ class AgentLost(AgentFailed):
         cause: str,
         alone: str | None = None,
         *,
+        advice: str = "",
         broke_protocol: bool = False,
         may_return: bool = False,
     ) -> None:
         """Make the message.
 
         alone: why the other devices cannot take its place, once that was tried.
+        advice: what to do, unless its power, network or agent may be at fault.
         broke_protocol: the agent is alive, but the coordinator dropped it for what it sent.
         may_return: perhaps only its connection ended, and its stage is well.
         """
         rest = "" if alone is None else f"; the others cannot take its place: {alone}"
-        advice = UPDATE if broke_protocol else "check its power, network and agent"
-        super().__init__(name, f"device lost ({cause}); {advice}{rest}")
+        usual = UPDATE if broke_protocol else "check its power, network and agent"
+        super().__init__(name, f"device lost ({cause}); {advice or usual}{rest}")
         self.cause = cause
+        self.advice = advice
         self.broke_protocol = broke_protocol
         self.may_return = may_return
 
     def unplaced(self, why: str) -> CoordinatorError:
-        return AgentLost(self.name, self.cause, why, broke_protocol=self.broke_protocol)
+        return AgentLost(
+            self.name, self.cause, why, advice=self.advice, broke_protocol=self.broke_protocol
+        )
 
 
 class Moved(CoordinatorError):

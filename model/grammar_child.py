@@ -28,6 +28,8 @@ A state takes up to 2 kB.
 
 MAX_REASON_CHARS = 500
 
+_NO_TOKENS = "no token of this model can begin such an answer, or go on with it"
+
 
 class _Spelled:
     """A vocabulary in the form that llguidance asks for.
@@ -85,8 +87,14 @@ class Follower:
         matcher.consume_tokens(list(tokens))
         allowed = b"" if matcher.is_error() else matcher.compute_bitmask()
         if matcher.is_error():
-            raise ValueError(matcher.get_error())
+            raise ValueError(_reason(matcher.get_error()))
         return allowed
+
+
+def _reason(error: str) -> str:
+    """Return why a grammar ended. A bare name is llguidance's word for tokens that are missing."""
+    first, _, _ = error.strip().partition("\n")
+    return _NO_TOKENS if first == "NoExtensionBias" else error
 
 
 def _lark(form: str, text: str) -> str:

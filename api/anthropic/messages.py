@@ -7,10 +7,8 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from starlette.responses import JSONResponse, Response
-
 from api.anthropic.requests import chat_request
-from api.common import EventForm, describe, retry_header
+from api.common import EventForm, describe, messages_error
 from api.formats.parts import Arguments, CallBegins, Part, Text, Thought
 from api.openai.api import Api
 from api.openai.events import Event, Outcome
@@ -18,23 +16,20 @@ from api.openai.jobs import Job, read_job
 from coordinator.loading.deployment import Deployment
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-_KINDS = {404: "not_found_error", 429: "rate_limit_error", 503: "overloaded_error"}
 
 
 def _event(event: dict[str, Any]) -> str:
     return f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
 
 
-def _error_object(error: Exception) -> tuple[int, dict[str, Any]]:
-    status, body = describe(error)
-    kind = _KINDS.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    return status, {"type": "error", "error": {"type": kind, "message": body["message"]}}
+def _error(error: Exception) -> str:
+    return _event(messages_error(*describe(error)))
 
 
 class Messages(Api):
     """One request. Its stream begins and ends each block of the answer."""
 
-    form = EventForm(_event, lambda error: _event(_error_object(error)[1]), "")
+    form = EventForm(_event, _error, "")
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         super().__init__(body)
@@ -42,11 +37,6 @@ class Messages(Api):
         self._outcome = Outcome()
         self._open: Part | None = None
         self._blocks = 0
-
-    @staticmethod
-    def refusal(error: Exception) -> Response | None:
-        status, body = _error_object(error)
-        return JSONResponse(body, status_code=status, headers=retry_header(error))
 
     def read(self, deployment: Deployment) -> Job:
         return read_job(deployment, chat_request(self.body), chat=True)

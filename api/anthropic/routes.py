@@ -27,7 +27,7 @@ class AnthropicRoutes:
     def routes(self) -> list[Route]:
         return [
             self._answers.route("/v1/messages", Messages),
-            self._texts.route("/v1/messages/count_tokens", count_tokens, Messages),
+            self._texts.route("/v1/messages/count_tokens", count_tokens),
         ]
 
 

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Awaitable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
-
-from api.common import EventForm, tracked
+from api.common import EventForm
 from api.openai.events import Event, Outcome
 from api.openai.jobs import Job
-from coordinator.errors import CoordinatorError
 from coordinator.loading.deployment import Deployment
-from model.errors import ModelError
-from planning.errors import RequestInvalid
 
 
 class Api(abc.ABC):
@@ -49,20 +43,3 @@ class Api(abc.ABC):
     @abc.abstractmethod
     def end(self) -> Iterator[dict[str, Any]]:
         """Yield the last events of a stream."""
-
-    @staticmethod
-    def refusal(error: Exception) -> Response | None:
-        """The answer to a request that failed, or None for the one in OpenAI's form."""
-        return None
-
-
-async def answered(request: Request, api: type[Api], answer: Awaitable[Response]) -> Response:
-    """Await an answer. If the request is refused, return that in the form of ``api``."""
-    try:
-        return await answer
-    except (CoordinatorError, RequestInvalid, ModelError) as error:
-        refusal = api.refusal(error)
-        if refusal is None:
-            raise
-        tracked(request.scope).error = str(error)
-        return refusal

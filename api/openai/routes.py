@@ -33,7 +33,7 @@ from starlette.routing import Route
 
 from api.common import read_json, server_sent_events, while_connected
 from api.openai.answers import ChatCompletions, Completions
-from api.openai.api import Api, answered
+from api.openai.api import Api
 from api.openai.events import Outcome, events
 from api.openai.jobs import Job
 from api.openai.kinds import require_generates
@@ -81,7 +81,7 @@ class OpenAIRoutes:
         """Serve answers in the form of ``api``."""
 
         async def handle(request: Request) -> Response:
-            return await answered(request, api, self._answer(request, api))
+            return await self._answer(request, api)
 
         return Route(path, handle, methods=["POST"])
 

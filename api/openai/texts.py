@@ -13,7 +13,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from api.common import model_state, read_json, while_connected
-from api.openai.api import Api, answered
 from api.openai.fields import flag
 from api.openai.jobs import CHAT_FIELDS, check_fields, check_model
 from api.openai.prompts import chat_prompt, encode
@@ -65,11 +64,11 @@ class TextRoutes:
                 return JSONResponse(_model(name, state))
         raise ModelUnknown(f"the model {asked[:200]!r} is not loaded")
 
-    def route(self, path: str, work: Work, api: type[Api] = Api) -> Route:
-        """Serve ``work`` in a thread. Errors have the form of ``api``."""
+    def route(self, path: str, work: Work) -> Route:
+        """Serve ``work`` in a thread."""
 
         async def handle(request: Request) -> Response:
-            return await answered(request, api, self._answer(request, work))
+            return await self._answer(request, work)
 
         return Route(path, handle, methods=["POST"])
 

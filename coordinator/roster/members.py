@@ -14,7 +14,7 @@ from functools import partial
 from typing import TypeVar
 
 from coordinator.disk import Disk
-from coordinator.errors import AgentFailed, AgentLost, NoAgents
+from coordinator.errors import REJOIN, AgentFailed, AgentLost, NoAgents
 from coordinator.roster.book import BadBook, Device, DeviceBook
 from coordinator.roster.links import Failure, Links
 from coordinator.roster.names import NameBook
@@ -571,7 +571,7 @@ class Roster:
                 connection.close()
         for member in tuple(self._members.values()):
             if _is_revoked(member.connection, may_join):
-                self._lose(member, AgentLost(member.name, "it was revoked"))
+                self._lose(member, AgentLost(member.name, "it was revoked", advice=REJOIN))
             elif member.told != known:
                 member.told = known
                 task = asyncio.create_task(_tell(member, known))

@@ -70,6 +70,21 @@ def text(tokens: list[int]) -> str:
     return b"".join(TOKENS.tokens[token] for token in tokens).decode()
 
 
+def test_a_vocabulary_without_the_needed_characters_is_named(tmp_path: Path) -> None:
+    """Otherwise the library's own word came, which says nothing to a user."""
+    letters = replace(
+        TOKENS, tokens=tuple(bytes([97 + at % 26]) for at in range(len(TOKENS.tokens)))
+    )
+    path = tmp_path / "tokens"
+    path.write_bytes(letters.encode())
+    process = GrammarProcess(path)
+    try:
+        with pytest.raises(GrammarFailed, match="no token of this model can begin such an answer"):
+            process.check(json_grammar({"type": "object"}))
+    finally:
+        process.close()
+
+
 def test_answers_fit_random_schemas_by_another_validator(process: GrammarProcess) -> None:
     """Each schema is one that the library takes; whether the answer fits is jsonschema's word."""
     generator, ended, refused = random.Random(7), 0, list[str]()

@@ -302,6 +302,30 @@ def test_beyond_loopback_a_key_is_needed_and_how_to_get_one_is_told(
     assert 0 < len(caplog.records) < 10, "nor the log"
 
 
+@pytest.mark.parametrize(
+    ("path", "method", "header", "status", "kind"),
+    [
+        ("/v1/messages", "POST", "", 401, "authentication_error"),
+        ("/v1/messages/count_tokens", "POST", "", 401, "authentication_error"),
+        ("/v1/messages", "POST", "Origin: http://evil.example", 403, "permission_error"),
+        ("/v1/messages/none", "POST", "known", 404, "not_found_error"),
+    ],
+)
+def test_refusals_have_the_form_of_the_api_that_is_asked(
+    path: str, method: str, header: str, status: int, kind: str, tmp_path: Path
+) -> None:
+    async def test(server: Server) -> None:
+        key = KeyBook(tmp_path).create("alice")
+        given = f"x-api-key: {key}" if header == "known" else header or "X-None: 1"
+        found, _, text = await ask(server, path, given, method=method)
+        body = json.loads(text)
+        assert (found, body["type"], body["error"]["type"]) == (status, "error", kind)
+        found, _, text = await ask(server, "/v1/none" + path, given, method=method)
+        assert json.loads(text)["error"]["type"] == "invalid_request_error"
+
+    run(tmp_path, test)
+
+
 def test_who_says_so_needs_no_key_anywhere(tmp_path: Path) -> None:
     async def test(server: Server) -> None:
         KeyBook(tmp_path).create("alice")

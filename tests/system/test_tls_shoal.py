@@ -75,6 +75,8 @@ def test_devices_join_by_a_token_and_are_known_by_their_keys_then(cluster: Clust
     with files, pytest.raises(ConnectionLost, match="closed"):
         files.receive()
     cluster.wait_for_agents("two")
+    told = "one: device lost (it was revoked); to take it back, let it join by a new token"
+    assert told in cluster.log("coordinator")
     unknown = cluster.run("devices", "revoke", "one")
     assert (unknown.returncode, "there is no device one; known: two" in unknown.stderr) == (1, True)
     wait_for(partial(says, cluster, "one", "does not know the token"), 60, "a line of one")
