@@ -27,7 +27,7 @@ SCHEME_TEXT_EXPECTED = f"a text of at most {MAX_TEXT} characters, or null"
 
 LONGEST_NAME_BYTES = 255
 LONGEST_PATH_CHARS = 4096
-"""What Linux takes at most (Source: limits.h)."""
+"""Linux takes at most these (Source: limits.h)."""
 
 
 def read_request(
