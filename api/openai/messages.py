@@ -17,6 +17,9 @@ from api.openai.fields import SAYS_NOTHING, only
 from model.template_values import WatchedMessage
 from planning.errors import RequestInvalid
 
+_OF_TEXT = ("type", "text", "cache_control", "id", "index", "annotations")
+"""The fields of a part. Prompts are kept without the hint, and clients give back the last three."""
+
 _ONE_CALL_EACH = ("llama", "harmony")
 """The formats whose templates take a single call in a message."""
 
@@ -116,8 +119,7 @@ def _content(content: Any, place: str) -> str:
 
 def _part(part: Any, place: str) -> str:
     if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        # Prompts are kept without this hint.
-        only(part, ("type", "text", "cache_control"), place, "messages")
+        only(part, _OF_TEXT, place, "messages")
         text: str = part["text"]
         return text
     kind = part.get("type") if isinstance(part, dict) else None

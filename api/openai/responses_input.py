@@ -17,10 +17,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "max_tool_calls": (None,),
     "context_management": (None, []),
 }
+"""Fields that are not supported, with the values that have no effect. Nothing is stored here."""
 
 NO_LOGPROBS = "log-probabilities are told by /v1/chat/completions only"
-
-"""Fields that are not supported, with the values that have no effect. Nothing is stored here."""
 
 _SAME = (
     *("model", "temperature", "top_p", "parallel_tool_calls", "stream", "user", "metadata"),

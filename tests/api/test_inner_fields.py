@@ -157,7 +157,8 @@ def test_what_clients_give_back_and_hints_are_taken() -> None:
     given = {**call("a"), "index": 0, "extra": None}
     part = {**TEXT, "cache_control": {"type": "ephemeral"}, "annotations": []}
     assert read([{"role": "assistant", "tool_calls": [given]}]) == read([CALLING])
-    assert read([{**USER, "content": [part]}]) == read([{**USER, "content": "x"}])
+    again = {**part, "id": "msg_1", "index": 0}
+    assert read([{**USER, "content": [again]}]) == read([{**USER, "content": "x"}])
     assert read_stream_options({"stream_options": {"include_obfuscation": False}})
     hinted = blocks({**part, "citations": None}, {"type": "tool_result", "tool_use_id": "a"})
     assert of_anthropic(hinted)["messages"] == [
