@@ -81,15 +81,17 @@ def has_signed(certificate: bytes, signature: bytes, data: bytes) -> bool:
 
 def own_identity(path: Path) -> Identity:
     """Return the identity in a file, and make both at the first call. Raises IdentityError."""
+    doing = "read"
     try:
         if not path.exists():
+            doing = "write"
             _make(path)
         if path.stat().st_mode & 0o077:
             raise IdentityError(f"others can read the key in {path}: {_advice(path)}")
         data = path.read_bytes()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise IdentityError(f"cannot read the key in {path}: {reason}") from error
+        raise IdentityError(f"cannot {doing} the key in {path}: {reason}") from error
     return _read(path, data)
 
 

@@ -31,6 +31,12 @@ def test_an_identity_is_made_once_and_only_its_owner_can_read_it(tmp_path: Path)
     assert "PRIVATE" not in repr(first)
 
 
+def test_an_identity_that_cannot_be_made_is_said_to_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(IdentityError, match=r"cannot write the key in .*: file exists"):
+        own_identity(tmp_path / "file" / "identity.pem")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root makes files for others")
 def test_an_identity_that_root_makes_belongs_to_the_owner_of_the_directory(tmp_path: Path) -> None:
     state = tmp_path / "state"
