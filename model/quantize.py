@@ -466,7 +466,8 @@ def _stored_scales(exact: npt.NDArray[np.float64]) -> npt.NDArray[Any]:
 def round_scales_up(exact: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     """Narrow to ``dtype`` and never down, because a smaller step would clip a group's ends."""
     narrow = exact.astype(dtype)
-    return np.where(narrow < exact, np.nextafter(narrow, dtype.type(np.inf)), narrow)
+    with np.errstate(over="ignore"):  # What follows the largest number is rarely needed.
+        return np.where(narrow < exact, np.nextafter(narrow, dtype.type(np.inf)), narrow)
 
 
 def _to_half(weights: FloatArray) -> npt.NDArray[Any]:

@@ -152,6 +152,7 @@ def test_progress_is_shown_on_a_terminal(hub: Hub) -> None:
     terminal = Terminal("pull", "org/large")
     assert hub.is_held.wait(60)
     time.sleep(BAR_AFTER_S)  # A bar is only for work that is slow.
+    terminal.read_to("KiB/1.0 MiB")
     hub.held_after = None
     hub.go_on.set()
     assert terminal.close() == 0

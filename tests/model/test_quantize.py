@@ -17,6 +17,7 @@ from model.quantize import (
     Format,
     pack,
     quantize,
+    round_scales_up,
     unpack,
     weight_error,
 )
@@ -83,6 +84,12 @@ def test_truncation_goes_towards_zero_by_less_than_a_step(
     slack = 1e-6 * np.abs(weights).max() + 1e-44
     assert (np.abs(values) <= np.abs(weights) + slack).all()
     assert (np.abs(values - weights) <= step + slack).all()
+
+
+def test_a_step_near_the_largest_half_is_rounded_without_a_warning() -> None:
+    exact = np.array([65489.0, 65504.0, 1.0, 1 + 2**-11])
+    found = round_scales_up(exact, np.dtype(np.float16))
+    assert found.tolist() == [65504.0, 65504.0, 1.0, 1 + 2**-10]
 
 
 @given(MATRICES, ROUNDING)
