@@ -32,8 +32,8 @@ demo: $(VENV)/run.stamp ## split the embedded model over three agents on this ma
 # The tests start a thousand processes, and each would compile the project again.
 test test-fast test-thorough test-system: export PYTHONDONTWRITEBYTECODE =
 
-test: $(VENV)/dev.stamp ## run the tests in 6 processes (options in ARGS; durations go to build/tests.xml)
-	$(BIN)/python -m pytest -n 6 --dist loadfile --no-loadscope-reorder -m 'not thorough' --durations 20 \
+test: $(VENV)/dev.stamp ## run the tests in 5 processes (options in ARGS; durations go to build/tests.xml)
+	$(BIN)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder -m 'not thorough' --durations 20 \
 		--junitxml build/tests.xml $(ARGS)
 
 test-thorough: $(VENV)/dev.stamp ## prove again with many seeds and sizes what make test proves with few

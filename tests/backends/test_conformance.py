@@ -157,7 +157,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
     return kind()
 
 
-@pytest.mark.parametrize("bits", some(BITS, 3, 4, 8, 32))
+@pytest.mark.parametrize("bits", some(BITS, 3, 4, 32))
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_checkpoint(backend: Backend, name: str, bits: int, tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(FIXTURES / name)
@@ -173,7 +173,7 @@ def test_checkpoint(backend: Backend, name: str, bits: int, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("bits", "scheme"),
-    some([(3, "truncate"), (8, "truncate"), (4, "rtn")], (3, "truncate"), (4, "rtn")),
+    some([(3, "truncate"), (8, "truncate"), (4, "rtn")], (4, "rtn")),
 )
 @pytest.mark.parametrize("name", [*LAYERS, *EXPERT_LAYERS])
 def test_feature(backend: Backend, name: str, bits: int, scheme: Scheme, tmp_path: Path) -> None:

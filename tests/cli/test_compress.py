@@ -52,6 +52,7 @@ def answer(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> Any:
     return json.loads(captured.out)
 
 
+@pytest.mark.thorough
 def test_points_with_and_without_teaching(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -108,6 +109,7 @@ def test_answers_are_scored_where_the_data_has_questions(
     assert made.spec.layers[0].ffn == pruned["ffn"]
 
 
+@pytest.mark.thorough
 def test_a_point_is_chosen_by_its_predicted_time(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

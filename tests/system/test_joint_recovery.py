@@ -96,6 +96,7 @@ def lose(cluster: Cluster, name: str) -> None:
     wait_for(lambda: name not in cluster.names(), 60, "the loss")
 
 
+@pytest.mark.thorough
 def test_models_that_were_planned_together_are_planned_together_again(
     cluster: Cluster, models: tuple[Path, Path]
 ) -> None:
