@@ -25,7 +25,9 @@ def of_messages(body: dict[str, Any]) -> Any:
 
 def of_format(body: dict[str, Any]) -> Any:
     # What is refused is refused before the model's vocabulary is asked for.
-    return constraints._response_format(None, body["response_format"], "response_format")  # type: ignore[arg-type]
+    field = "response_format"
+    # These formats are refused before the deployment is asked for anything.
+    return constraints._response_format(None, body[field], field)  # type: ignore[arg-type]  # Above.
 
 
 def blocks(*given: dict[str, Any], role: str = "user") -> dict[str, Any]:

@@ -48,8 +48,8 @@ def stop_held(self: StageLoader, stage: LoadedStage, path: Path) -> None:
     stop_now(self, stage, path)
 
 
-Sampler.sample = sample_held  # type: ignore[method-assign]
-StageLoader.stop_damaged = stop_held  # type: ignore[method-assign]
+Sampler.sample = sample_held  # type: ignore[method-assign]  # This process is the test's alone.
+StageLoader.stop_damaged = stop_held  # type: ignore[method-assign]  # As above.
 integrity.CHECK_FIRST_BYTES = -1
 integrity._hash = hash_later
 sys.exit(run())
