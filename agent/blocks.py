@@ -3,6 +3,7 @@
 A download is hashed as it arrives. Files on disk are hashed again before or during use, because
 storage rots (agent.integrity). A download that was cut off stays as a .part file and continues
 later. The files used longest ago make room, whether artifacts or a backend's prepared weights.
+Experts that files here have are not sent again (agent.reuse).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from agent.reuse import HEAD_BYTES, ExpertsHere
 from model.artifact import SHA256, file_sha256
 from model.durable import remove
 from model.errors import CheckpointError
@@ -30,6 +32,7 @@ from wire.introduction import Caller
 from wire.messages import (
     BlockChunk,
     BlockDamaged,
+    BlockRef,
     BlocksHeld,
     BlocksHello,
     Done,
@@ -130,12 +133,16 @@ class BlockCache:
             on_progress(present, total)
             if not missing:
                 return 0
+            here, reused_bytes = ExpertsHere(self._directory), 0
             with _Source(coordinator, device, caller) as source:
                 if holders is not None and total - present >= LEAST_BYTES:
                     holders.take(source.holders(missing))
                 for ref in missing:
                     progress = partial(_advance, on_progress, present, total)
-                    self._obtain(source, holders, ref, progress)
+                    copied_bytes = self._assemble(source, here, ref, progress)
+                    if not copied_bytes:
+                        self._obtain(source, holders, ref, progress)
+                    reused_bytes += copied_bytes
                     present += ref.size_bytes
                     if hashed is not None:
                         hashed.add(self.path(ref.sha256))
@@ -146,7 +153,7 @@ class BlockCache:
                     f"free {format_size(total)} there, or lower --storage"
                 ) from error
             raise CacheError(f"block cache {self._directory}: {error.strerror}") from error
-        return sum(ref.size_bytes for ref in missing)
+        return sum(ref.size_bytes for ref in missing) - reused_bytes
 
     def prepare(self, blocks: Sequence[FileRef], size_bytes: int) -> Path | None:
         """Return a folder for ``size_bytes`` that a backend makes from ``blocks``, which are here.
@@ -195,6 +202,43 @@ class BlockCache:
         os.utime(path)
         return True
 
+    def _assemble(
+        self,
+        source: _Source,
+        here: ExpertsHere,
+        ref: FileRef,
+        on_progress: Callable[[int], None],
+    ) -> int:
+        """Make an artifact of experts that are here and of what the coordinator sends.
+
+        Returns the bytes that were copied. If it is 0, the artifact must be fetched as a whole.
+        Raises WireError, OSError.
+        """
+        if not isinstance(ref, BlockRef) or not here.may_have(ref):
+            return 0
+        path = self.path(ref.sha256)
+        receive = partial(self._receive, source.connection, ref, on_progress)
+        copied_bytes = 0
+        try:
+            with PartialFile(path, ref.size_bytes) as arriving:
+                receive(arriving, min(HEAD_BYTES, ref.size_bytes))
+            with PartialFile(path, ref.size_bytes) as arriving:
+                for run in here.runs(ref, arriving.part):
+                    if run.path is None:
+                        receive(arriving, run.end)
+                        continue
+                    for piece in run.read(arriving.offset):
+                        arriving.write(piece)
+                        on_progress(arriving.offset)
+                        copied_bytes += len(piece)
+                if copied_bytes:
+                    if arriving.finish():
+                        return copied_bytes
+                    log.warning("%s: experts that were here are damaged; it is fetched whole", ref)
+        except (CheckpointError, ArrivedDamaged) as error:
+            log.info("%s is fetched as a whole: %s", ref, error)
+        return 0
+
     def _obtain(
         self,
         source: _Source,
@@ -227,9 +271,6 @@ class BlockCache:
         patience_s: the longest time for each FILE_CHUNK_BYTES. Raises ArrivedDamaged, WireError,
         OSError.
         """
-        part = self._directory / f"{ref.sha256}.part"
-        if part.is_dir():
-            remove(part)
         arrive = partial(
             self._arrives, connection, ref, on_progress, is_last=is_last, patience_s=patience_s
         )
@@ -251,27 +292,54 @@ class BlockCache:
         Nothing of it is here then. Raises ArrivedDamaged if the connection has sent all of it.
         """
         with PartialFile(self.path(ref.sha256), ref.size_bytes) as arriving:
-            began_s, before = time.monotonic(), arriving.offset
-            connection.send(FetchBlock(ref.sha256, before))
-            while not arriving.complete:
-                chunk, payload = connection.receive()
-                if not is_last and isinstance(chunk, BlockChunk) and chunk.total != ref.size_bytes:
-                    arriving.drop()
-                    raise ArrivedDamaged(f"{ref} arrived damaged (its size differs)")
-                if not isinstance(chunk, BlockChunk) or not arriving.fits(
-                    chunk.offset, chunk.total, len(payload)
-                ):
-                    raise ProtocolError(f"{ref}: unexpected answer to a download")
-                arriving.write(payload)
-                on_progress(arriving.offset)
-                chunks = 1 + (arriving.offset - before) / limits.FILE_CHUNK_BYTES
-                if patience_s is not None and time.monotonic() - began_s > patience_s * chunks:
-                    raise ConnectionLost(f"{connection.peer} sends too slowly")
+            before = arriving.offset
+            self._receive(
+                connection,
+                ref,
+                on_progress,
+                arriving,
+                ref.size_bytes,
+                is_last=is_last,
+                patience_s=patience_s,
+            )
             if arriving.finish():
                 return True
             if before == 0:
                 raise ArrivedDamaged(f"{ref} arrived damaged (its hash differs)")
             return False
+
+    def _receive(
+        self,
+        connection: Connection,
+        ref: FileRef,
+        on_progress: Callable[[int], None],
+        arriving: PartialFile,
+        end: int,
+        *,
+        is_last: bool = False,
+        patience_s: float | None = None,
+    ) -> None:
+        """Fetch an artifact's next bytes, up to ``end``. Raises as ``_arrives``."""
+        began_s, before = time.monotonic(), arriving.offset
+        if before >= end:
+            return
+        connection.send(FetchBlock(ref.sha256, before, 0 if end == ref.size_bytes else end))
+        while arriving.offset < end:
+            chunk, payload = connection.receive()
+            if not is_last and isinstance(chunk, BlockChunk) and chunk.total != ref.size_bytes:
+                arriving.drop()
+                raise ArrivedDamaged(f"{ref} arrived damaged (its size differs)")
+            if (
+                not isinstance(chunk, BlockChunk)
+                or not arriving.fits(chunk.offset, chunk.total, len(payload))
+                or len(payload) > end - arriving.offset
+            ):
+                raise ProtocolError(f"{ref}: unexpected answer to a download")
+            arriving.write(payload)
+            on_progress(arriving.offset)
+            chunks = 1 + (arriving.offset - before) / limits.FILE_CHUNK_BYTES
+            if patience_s is not None and time.monotonic() - began_s > patience_s * chunks:
+                raise ConnectionLost(f"{connection.peer} sends too slowly")
 
     def _evict(self, keep: set[str], needed_bytes: int) -> None:
         """Remove the files used longest ago, except ``keep``, until ``needed_bytes`` are free."""

@@ -137,7 +137,8 @@ class FileExchange:
             message = clean(connection.receive()[0])
             waiting()
             if isinstance(message, FetchBlock) and message.sha256 in paths:
-                for chunk, payload in file_chunks(paths[message.sha256], message.offset):
+                path = paths[message.sha256]
+                for chunk, payload in file_chunks(path, message.offset, message.end):
                     connection.send(chunk, payload)
                     waiting()
             elif not isinstance(message, Heartbeat):

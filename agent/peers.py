@@ -282,7 +282,7 @@ class PeerServer:
             connection.send(RequestFailed(0, NOT_HERE))
             return
         try:
-            for chunk, payload in file_chunks(path, request.offset):
+            for chunk, payload in file_chunks(path, request.offset, request.end):
                 connection.send(chunk, payload)
         except OSError as error:  # It made room for another one just now, or cannot be read.
             raise ConnectFailed(f"{path.name} cannot be sent: {error}") from error

@@ -356,7 +356,7 @@ class Coordinator:
             try:
                 if path is None:
                     raise FileNotFoundError(request.sha256)
-                chunks = file_chunks(path, offset)
+                chunks = file_chunks(path, offset, request.end)
                 while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
                     await connection.send(*chunk)
                     offset = chunk[0].offset + len(chunk[1])

@@ -6,6 +6,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from model.durable import remove
+
 _READ_BYTES = 1 << 20
 
 
@@ -14,12 +16,16 @@ class PartialFile:
 
     def __init__(self, target: Path, size_bytes: int) -> None:
         """``target`` is named by the hash of its ``size_bytes``. Raises OSError."""
-        self._target, self._part = target, target.with_name(f"{target.name}.part")
+        self._target = target
+        self.part = target.with_name(f"{target.name}.part")
+        """Where its bytes are until it is whole."""
+        if self.part.is_dir():
+            remove(self.part)
         self._size_bytes = size_bytes
         self._digest = hashlib.sha256()
         self.offset = 0
         """The bytes that are here."""
-        self._file = self._part.open("ab+")
+        self._file = self.part.open("ab+")
         if self._file.seek(0, os.SEEK_END) > size_bytes:
             self._file.truncate(0)  # Too long to be a part of this file.
         self._file.seek(0)
@@ -60,10 +66,10 @@ class PartialFile:
         """
         if self._digest.hexdigest() != self._target.name:
             self._file.close()
-            self._part.unlink(missing_ok=True)
+            self.part.unlink(missing_ok=True)
             return False
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        self._part.replace(self._target)
+        self.part.replace(self._target)
         return True

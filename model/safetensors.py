@@ -128,14 +128,16 @@ class SafetensorsFile:
         return entry
 
 
-def read_safetensors(path: Path) -> SafetensorsFile:
+def read_safetensors(path: Path, size_bytes: int | None = None) -> SafetensorsFile:
     """Read and check a header. Every offset, size and dtype in it is valid afterwards.
+
+    size_bytes: of the whole file, if only its beginning may be here.
 
     Raises CheckpointError that names the file and the fault.
     """
     try:
         with path.open("rb") as file:
-            file_bytes = os.fstat(file.fileno()).st_size
+            file_bytes = os.fstat(file.fileno()).st_size if size_bytes is None else size_bytes
             prefix = file.read(8)
             if len(prefix) < 8:
                 raise CheckpointError(f"{path}: too short for a safetensors file; fetch it again")

@@ -315,6 +315,8 @@ class BlockRef(FileRef):
     """The artifact of a block, which is numbered by its place in the model."""
 
     block: int
+    experts: bytes = b""
+    """The hashes of its experts in their order (model.expert_parts). Empty without experts."""
 
     def __str__(self) -> str:
         return f"block {self.block}"
@@ -959,10 +961,11 @@ class BlocksHello:
 
 @dataclass(frozen=True, slots=True)
 class FetchBlock:
-    """Send the artifact with this hash, from ``offset`` on."""
+    """Send bytes of the artifact with this hash: [offset, end). 0 is the end of the file."""
 
     sha256: str
     offset: int
+    end: int = 0
 
 
 @dataclass(frozen=True, slots=True)

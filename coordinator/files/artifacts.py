@@ -1,7 +1,8 @@
 """Makes quantized blocks once per checkpoint, block and format, and keeps them on disk.
 
 In the state directory, ``artifacts/<sha256>`` are the files that agents fetch. The index
-``checkpoints/<fingerprint>.json`` has the hash of each block and format, and of each share of it.
+``checkpoints/<fingerprint>.json`` has the hash of each block and format, and of each share of it,
+with those of its experts.
 Losing an artifact or the index costs time, never correctness.
 
 A share is cut out of the whole block's artifact. So all members of a team have the same quantized
@@ -29,9 +30,11 @@ from model.checkpoint import Checkpoint
 from model.costs import stored_bytes
 from model.durable import remove, replace_bytes, replace_text
 from model.errors import Cancelled, CheckpointError, UnsupportedModelError
+from model.expert_parts import HASH_BYTES, expert_hashes, expert_parts
 from model.partial import PartialFile
 from model.quantize import Format, Quantizer
 from model.quantizers.prepared import quantized
+from model.safetensors import read_safetensors
 from model.share import Share, share_spec, share_tensors
 from model.spec import ModelSpec
 from model.weight_errors import weight_errors
@@ -152,26 +155,25 @@ class ArtifactStore:
             for done, item in enumerate(wanted):
                 if cancelled():
                     raise Cancelled
-                sha256, size_bytes = self._obtain(checkpoint, item, index)
-                self._sources[sha256] = (checkpoint, item)
-                refs.append(BlockRef(sha256, size_bytes, item.block))
-                self._in_use.add(sha256)
+                ref = self._obtain(checkpoint, item, index)
+                self._sources[ref.sha256] = (checkpoint, item)
+                refs.append(ref)
+                self._in_use.add(ref.sha256)
                 on_step(done + 1, len(wanted))
         finally:
             self._cut = None
         return tuple(refs)
 
-    def _obtain(
-        self, checkpoint: Checkpoint, wanted: Wanted, index: dict[str, Any]
-    ) -> tuple[str, int]:
-        """The hash and size of an artifact, which is made if it is missing. Raises as ``_make``."""
+    def _obtain(self, checkpoint: Checkpoint, wanted: Wanted, index: dict[str, Any]) -> BlockRef:
+        """Return an artifact, which is made if it is missing. Raises as ``_make``."""
         key = wanted.key(checkpoint.spec)
         entry = index["artifacts"].get(key)
-        if entry is None or not self._has(*entry):
-            entry = self._make(checkpoint, wanted, index)
-            index["artifacts"][key] = list(entry)
-            self._save(checkpoint, index)
-        return entry[0], entry[1]
+        if entry is not None and self._has(*entry[:2]):
+            return BlockRef(entry[0], entry[1], wanted.block, bytes.fromhex("".join(entry[2:])))
+        made = self._make(checkpoint, wanted, index)
+        index["artifacts"][key] = [made.sha256, made.size_bytes, made.experts.hex()]
+        self._save(checkpoint, index)
+        return made
 
     def _has(self, sha256: str, size_bytes: int) -> bool:
         """Whether an artifact of this size is here. Asking counts as using it."""
@@ -189,13 +191,8 @@ class ArtifactStore:
         """Whether ``repair`` knows the source of this file."""
         return sha256 in self._sources or sha256 in self._kept
 
-    def _make(
-        self, checkpoint: Checkpoint, wanted: Wanted, index: dict[str, Any]
-    ) -> tuple[str, int]:
-        """Write an artifact, and return its hash and size.
-
-        Raises ModelError, OSError, StorageFull.
-        """
+    def _make(self, checkpoint: Checkpoint, wanted: Wanted, index: dict[str, Any]) -> BlockRef:
+        """Write an artifact. Raises ModelError, OSError, StorageFull."""
         spec, block, fmt = checkpoint.spec, wanted.block, wanted.fmt
         with self._making:
             needed_bytes = wanted.stored_bytes(spec) + HEADER_BYTES
@@ -204,6 +201,7 @@ class ArtifactStore:
                 artifact = write_artifact(
                     self._artifacts, block, checkpoint.block_in(block, fmt), fmt
                 )
+                experts = _expert_hashes(spec, block, artifact.path)
             else:
                 tensors = self._whole_block(checkpoint, wanted, index)
                 try:
@@ -214,7 +212,10 @@ class ArtifactStore:
                     ) from error
                 self._make_room(needed_bytes, set())
                 artifact = store_block(self._artifacts, block, cut, fmt)
-            return artifact.sha256, artifact.size_bytes
+                whole = index["artifacts"][replace(wanted, share=None).key(spec)]
+                first, end = (HASH_BYTES * expert for expert in wanted.share.columns)
+                experts = bytes.fromhex("".join(whole[2:]))[first:end]
+            return BlockRef(artifact.sha256, artifact.size_bytes, block, experts)
 
     def _whole_block(
         self, checkpoint: Checkpoint, wanted: Wanted, index: dict[str, Any]
@@ -228,7 +229,7 @@ class ArtifactStore:
         if entry is not None and self._cut is not None and self._cut[0] == entry[0]:
             return self._cut[1]
         for _ in range(2):
-            sha256, _ = self._obtain(checkpoint, whole, index)
+            sha256 = self._obtain(checkpoint, whole, index).sha256
             if self.is_whole(sha256):
                 path = self._artifacts / sha256
                 self._cut = sha256, read_block(path, checkpoint.spec, wanted.block)[1]
@@ -269,9 +270,9 @@ class ArtifactStore:
         checkpoint, wanted = source
         with self._making:
             self._cut = None
-            made, _ = self._make(checkpoint, wanted, self._load(checkpoint))
+            made = self._make(checkpoint, wanted, self._load(checkpoint))
             self._cut = None
-        if made != sha256:
+        if made.sha256 != sha256:
             raise MakingFailed(
                 "the coordinator's own file was damaged, and the checkpoint has changed since it "
                 "was made: load again"
@@ -386,3 +387,14 @@ class ArtifactStore:
 
     def _index_path(self, checkpoint: Checkpoint) -> Path:
         return self._indices / f"{checkpoint.fingerprint}.json"
+
+
+def _expert_hashes(spec: ModelSpec, block: int, path: Path) -> bytes:
+    """Return the hashes of a whole block's experts. Empty if it has none that can be told apart."""
+    experts = spec.layer(block).experts if spec.block_kind(block) == "layer" else None
+    if experts is None:
+        return b""
+    try:
+        return b"".join(expert_hashes(path, expert_parts(read_safetensors(path), experts.count)))
+    except CheckpointError:
+        return b""  # Files without them are only sent whole.

@@ -80,6 +80,21 @@ def test_experts_answer_in_a_pipeline_and_in_a_team(two: Cluster, name: str) -> 
         assert plan["plan"]["blocks"]
 
 
+def test_a_team_that_changes_gets_only_the_experts_that_are_new(
+    two: Cluster, tmp_path: Path
+) -> None:
+    model, golden = with_words(tmp_path, "granitemoe"), Golden.load(FAMILIES / "granitemoe")
+    fetched_bytes, answers = [], []
+    for parts in ((3, 2), (2, 3)):
+        path = write_plan(tmp_path, model, [(("pi-1", "pi-2"), 4, parts)])
+        answer = two.load(model, *EXACT, f"--plan={path}")
+        fetched_bytes.append(sum(stage["fetched_bytes"] for stage in answer["stages"]))
+        answers.append(continued(two, golden))
+    assert answers == [golden.continuation.tolist()] * 2
+    # One device needs an expert more of each layer, and the other one has all it needs.
+    assert fetched_bytes[1] < 0.6 * fetched_bytes[0]
+
+
 def wide(directory: Path) -> Path:
     """A Qwen3-MoE with random weights. Its layers are wide enough for the operator of experts."""
     model = with_words(directory, "qwen3_moe")
