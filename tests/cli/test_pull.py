@@ -76,7 +76,10 @@ class Terminal:
         while wanted not in self.text:
             assert time.monotonic() < deadline, self.text
             if select.select([self.end], [], [], 0.1)[0]:
-                self.text += os.read(self.end, 1 << 16).decode(errors="replace")
+                try:
+                    self.text += os.read(self.end, 1 << 16).decode(errors="replace")
+                except OSError:  # The command has ended.
+                    pytest.fail(f"it ended with {self.process.wait(60)}: {self.text}")
 
     def close(self) -> int:
         """Wait for the command's end, and return its code."""
@@ -146,7 +149,9 @@ def test_one_revision_is_removed_and_the_other_stays(hub: Hub, tmp_path: Path) -
     assert Checkpoint.open(Path(row["path"])).tensors
 
 
-def test_progress_is_shown_on_a_terminal(hub: Hub) -> None:
+def test_progress_is_shown_on_a_terminal(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        monkeypatch.setenv(limit, "120")  # The server waits for this test, which may be slow.
     large(hub)
     hub.held_after = 8 * PIECE
     terminal = Terminal("pull", "org/large")
