@@ -39,6 +39,7 @@ SLOW = {
     "agent/test_hop.py",
     "agent/test_integrity.py",
     "agent/test_relay.py",
+    "agent/test_reuse.py",
     "agent/test_sum_cost.py",
     "agent/test_team.py",
     "agent/test_team_daemon.py",
