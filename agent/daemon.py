@@ -131,7 +131,10 @@ class Agent:
         say: Callable[[str], None],
         service: ServiceManager | None = None,
     ) -> None:
-        """``say`` shows the user one line. Raises ConfigError, BackendError, ConnectFailed."""
+        """``say`` shows the user one line.
+
+        Raises ConfigError, IdentityError, BackendError, ConnectFailed.
+        """
         self._config = config
         self._say = say
         self._service = service or ServiceManager()
@@ -151,9 +154,13 @@ class Agent:
         self._links: dict[str, Link] = {}
         """Maps a peer's device to its link: the reported figures and newer samples."""
         self._measuring = Measuring()
-        self._state_lock = claim(config.state_dir)
-        remove_leftovers(config.cache_dir)
-        self._device = device_identity(config.state_dir)
+        with contextlib.ExitStack() as unlocking:  # If it cannot start, others may.
+            self._state_lock = unlocking.enter_context(claim(config.state_dir))
+            remove_leftovers(config.cache_dir)
+            self._device = device_identity(config.state_dir)
+            # Nobody waits for the measurements only to hear that a token is needed.
+            self._credentials = Credentials(config, self._device)
+            unlocking.pop_all()
         profile = profile_at_start(
             backend=config.backend,
             cache_dir=config.cache_dir,
@@ -179,7 +186,6 @@ class Agent:
             fast_prompts=config.fast_prompts,
         )
         self._cache = BlockCache(config.cache_dir, profile.storage_bytes)
-        self._credentials = Credentials(config, self._device)
         self._listener = Listener(
             config.bind_host, config.data_port, answerer=self._credentials.of_others()
         )
