@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -89,7 +90,9 @@ def test_a_damaged_file_is_put_aside_with_a_word(
 ) -> None:
     (tmp_path / "names.json").write_bytes(damage)
     book = NameBook(tmp_path)
-    assert "cannot be used" in caplog.text
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert re.search(r"names\.json cannot be used \([a-z0-9 ]+\): ", said)
+    assert "it is kept as names.damaged, and devices are named anew" in said
     assert book.assign("a", "pi", ()) == "pi"
     assert (tmp_path / "names.damaged").read_bytes() == damage
     assert json.loads((tmp_path / "names.json").read_bytes())["devices"] == {"a": ["pi", "pi"]}
