@@ -91,9 +91,9 @@ def own_identity(path: Path) -> Identity:
         if not path.exists():
             doing = "write"
             _make(path)
+        data = path.read_bytes()
         if path.stat().st_mode & 0o077:
             raise IdentityWrong(f"others can read the key in {path}: {_advice(path)}")
-        data = path.read_bytes()
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise IdentityError(f"cannot {doing} the key in {path}: {reason}") from error
