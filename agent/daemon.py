@@ -160,17 +160,17 @@ class Agent:
             self._device = device_identity(config.state_dir)
             # Nobody waits for the measurements only to hear that a token is needed.
             self._credentials = Credentials(config, self._device)
+            profile = profile_at_start(
+                backend=config.backend,
+                cache_dir=config.cache_dir,
+                known=config.calibration_path,
+                memory_limit_bytes=config.memory_bytes,
+                storage_limit_bytes=config.storage_bytes,
+                threads=config.threads,
+                watts=config.watts,
+                exact=config.exact,
+            )
             unlocking.pop_all()
-        profile = profile_at_start(
-            backend=config.backend,
-            cache_dir=config.cache_dir,
-            known=config.calibration_path,
-            memory_limit_bytes=config.memory_bytes,
-            storage_limit_bytes=config.storage_bytes,
-            threads=config.threads,
-            watts=config.watts,
-            exact=config.exact,
-        )
         self._figures = Figures(config, profile)
         self._free_memory = self._followed_memory(profile)
         self._gauges = Gauges()

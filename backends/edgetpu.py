@@ -32,6 +32,7 @@ from backends.base import (
     BackendUnavailable,
     Capabilities,
     FilesMissing,
+    HardwareAbsent,
     Stage,
     StageOptions,
     Supplier,
@@ -122,6 +123,9 @@ class EdgeTpuBackend(Backend):
     def probe(cls) -> Capabilities:
         try:
             target = choose_target(cls.root)  # Without a chip no runtime is needed.
+        except BackendError as error:
+            raise HardwareAbsent("edgetpu", _reason(error)) from error
+        try:
             runtime = find_runtime(edge_tpu=True)
             OnnxCpuBackend.probe()
             _check_once(runtime, target)

@@ -11,7 +11,7 @@
 
 An agent or coordinator that is terminated ends with 0, because stopping it is no failure. The units
 in systemd/ do not restart after 2 and 4, because only a person can mend these. What may mend itself
-ends with 1: another process that is about to end, or a file or a disk that may come later.
+ends with 1: another process that is about to end, or a file, a disk or a chip that may come later.
 """
 
 from __future__ import annotations

@@ -523,7 +523,7 @@ def _tell_who_may_join(config: CoordinatorConfig, screen: Screen) -> None:
 
 
 def run_agent(options: argparse.Namespace, screen: Screen) -> None:
-    from backends.base import BackendError, BackendUnavailable
+    from backends.base import BackendError, BackendUnavailable, HardwareAbsent
 
     if options.list_backends:
         _list_backends(screen)
@@ -564,7 +564,8 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
             service,
         )
     except BackendUnavailable as error:
-        raise Unavailable(f"{error}; `shoal doctor` says how to get it") from error
+        kind = CommandFailed if isinstance(error, HardwareAbsent) else Unavailable
+        raise kind(f"{error}; `shoal doctor` says how to get it") from error
     except NeedsPerson as error:
         raise UsageError(str(error)) from error
     except (ConfigError, IdentityError, TokenError, BackendError, WireError) as error:

@@ -93,6 +93,13 @@ def test_what_may_come_later_is_waited_for(kind: str, tmp_path: Path, capsys: Ca
     assert "no such file" in capsys.readouterr().err
 
 
+def test_hardware_may_be_plugged_in_later(tmp_path: Path, capsys: Capture) -> None:
+    """At boot, a driver may be slower than the service."""
+    arguments = ["agent", f"--state-dir={tmp_path}", "--insecure", "--backend=edgetpu"]
+    assert main(arguments) == MENDS_ITSELF
+    assert "no Edge TPU on USB" in capsys.readouterr().err
+
+
 def test_another_agent_may_be_about_to_end(tmp_path: Path, capsys: Capture) -> None:
     with claim(tmp_path):
         assert main(["agent", f"--state-dir={tmp_path}", "--insecure"]) == MENDS_ITSELF
