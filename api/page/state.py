@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
 from typing import Any, Literal, TypedDict
 
@@ -199,13 +199,15 @@ class StateFeed:
         """Whether another stream may begin."""
         return self.watchers < MOST_WATCHERS
 
-    async def stream(self) -> AsyncGenerator[str, None]:
-        """Yield server-sent events until the coordinator stops."""
+    async def stream(
+        self, may_follow: Callable[[], bool] = lambda: True
+    ) -> AsyncGenerator[str, None]:
+        """Yield server-sent events until the coordinator stops, or ``may_follow`` says no."""
         self.watchers += 1
         try:
             sent: dict[str, str] = {}
             said_s = time.monotonic()
-            while not self._closed.is_set():
+            while not self._closed.is_set() and may_follow():
                 parts = self._current()
                 news = [name for name, text in parts.items() if sent.get(name) != text]
                 sent, now_s = parts, time.monotonic()
