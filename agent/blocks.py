@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agent.reuse import HEAD_BYTES, ExpertsHere
+from model.aging import by_use
 from model.artifact import SHA256, file_sha256
 from model.durable import remove
 from model.errors import CheckpointError
@@ -352,10 +353,9 @@ class BlockCache:
         ]
         if self._prepared.is_dir():
             others += [path for path in self._prepared.iterdir() if path.name not in keep]
-        others.sort(key=lambda path: path.stat().st_mtime)
         sizes = {path: _size_bytes(path) for path in others}
         used = needed_bytes + sum(sizes.values())
-        for path in others:
+        for path in by_use(others):
             if used <= self._limit_bytes:
                 break
             used -= sizes[path]

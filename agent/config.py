@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
-from model.durable import open_lock
+from model.durable import open_lock, replace_text
 from wire.addresses import is_everywhere
+from wire.errors import NeedsPerson
 from wire.invite import Invite
 from wire.messages import Endpoint
 
@@ -20,7 +21,11 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
 
 class ConfigError(Exception):
-    """A setting is wrong. The message names it, its value and a valid value."""
+    """The agent cannot start. The message says why and what to do. Another start may work."""
+
+
+class SettingWrong(ConfigError, NeedsPerson):
+    """A setting or a kept file is wrong. The message names it, and what is valid."""
 
 
 def default_name(host_name: str) -> str:
@@ -63,19 +68,19 @@ class AgentConfig:
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):
-            raise ConfigError(
+            raise SettingWrong(
                 f"name {self.name!r}: use 1 to 63 letters, digits, dots, dashes or underscores"
             )
         if not 1 <= self.threads <= 1024:
-            raise ConfigError(f"threads {self.threads}: must be between 1 and 1024")
+            raise SettingWrong(f"threads {self.threads}: must be between 1 and 1024")
         for endpoint in self.advertise:
             if not endpoint.host or is_everywhere(endpoint.host):
-                raise ConfigError(
+                raise SettingWrong(
                     f"advertise {endpoint.host!r}: must be an address that other agents reach"
                 )
         for label, limit in (("memory", self.memory_bytes), ("storage", self.storage_bytes)):
             if limit is not None and limit <= 0:
-                raise ConfigError(f"{label} {limit}: must be above 0")
+                raise SettingWrong(f"{label} {limit}: must be above 0")
 
     @property
     def cache_dir(self) -> Path:
@@ -116,16 +121,22 @@ def claim(state_dir: Path) -> TextIO:
 
 
 def device_identity(state_dir: Path) -> str:
-    """Return this device's id, which is made once and kept in ``state_dir``. Raises ConfigError."""
+    """Return this device's id, which is made once and kept in ``state_dir``. Raises ConfigError.
+
+    The coordinator knows a device's key, name and pins by its id. So a damaged id is not replaced:
+    to all others this would be a new device, which nobody has let in.
+    """
     path = state_dir / "device-id"
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if path.exists():
-            identity = path.read_text(encoding="ascii").strip()
-            if re.fullmatch(r"[0-9a-f]{16}", identity):
-                return identity
-        identity = secrets.token_hex(8)
-        path.write_text(identity + "\n", encoding="ascii")
-    except (OSError, UnicodeDecodeError) as error:
+        if not path.exists():
+            replace_text(path, secrets.token_hex(8) + "\n")
+        identity = path.read_text(encoding="ascii", errors="replace").strip()
+    except OSError as error:
         raise ConfigError(f"state directory {state_dir} is not usable: {error}") from error
+    if not re.fullmatch(r"[0-9a-f]{16}", identity):
+        raise SettingWrong(
+            f"{path} is damaged: write this device's id into it, which `shoal devices --json` "
+            "shows as `device`, or remove the file and let the device join anew with a token"
+        )
     return identity

@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from pathlib import Path
 
-from agent.config import AgentConfig, ConfigError
+from agent.config import AgentConfig, ConfigError, SettingWrong
 from agent.contacts import NOT_KNOWN, Contacts
 from model.durable import replace_text
 from wire.claim import FINGERPRINT_BYTES, Claim, Fingerprint
 from wire.errors import AuthFailed, ConnectFailed
-from wire.identity import Identity, IdentityError, own_identity
+from wire.identity import Identity, own_identity
 from wire.introduction import COORDINATOR, Answerer, Caller, Purpose
 from wire.invite import Invite
 from wire.messages import DevicesKnown
+
+JOINED_FILE = "coordinator-fingerprint"
+"""The file with the key of the coordinator that was joined."""
 
 UNKNOWN_S = 2.0
 """How long a device may be unknown. The coordinator may just be telling us about it."""
@@ -28,13 +32,18 @@ NEEDS_INVITE = (
 )
 
 
+def has_joined(state_dir: Path) -> bool:
+    """Whether the agent with this state directory has joined a coordinator with a key."""
+    return (state_dir / JOINED_FILE).exists()
+
+
 class Credentials:
     """One agent's. Any thread may call."""
 
     def __init__(self, config: AgentConfig, device: str) -> None:
-        """Raises ConfigError."""
+        """Raises ConfigError, IdentityError."""
         self._device = device
-        self._path = config.state_dir / "coordinator-fingerprint"
+        self._path = config.state_dir / JOINED_FILE
         self._tls = None if config.insecure else self._chosen(config)
         self._known: dict[str, Fingerprint] = {}
         self._told = threading.Condition()
@@ -51,12 +60,12 @@ class Credentials:
             if len(coordinator) != FINGERPRINT_BYTES:
                 raise ValueError("not a fingerprint")
             return _Tls(own_identity(config.identity_path), coordinator, None)
-        except IdentityError as error:
-            raise ConfigError(str(error)) from error
         except FileNotFoundError as error:
-            raise ConfigError(NEEDS_INVITE) from error
-        except (OSError, ValueError) as error:
-            raise ConfigError(
+            raise SettingWrong(NEEDS_INVITE) from error
+        except OSError as error:
+            raise ConfigError(f"{self._path} cannot be read: {error.strerror}") from error
+        except ValueError as error:
+            raise SettingWrong(
                 f"{self._path} is damaged: remove it, and start with a token again"
             ) from error
 

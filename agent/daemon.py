@@ -131,7 +131,10 @@ class Agent:
         say: Callable[[str], None],
         service: ServiceManager | None = None,
     ) -> None:
-        """``say`` shows the user one line. Raises ConfigError, BackendError, ConnectFailed."""
+        """``say`` shows the user one line.
+
+        Raises ConfigError, IdentityError, BackendError, ConnectFailed.
+        """
         self._config = config
         self._say = say
         self._service = service or ServiceManager()
@@ -151,19 +154,23 @@ class Agent:
         self._links: dict[str, Link] = {}
         """Maps a peer's device to its link: the reported figures and newer samples."""
         self._measuring = Measuring()
-        self._state_lock = claim(config.state_dir)
-        remove_leftovers(config.cache_dir)
-        self._device = device_identity(config.state_dir)
-        profile = profile_at_start(
-            backend=config.backend,
-            cache_dir=config.cache_dir,
-            known=config.calibration_path,
-            memory_limit_bytes=config.memory_bytes,
-            storage_limit_bytes=config.storage_bytes,
-            threads=config.threads,
-            watts=config.watts,
-            exact=config.exact,
-        )
+        with contextlib.ExitStack() as unlocking:  # If it cannot start, others may.
+            self._state_lock = unlocking.enter_context(claim(config.state_dir))
+            remove_leftovers(config.cache_dir)
+            self._device = device_identity(config.state_dir)
+            # Nobody waits for the measurements only to hear that a token is needed.
+            self._credentials = Credentials(config, self._device)
+            profile = profile_at_start(
+                backend=config.backend,
+                cache_dir=config.cache_dir,
+                known=config.calibration_path,
+                memory_limit_bytes=config.memory_bytes,
+                storage_limit_bytes=config.storage_bytes,
+                threads=config.threads,
+                watts=config.watts,
+                exact=config.exact,
+            )
+            unlocking.pop_all()
         self._figures = Figures(config, profile)
         self._free_memory = self._followed_memory(profile)
         self._gauges = Gauges()
@@ -179,7 +186,6 @@ class Agent:
             fast_prompts=config.fast_prompts,
         )
         self._cache = BlockCache(config.cache_dir, profile.storage_bytes)
-        self._credentials = Credentials(config, self._device)
         self._listener = Listener(
             config.bind_host, config.data_port, answerer=self._credentials.of_others()
         )

@@ -127,8 +127,7 @@ class Figures:
         jobs: list[Callable[[Callable[[], None]], object]] = []
         if any(is_doubtful(conditions) for _, conditions in self.profile.conditions):
             jobs.append(self.measure_device)
-        for spec, bits in self.store.models():
-            model = ModelSpec.from_dict(spec)
+        for model, bits in self.store.specs():
             if any(is_doubtful(timing.conditions) for timing in self._kept(model, bits)):
                 jobs.append(partial(self._measure_moment, model, bits))
         if not jobs:
@@ -167,11 +166,10 @@ class Figures:
         kept = kept_profile(self.profile, self.store, exact=self._config.exact, measured=False)
         self.profile = kept
         found: list[FiguresChanged] = []
-        for spec, bits in self.store.models():
-            model = ModelSpec.from_dict(spec)
+        for model, bits in self.store.specs():
             told, timings = self._told.get(repr(model)), self._kept(model, bits)
             if told is not None and set(timings) - set(told):
-                found.append(FiguresChanged(self.profile, spec, timings))
+                found.append(FiguresChanged(self.profile, model.to_dict(), timings))
                 self._told[repr(model)] = timings
         if not found and kept != self._told_profile:
             found.append(FiguresChanged(kept, {}, ()))

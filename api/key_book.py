@@ -17,7 +17,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +31,10 @@ LOCK_FILE = "api-keys.lock"
 LOCAL_FILE = "local-key"
 LOCAL_NAME = "local"
 """The name of the local key in logs. No key of the file may have it."""
+
+VERSION = 1
+LATEST_S = 2.5e11
+"""The latest time in the file: the year 9892. Tables cannot show years of five digits."""
 
 PREFIX = "sk-shoal-"
 KEY_BYTES = 32
@@ -75,9 +79,13 @@ class KeyBook:
     # ---- what the coordinator asks --------------------------------------------------------------
 
     def make_local(self) -> None:
-        """Make a new local key, and write it for users of this machine. Raises OSError."""
+        """Make a new local key, and write it for users of this machine. Raises OSError.
+
+        If the file of keys is damaged, the log says so.
+        """
         self._local = _new_key()
         replace_text(self._directory / LOCAL_FILE, self._local + "\n", mode=0o600)
+        self._try_refresh()
 
     @property
     def exists(self) -> bool:
@@ -89,13 +97,17 @@ class KeyBook:
         given = key.encode(errors="replace")
         if self._local and hmac.compare_digest(given, self._local.encode()):
             return Key(LOCAL_NAME, "", 0.0)
+        self._try_refresh()
+        # The hash is looked up, not the key. So the time of the look-up tells nothing.
+        return self._known.get(hashlib.sha256(given).hexdigest())
+
+    def _try_refresh(self) -> None:
+        """Read the file if it has changed. If that fails, no key is known."""
         try:
             self._refresh()
         except BadKey as error:
             self._known, self._stamp = {}, None
             self._rare_log.warning("keys", "no API key is accepted: %s", error)
-        # The hash is looked up, not the key. So the time of the look-up tells nothing.
-        return self._known.get(hashlib.sha256(given).hexdigest())
 
     def _refresh(self) -> None:
         """Read the file if it has changed. Raises BadKey."""
@@ -124,7 +136,12 @@ class KeyBook:
             return ()
         except OSError as error:
             raise BadKey(f"cannot read {self._path}: {(error.strerror or '').lower()}") from error
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
+        except _Newer as error:
+            raise BadKey(
+                f"{self._path} was written by a newer version of shoal: install that one, or "
+                "remove the file and make the keys again"
+            ) from error
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise BadKey(f"{self._path} is damaged: remove it, and make the keys again") from error
 
     def create(self, name: str, urgency: str = "") -> str:
@@ -161,7 +178,7 @@ class KeyBook:
 
     def _write(self, keys: tuple[Key, ...]) -> None:
         """Write the file for the owner of the directory, who runs the coordinator."""
-        text = json.dumps({"keys": [asdict(key) for key in keys]}, indent=1)
+        text = json.dumps({"version": VERSION, "keys": [asdict(key) for key in keys]}, indent=1)
         replace_text(self._path, text + "\n", prepare=partial(hand_over, directory=self._directory))
 
 
@@ -169,16 +186,31 @@ def _new_key() -> str:
     return PREFIX + secrets.token_urlsafe(KEY_BYTES)
 
 
+class _Newer(Exception):
+    """The file has what this version does not know. It may be a limit."""
+
+
 def _read(values: object) -> Iterator[Key]:
-    """The keys in a file's JSON. Raises ValueError, TypeError, LookupError if it has others."""
+    """The keys in a file's JSON.
+
+    Raises _Newer, and ValueError, TypeError, LookupError, AttributeError if it has other things.
+    """
     if not isinstance(values, dict) or not isinstance(values["keys"], list):
         raise TypeError("expected an object with a list of keys")
+    # A file of an older version has no version.
+    if values.get("version", VERSION) != VERSION:
+        raise _Newer
+    names = {field.name for field in fields(Key)}
     for item in values["keys"]:
+        if item.keys() - names:
+            raise _Newer
         # A file of an older version has no classes.
         urgency = item.get("urgency", "")
         key = Key(item["name"], item["sha256"], float(item["created_s"]), urgency)
         if not NAME.fullmatch(key.name) or not re.fullmatch(r"[0-9a-f]{64}", key.sha256):
             raise ValueError("not a key")
+        if not 0 <= key.created_s < LATEST_S:
+            raise ValueError("not a time")
         if urgency not in ("", *CLASSES):
             raise ValueError("not a class")
         yield key

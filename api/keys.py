@@ -26,6 +26,9 @@ OPEN_FOLDER = "/page/"
 KEY = "shoal.key"
 """Where an ASGI scope has the name of its key."""
 
+STILL_KNOWN = "shoal.key.still_known"
+"""Where it has a function that says whether the key is still known. Streams without end ask it."""
+
 MOST_CHARACTERS = 512
 """Longer keys are not looked at."""
 
@@ -49,6 +52,7 @@ class KeyGuard:
                 return
             request = tracked(scope)
             request.key = scope[KEY] = known.name
+            scope[STILL_KNOWN] = lambda: self._keys.known(given) is not None
             request.most_urgent = urgency_named(known.urgency)
         await self._app(scope, receive, send)
 

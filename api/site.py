@@ -77,7 +77,7 @@ class Site:
     async def run(self, on_ready: Callable[[Ready], None]) -> None:
         """Serve agents and clients until interrupted.
 
-        Raises ConfigError, wire.errors.ConnectFailed.
+        Raises ConfigError, wire.identity.IdentityError, wire.errors.ConnectFailed.
         """
         config, coordinator = self._config, self._coordinator
         coordinator.prepare()

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from api import guard
-from coordinator.config import ConfigError
-from wire.identity import IdentityError, own_identity
+from coordinator.config import ConfigError, SettingWrong
+from wire.identity import own_identity
 from wire.lobby import Lobby
 from wire.rare_log import RareLog
 
@@ -37,8 +37,9 @@ class HttpTls:
         try:
             self._stamp = self._stamp_now()
             self._context = self._loaded()
-        except OSError as error:  # ssl.SSLError is one.
-            raise ConfigError(f"HTTP cannot use TLS: {self._reason(error)}") from error
+        except OSError as error:
+            kind = SettingWrong if isinstance(error, ssl.SSLError) else ConfigError
+            raise kind(f"HTTP cannot use TLS: {self._reason(error)}") from error
 
     def context(self) -> ssl.SSLContext:
         """Return the context for a new connection."""
@@ -73,13 +74,10 @@ class HttpTls:
 
 
 def http_tls(certificate: Path | None, key: Path | None, identity: Path) -> HttpTls:
-    """The user's certificate, or the coordinator's own one. Raises ConfigError."""
+    """The user's certificate, or the coordinator's own. Raises ConfigError, IdentityError."""
     if certificate is not None:
         return HttpTls(certificate, key)
-    try:
-        return HttpTls(own_identity(identity).path)
-    except IdentityError as error:
-        raise ConfigError(str(error)) from error
+    return HttpTls(own_identity(identity).path)
 
 
 class EncryptedProtocol(guard.GuardedProtocol):

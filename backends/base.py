@@ -52,6 +52,10 @@ class BackendUnavailable(BackendError):
         self.reason = reason
 
 
+class HardwareAbsent(BackendUnavailable):
+    """... and it may come, such as a device on USB, or a GPU whose driver loads late at boot."""
+
+
 class FilesMissing(BackendError):
     """A stage needs files made from its blocks, and no machine at hand can make them."""
 

@@ -32,6 +32,7 @@ from backends.base import (
     BackendUnavailable,
     Capabilities,
     FilesMissing,
+    HardwareAbsent,
     Stage,
     StageOptions,
     Supplier,
@@ -86,12 +87,12 @@ class TfliteCpuBackend(Backend):
     def probe(cls) -> Capabilities:
         try:
             runtime = find_runtime()
-            OnnxCpuBackend.probe()
+            version = _version(runtime)
         except BackendError as error:
             raise BackendUnavailable("tflite_cpu", _reason(error)) from error
         return Capabilities(
             "tflite_cpu",
-            str(runtime),
+            version,
             CONTAINER_BITS,
             exact_container_bits={},
             arithmetic=ARITHMETIC,
@@ -122,14 +123,22 @@ class EdgeTpuBackend(Backend):
     def probe(cls) -> Capabilities:
         try:
             target = choose_target(cls.root)  # Without a chip no runtime is needed.
+        except BackendError as error:
+            raise HardwareAbsent("edgetpu", _reason(error)) from error
+        try:
             runtime = find_runtime(edge_tpu=True)
-            OnnxCpuBackend.probe()
+            version = _version(runtime)
             _check_once(runtime, target)
         except BackendError as error:
             raise BackendUnavailable("edgetpu", _reason(error)) from error
-        version = f"{runtime}, {target.device}"
         return Capabilities(
-            "edgetpu", version, CONTAINER_BITS, ON_CHIP_BYTES, {}, ARITHMETIC, experts=False
+            "edgetpu",
+            f"{version}, {target.device}",
+            CONTAINER_BITS,
+            ON_CHIP_BYTES,
+            {},
+            ARITHMETIC,
+            experts=False,
         )
 
     def load(self, spec: ModelSpec, artifacts: Artifacts, options: StageOptions) -> Int8Stage:
@@ -514,6 +523,11 @@ def _check_once(runtime: Runtime, target: Target, files: tuple[Path, ...] = ()) 
     if key not in _checked:
         check_in_child(runtime, target, files)
         _checked.add(key)
+
+
+def _version(runtime: Runtime) -> str:
+    """Name all that a stage's times depend on. ONNX Runtime has the ends. Raises BackendError."""
+    return f"{runtime}, onnxruntime {OnnxCpuBackend.probe().version}"
 
 
 def _each_row(stage: Stage, places: Sequence[tuple[int, int]], inputs: Array | Tokens) -> Array:

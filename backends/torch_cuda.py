@@ -16,7 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from backends.base import Backend, BackendUnavailable, Capabilities, StageOptions
+from backends.base import (
+    Backend,
+    BackendUnavailable,
+    Capabilities,
+    HardwareAbsent,
+    StageOptions,
+)
 from backends.checks import check_blocks
 from backends.torch_capture import DEVICE
 from backends.torch_libraries import map_libraries
@@ -195,7 +201,10 @@ def _torch(backend: str) -> Any:
 
 
 def check_gpu(torch: Any) -> None:
-    """Raise BackendUnavailable unless a kernel runs on the first GPU."""
+    """Raise BackendUnavailable unless a kernel runs on the first GPU.
+
+    HardwareAbsent: there is none now, or others use all of it.
+    """
     if torch.version.cuda is None:
         raise BackendUnavailable(
             "torch_cuda",
@@ -210,7 +219,7 @@ def check_gpu(torch: Any) -> None:
             if int(torch.ones(1, device="cuda:0").add(1).item()) != 2:
                 raise RuntimeError("the GPU computes wrongly")
     except (RuntimeError, AssertionError) as error:
-        raise BackendUnavailable("torch_cuda", f"no usable GPU: {_line(error)}") from error
+        raise HardwareAbsent("torch_cuda", f"no usable GPU: {_line(error)}") from error
 
 
 def triton_version() -> str:

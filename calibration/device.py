@@ -8,6 +8,7 @@ import mmap
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,13 @@ from typing import Any
 import numpy as np
 import psutil
 
-from backends.base import Backend, BackendError, BackendUnavailable, FilesMissing
+from backends.base import (
+    Backend,
+    BackendError,
+    BackendUnavailable,
+    FilesMissing,
+    HardwareAbsent,
+)
 from backends.registry import backend_class, makers, require_known
 from calibration.disturbance import LoadMeter, Patience, spread_of, steady
 from calibration.layers import Bench
@@ -411,8 +418,14 @@ def profile_in_child(
     try:
         answer = json.loads(out.splitlines()[-1])
     except (ValueError, IndexError) as error:
+        if child.returncode == -signal.SIGKILL:
+            raise BackendError(
+                f"the probe of {backend} was killed, maybe for lack of memory"
+            ) from error
         how = (err.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
         raise BackendUnavailable(backend, f"it crashes on this machine ({how})") from error
+    if "absent" in answer:
+        raise HardwareAbsent(backend, answer["absent"])
     if "unavailable" in answer:
         raise BackendUnavailable(backend, answer["unavailable"])
     if "error" in answer:
@@ -445,7 +458,8 @@ def answer_parent(settings: dict[str, Any]) -> None:
         profile = profile_device(**{**settings, "known": None, **paths})
         answer = dataclasses.asdict(profile)
     except BackendUnavailable as error:
-        answer = {"unavailable": error.reason}
+        kind = "absent" if isinstance(error, HardwareAbsent) else "unavailable"
+        answer = {kind: error.reason}
     except BackendError as error:
         answer = {"error": str(error)}
     sys.stdout.write("\n" + json.dumps(answer) + "\n")

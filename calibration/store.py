@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import astuple, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ from typing import Any
 
 from model.bounded import read_json
 from model.durable import hand_over, locked, replace_text
+from model.errors import UnsupportedModelError
+from model.spec import ModelSpec
 from wire.conditions import Conditions
 
 VERSION = 1
@@ -119,6 +121,17 @@ class CalibrationStore:
     def models(self) -> list[tuple[dict[str, Any], tuple[int, ...]]]:
         """Return (spec as a dict, bits) of the remembered models."""
         return [(item["spec"], tuple(item["bits"])) for item in self._read().models]
+
+    def specs(self) -> list[tuple[ModelSpec, tuple[int, ...]]]:
+        """Return (spec, bits) of the remembered models that this version of shoal can read.
+
+        Another version that ran in between may have written one that it cannot.
+        """
+        found = []
+        for values, bits in self.models():
+            with suppress(UnsupportedModelError):
+                found.append((ModelSpec.from_dict(values), bits))
+        return found
 
     def probe(self, name: str, key: str) -> dict[str, Any] | None:
         """Return what probing found while ``key`` was the same, or None."""

@@ -63,8 +63,8 @@ def _state_dirs() -> tuple[Path, ...]:
 def api_key(url: str) -> str | None:
     """The API key for the coordinator at ``url``, or None.
 
-    It is SHOAL_API_KEY. For this machine's coordinator it is else the newest local key that this
-    user may read. Raises UsageError.
+    It is SHOAL_API_KEY. For this machine's coordinator it is else the local key of one that runs,
+    or the newest one, as far as this user may read them. Raises UsageError.
     """
     given = os.environ.get("SHOAL_API_KEY", "").strip()
     if given and not (given.isascii() and given.isprintable()):
@@ -77,8 +77,9 @@ def api_key(url: str) -> str | None:
     for directory in _state_dirs():
         path = directory / LOCAL_FILE
         with suppress(OSError, UnicodeDecodeError):
-            found.append((path.stat().st_mtime, path.read_text(encoding="ascii").strip()))
-    return max(found)[1] if found else None
+            key = path.read_text(encoding="ascii").strip()
+            found.append((running_in(directory) is not None, path.stat().st_mtime, key))
+    return max(found)[-1] if found else None
 
 
 class Refused(CommandFailed):

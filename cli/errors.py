@@ -3,14 +3,15 @@
     exit code   meaning
     0           success
     1           failure: one line on stderr has the cause and what to do
-    2           an argument or setting is wrong
+    2           an argument or setting is wrong, or a file that a service keeps
     3           no coordinator answers
     4           this machine or installation lacks something that the command needs
     129, 143    the terminal was closed, or the command was terminated
     130         interrupted (Ctrl-C)
 
 An agent or coordinator that is terminated ends with 0, because stopping it is no failure. The units
-in systemd/ do not restart after 2 and 4, because only a person can mend these.
+in systemd/ do not restart after 2 and 4, because only a person can mend these. What may mend itself
+ends with 1: another process that is about to end, or a file, a disk or a chip that may come later.
 """
 
 from __future__ import annotations

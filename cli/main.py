@@ -499,8 +499,8 @@ def _plan(plan: argparse.ArgumentParser) -> Page:
         "  shoal plan ~/models/llama-3.2-1b --bits 4,8 --explain\n"
         "  shoal plan ./opt-350m --save plan.json --plot plan.svg\n"
         "  shoal plan ./opt-350m --quality-budget 0.02 --check-quality\n"
-        "  shoal plan ./opt-350m --devices examples/labs/home-4-pis.yaml\n"
-        "  shoal plan --shape llama-1b --devices examples/labs/home-4-pis.yaml\n"
+        "  shoal plan ./opt-350m --devices lab.yaml\n"
+        "  shoal plan --shape llama-1b --devices lab.yaml\n"
         "  shoal plan ./llama-1b ./qwen3-0.6b --weights 1,3 --devices lab.yaml --explain\n",
         "The coordinator measures what it does not know yet, and solves an integer program. "
         "Nothing is loaded. With --devices no coordinator is needed.",

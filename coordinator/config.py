@@ -10,6 +10,7 @@ from pathlib import Path
 
 from wire import limits
 from wire.addresses import is_loopback
+from wire.errors import NeedsPerson
 
 DEFAULT_RECOVERY_WAIT_S = 30.0
 """An agent that its service manager restarts is back after this time."""
@@ -21,7 +22,11 @@ CLUSTER = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,40}")
 
 
 class ConfigError(Exception):
-    """A setting is wrong. The message names it, its value and the values that are allowed."""
+    """The coordinator cannot start. The message says why and what to do. Another start may work."""
+
+
+class SettingWrong(ConfigError, NeedsPerson):
+    """A setting or a kept file is wrong. The message names it, and what is valid."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +72,11 @@ class CoordinatorConfig:
 
     def __post_init__(self) -> None:
         if not CLUSTER.fullmatch(self.cluster):
-            raise ConfigError(
+            raise SettingWrong(
                 f"cluster {self.cluster!r}: use 1 to 41 letters, digits, dashes or underscores"
             )
         if self.storage_bytes is not None and self.storage_bytes <= 0:
-            raise ConfigError(f"storage {self.storage_bytes}: must be more than nothing")
+            raise SettingWrong(f"storage {self.storage_bytes}: must be more than nothing")
 
     @property
     def identity_path(self) -> Path:

@@ -20,6 +20,29 @@ Failed = Callable[[OSError], None]
 Result = TypeVar("Result")
 
 
+def fault(error: Exception) -> str:
+    """What is wrong with a kept file that raised ``error`` when it was read."""
+    if isinstance(error, OSError):
+        return (error.strerror or str(error)).lower()
+    if isinstance(error, KeyError):
+        return f"it has no {error.args[0]}"
+    if isinstance(error, (TypeError, AttributeError)):
+        return "it is of another form"
+    # ``read_json`` has Python's words about the text.
+    is_text = isinstance(error.__cause__, (ValueError, RecursionError))
+    return "it is empty or damaged" if is_text else str(error)
+
+
+def put_aside(path: Path) -> str:
+    """Rename a file that cannot be used, so that nothing in it is lost. Returns what was done."""
+    aside = path.with_suffix(".damaged")
+    try:
+        path.replace(aside)
+    except OSError as error:
+        return f"it cannot be renamed ({(error.strerror or str(error)).lower()})"
+    return f"it is kept as {aside.name}"
+
+
 class Disk:
     """One thread for files. Whoever tells others what a file says awaits ``flush`` before."""
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from functools import partial
 from typing import Any
 
-from coordinator.config import ConfigError, CoordinatorConfig, usable
+from coordinator.config import CoordinatorConfig, usable
 from coordinator.disk import Disk
 from coordinator.errors import CoordinatorError
 from coordinator.files.artifacts import ArtifactStore
@@ -42,7 +42,7 @@ from wire.chunks import file_chunks
 from wire.claim import Claim, Fingerprint
 from wire.errors import AuthFailed, ProtocolError, VersionMismatch, WireError
 from wire.hygiene import clean
-from wire.identity import IdentityError, own_identity
+from wire.identity import own_identity
 from wire.introduction import COORDINATOR, Answerer, Purpose
 from wire.lobby import Lobby
 from wire.messages import (
@@ -143,7 +143,7 @@ class Coordinator:
         return None if self._answerer is None else self._answerer.identity.fingerprint
 
     def prepare(self) -> None:
-        """Make what the state directory must have. Raises ConfigError."""
+        """Make what the state directory must have. Raises ConfigError, IdentityError."""
         with usable(self.config.state_dir):
             self._store.prepare()
         self._answerer = self._own_answerer()
@@ -197,13 +197,10 @@ class Coordinator:
         return tasks
 
     def _own_answerer(self) -> Answerer | None:
-        """Return what agents must show. Raises ConfigError."""
+        """Return what agents must show. Raises IdentityError."""
         if self._book is None:
             return None
-        try:
-            identity = own_identity(self.config.identity_path)
-        except IdentityError as error:
-            raise ConfigError(str(error)) from error
+        identity = own_identity(self.config.identity_path)
         purposes: frozenset[Purpose] = frozenset(("control", "blocks"))
         return Answerer(identity, COORDINATOR, purposes, self._book.admit)
 

@@ -10,9 +10,15 @@
 
 Connections and wire.codec raise them. The owner of the connection drops the peer,
 retries, or reports the device as lost.
+
+``NeedsPerson`` marks errors at the start of an agent or a coordinator, which may have other bases.
 """
 
 from __future__ import annotations
+
+
+class NeedsPerson(Exception):
+    """A start failed, and will fail again until a person mends what the message names."""
 
 
 class WireError(Exception):

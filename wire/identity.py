@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from wire.claim import Fingerprint, fingerprint_of
+from wire.errors import NeedsPerson
 
 MAX_CERTIFICATE_BYTES = 512
 """The largest certificate of a peer. One that is made here has about 300 bytes."""
@@ -42,6 +43,10 @@ _END = datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.timezone.utc)
 
 class IdentityError(Exception):
     """An identity cannot be used. The message says why and what to do."""
+
+
+class IdentityWrong(IdentityError, NeedsPerson):
+    """... because its file is damaged, or others can read it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +91,9 @@ def own_identity(path: Path) -> Identity:
         if not path.exists():
             doing = "write"
             _make(path)
-        if path.stat().st_mode & 0o077:
-            raise IdentityError(f"others can read the key in {path}: {_advice(path)}")
         data = path.read_bytes()
+        if path.stat().st_mode & 0o077:
+            raise IdentityWrong(f"others can read the key in {path}: {_advice(path)}")
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise IdentityError(f"cannot {doing} the key in {path}: {reason}") from error
@@ -119,7 +124,7 @@ def _read(path: Path, data: bytes) -> Identity:
         if x509.load_der_x509_certificate(certificate).public_key() != key.public_key():
             raise ValueError("key and certificate do not belong together")
     except (ValueError, TypeError, UnsupportedAlgorithm, x509.InvalidVersion) as error:
-        raise IdentityError(
+        raise IdentityWrong(
             f"{path} is damaged: restore it from a backup, or remove it and join again"
         ) from error
     return Identity(path, certificate, key)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from wire.claim import FINGERPRINT_BYTES, Fingerprint
+from wire.errors import NeedsPerson
 
 PREFIX = "shoal1"
 LARGEST_FILE_BYTES = 4096
@@ -28,6 +29,14 @@ MAKE_ONE = "make one where the coordinator runs: `shoal token create`"
 
 class TokenError(Exception):
     """A token cannot be used. The message says why and what to do."""
+
+
+class TokenWrong(TokenError, NeedsPerson):
+    """... because it is none of this coordinator, or everybody can read it."""
+
+
+class TokenMissing(TokenError):
+    """... because its file is not there. A first boot may write it when the agent already runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +64,10 @@ def parse_invite(text: str, where: str) -> Invite:
     """Return the token in a text, which came from ``where``. Raises TokenError."""
     parts = text.strip().split(".")
     if parts[0] != PREFIX or len(parts) != 3:
-        raise TokenError(f"{where}: this is no token, or one of an older shoal; {MAKE_ONE}")
+        raise TokenWrong(f"{where}: this is no token, or one of an older shoal; {MAKE_ONE}")
     coordinator, secret = _decoded(parts[1]), _decoded(parts[2])
     if len(coordinator) != FINGERPRINT_BYTES or len(secret) != SECRET_BYTES:
-        raise TokenError(f"{where}: the token is cut or mistyped: copy all of it again")
+        raise TokenWrong(f"{where}: the token is cut or mistyped: copy all of it again")
     return Invite(coordinator, secret)
 
 
@@ -72,11 +81,13 @@ def read_invite(path: Path | None) -> Invite | None:
         with path.open("rb") as file:
             is_open_to_all = bool(os.fstat(file.fileno()).st_mode & 0o007)
             data = file.read(LARGEST_FILE_BYTES + 1)
+    except FileNotFoundError as error:
+        raise TokenMissing(f"{where}: no such file or directory") from error
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise TokenError(f"{where}: {reason}") from error
     if is_open_to_all:
-        raise TokenError(f"{where}: every user of this machine can read it: run `chmod o= {path}`")
+        raise TokenWrong(f"{where}: every user of this machine can read it: run `chmod o= {path}`")
     return parse_invite(data.decode("ascii", "replace"), where)
 
 

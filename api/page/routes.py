@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from api.common import read_json
-from api.keys import KEY
+from api.keys import KEY, STILL_KNOWN
 from api.page.files import HEADERS, read_files
 from api.page.state import MOST_WATCHERS, StateFeed
 from api.page.users import End, user_of
@@ -78,7 +78,9 @@ class PageRoutes:
         if not self._feed.has_room:
             raise HTTPException(503, f"{MOST_WATCHERS} pages are open already: close one")
         return StreamingResponse(
-            self._feed.stream(), media_type=EVENTS, headers={"Cache-Control": "no-store"}
+            self._feed.stream(request.scope.get(STILL_KNOWN, lambda: True)),
+            media_type=EVENTS,
+            headers={"Cache-Control": "no-store"},
         )
 
     async def join(self, request: Request) -> Response:

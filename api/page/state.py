@@ -14,7 +14,7 @@ import math
 import statistics
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict
 from typing import Any, Literal, TypedDict
 
@@ -154,9 +154,9 @@ class StateFeed:
         self._turns = turns
         self._requests = requests
         self._story = story
-        self._started_s = time.time()
-        self._lost: OrderedDict[str, DevicePart] = OrderedDict()
-        """The lost devices by id, the last one lost at the end."""
+        self._started_s = time.monotonic()
+        self._lost: OrderedDict[str, tuple[float, DevicePart]] = OrderedDict()
+        """The lost devices by id, each with when by the monotonic clock. The last one is last."""
         self.watchers = 0
         """The streams that are open."""
         self._trips_us: dict[int, list[deque[int]]] = {}
@@ -181,7 +181,7 @@ class StateFeed:
                 "protocol": PROTOCOL_VERSION,
                 "control_port": self.control_port,
                 "needs_token": not self._config.insecure,
-                "started_s": self._started_s,
+                "started_s": round(time.time() - time.monotonic() + self._started_s),
             },
             "devices": self._devices(),
             "links": self._links(),
@@ -199,13 +199,15 @@ class StateFeed:
         """Whether another stream may begin."""
         return self.watchers < MOST_WATCHERS
 
-    async def stream(self) -> AsyncGenerator[str, None]:
-        """Yield server-sent events until the coordinator stops."""
+    async def stream(
+        self, may_follow: Callable[[], bool] = lambda: True
+    ) -> AsyncGenerator[str, None]:
+        """Yield server-sent events until the coordinator stops, or ``may_follow`` says no."""
         self.watchers += 1
         try:
             sent: dict[str, str] = {}
             said_s = time.monotonic()
-            while not self._closed.is_set():
+            while not self._closed.is_set() and may_follow():
                 parts = self._current()
                 news = [name for name, text in parts.items() if sent.get(name) != text]
                 sent, now_s = parts, time.monotonic()
@@ -261,10 +263,15 @@ class StateFeed:
             part["since_s"] = round(now_s - member.connected_s)
             part["noise"] = noise["text"] if noise else ""
             here.append(part)
-        for device, part in list(self._lost.items()):
-            if now_s - part["since_s"] > LOST_FOR_S:
+        lost: list[DevicePart] = []
+        for device, (lost_s, part) in list(self._lost.items()):
+            ago_s = time.monotonic() - lost_s
+            if ago_s > LOST_FOR_S:
                 del self._lost[device]
-        return here + list(reversed(self._lost.values()))
+            else:
+                part["since_s"] = round(now_s - ago_s)
+                lost.insert(0, part)
+        return here + lost
 
     def _links(self) -> list[LinkPart]:
         working: list[LinkPart] = [
@@ -302,9 +309,9 @@ class StateFeed:
 
     def _on_lost(self, member: Member, error: AgentLost) -> None:
         part = _device(member)
-        part["state"], part["reason"], part["since_s"] = "lost", error.cause, time.time()
+        part["state"], part["reason"] = "lost", error.cause
         self._lost.pop(member.device, None)
-        self._lost[member.device] = part
+        self._lost[member.device] = time.monotonic(), part
         while len(self._lost) > MOST_LOST:
             self._lost.popitem(last=False)
 

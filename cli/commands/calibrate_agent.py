@@ -80,7 +80,6 @@ def measure_for_agent(
     from backends.registry import backend_class
     from calibration.device import kept_profile, profile_device
     from calibration.layers import kept_timings, measure_model
-    from model.spec import ModelSpec
 
     profile = profile_device(
         backend=target.backend,
@@ -90,9 +89,9 @@ def measure_for_agent(
         patience_s=PATIENCE_S,
     )
     kept = kept_profile(profile, store, exact=target.exact)
-    models = store.models()
-    for number, (values, bits) in enumerate(models, 1):
-        spec, backend = ModelSpec.from_dict(values), backend_class(target.backend)()
+    models = store.specs()
+    for number, (spec, bits) in enumerate(models, 1):
+        backend = backend_class(target.backend)()
         kept_before = kept_timings(
             spec, bits, backend, threads=threads, store=store, exact=target.exact
         )

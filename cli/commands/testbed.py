@@ -24,7 +24,7 @@ ABOUT = (
     "limits of memory and processor. Links have the described speed and delay. It needs root."
 )
 EXAMPLES = (
-    "  sudo shoal testbed up examples/labs/home-4-pis.yaml\n"
+    "  sudo shoal testbed up lab.yaml\n"
     "  shoal load ~/models/opt-125m\n"
     "  shoal run opt-125m 'Once upon a time'\n"
     "  sudo shoal testbed fault attic link:rate=5,delay=40  # 5 Mbit/s, 40 ms one way\n"
@@ -76,7 +76,7 @@ def add_testbed_arguments(parser: argparse.ArgumentParser) -> None:
     up = action(
         "up",
         "Make the hosts of a lab file, and start shoal on them.",
-        "  sudo shoal testbed up examples/labs/home-4-pis.yaml\n",
+        "  sudo shoal testbed up lab.yaml\n",
     )
     up.add_argument(
         "lab",

@@ -29,15 +29,17 @@ from coordinator.config import (
     DEFAULT_RECOVERY_WAIT_S,
     ConfigError,
     CoordinatorConfig,
+    SettingWrong,
 )
 from wire import limits
 from wire.addresses import is_loopback
-from wire.errors import WireError
+from wire.errors import NeedsPerson, WireError
 from wire.messages import Endpoint
 from wire.service import ServiceManager, default_state_dir
 
 if TYPE_CHECKING:
     from api.site import Ready
+    from wire.invite import Invite
 
 MOST_DESCRIPTORS = 65_536
 """More than all admitted connections and all files."""
@@ -324,6 +326,7 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
     from cli.service.making import LocalMakers
     from coordinator.server import Coordinator
     from wire.claim import shown
+    from wire.identity import IdentityError
     from wire.invite import TokenError
 
     resume()
@@ -365,7 +368,9 @@ def run_coordinator(options: argparse.Namespace, screen: Screen) -> None:
         config = _coordinator_config(options)
         coordinator = Coordinator(config, screen.note, service, LocalMakers())
         asyncio.run(Site(coordinator).run(on_ready))
-    except (ConfigError, TokenError, WireError) as error:
+    except NeedsPerson as error:
+        raise UsageError(str(error)) from error
+    except (ConfigError, IdentityError, TokenError, WireError) as error:
         raise CommandFailed(str(error)) from error
     finally:
         state.close()
@@ -445,19 +450,20 @@ def _http_fingerprint(config: CoordinatorConfig) -> bytes:
     text = path.read_text(encoding="ascii", errors="replace")
     first = re.search(r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", text, re.DOTALL)
     if first is None:
-        raise ConfigError(f"{path} has no BEGIN CERTIFICATE: convert it with `openssl x509`")
+        raise SettingWrong(f"{path} has no BEGIN CERTIFICATE: convert it with `openssl x509`")
     return fingerprint_of(ssl.PEM_cert_to_DER_cert(first[0]))
 
 
 def _prepare_token(options: argparse.Namespace) -> None:
-    """Make or check the coordinator's token file. Raises CommandFailed, TokenError.
+    """Make or check the coordinator's token file.
 
-    The token is for any number of devices, and has no end.
+    The token is for any number of devices, and has no end. Raises CommandFailed, TokenError,
+    IdentityError.
     """
     from coordinator.roster.book import BadBook, DeviceBook
     from model.durable import replace_text
-    from wire.identity import IdentityError, own_identity
-    from wire.invite import TokenError, read_invite
+    from wire.identity import own_identity
+    from wire.invite import TokenWrong, read_invite
 
     path: Path | None = options.token_file
     if path is None:
@@ -476,9 +482,9 @@ def _prepare_token(options: argparse.Namespace) -> None:
         found = read_invite(path)
         if found is not None and found.coordinator != identity.fingerprint:
             where = "SHOAL_TOKEN" if path is None else path
-            raise TokenError(f"{where}: this token is of another coordinator; remove it")
-    except (BadBook, IdentityError) as error:
-        raise CommandFailed(str(error)) from error
+            raise TokenWrong(f"{where}: this token is of another coordinator; remove it")
+    except BadBook as error:
+        raise UsageError(str(error)) from error
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise CommandFailed(f"token file {path} cannot be made: {reason}") from error
@@ -517,7 +523,7 @@ def _tell_who_may_join(config: CoordinatorConfig, screen: Screen) -> None:
 
 
 def run_agent(options: argparse.Namespace, screen: Screen) -> None:
-    from backends.base import BackendError, BackendUnavailable
+    from backends.base import BackendError, BackendUnavailable, HardwareAbsent
 
     if options.list_backends:
         _list_backends(screen)
@@ -526,7 +532,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
     _set_log_level(options)
     from agent.config import AgentConfig, ConfigError, default_name
     from agent.daemon import Agent
-    from cli.service.token_input import given_invite
+    from wire.identity import IdentityError
     from wire.invite import TokenError
 
     resume()
@@ -548,7 +554,7 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
                 exact=options.exact,
                 fast_prompts=options.fast_prompts,
                 backend=options.backend,
-                token=None if options.insecure else given_invite(options.token_file),
+                token=None if options.insecure else _token(options, screen),
                 insecure=options.insecure,
                 watts=options.watts,
                 advertise=options.advertise,
@@ -558,14 +564,32 @@ def run_agent(options: argparse.Namespace, screen: Screen) -> None:
             service,
         )
     except BackendUnavailable as error:
-        raise Unavailable(f"{error}; `shoal doctor` says how to get it") from error
-    except (ConfigError, TokenError, BackendError, WireError) as error:
+        kind = CommandFailed if isinstance(error, HardwareAbsent) else Unavailable
+        raise kind(f"{error}; `shoal doctor` says how to get it") from error
+    except NeedsPerson as error:
+        raise UsageError(str(error)) from error
+    except (ConfigError, IdentityError, TokenError, BackendError, WireError) as error:
         raise CommandFailed(str(error)) from error
     _follow_parent(options, agent.stop)
     try:
         agent.run()
     finally:
         agent.stop()
+
+
+def _token(options: argparse.Namespace, screen: Screen) -> Invite | None:
+    """The agent's token. Raises TokenError, unless its file is gone and no longer needed."""
+    from agent.credentials import has_joined
+    from cli.service.token_input import given_invite
+    from wire.invite import TokenMissing
+
+    try:
+        return given_invite(options.token_file)
+    except TokenMissing as error:
+        if not has_joined(options.state_dir or default_state_dir("agent")):
+            raise
+        screen.note(f"{error}: this device has joined before, and needs no token")
+        return None
 
 
 def _list_backends(screen: Screen) -> None:

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -49,7 +49,8 @@ def told(directory: Path, running: Running) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):  # It says nothing once its process is gone.
+            path.unlink(missing_ok=True)
 
 
 def running_in(directory: Path) -> Running | None:

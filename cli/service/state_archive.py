@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from api.key_book import FILE as KEYS_FILE
 from api.key_book import LOCAL_FILE
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
@@ -27,9 +28,11 @@ from cli.service.running import FILE as RUNNING_FILE
 from cli.service.running import running_in
 from coordinator.claim import claim
 from coordinator.config import ConfigError
+from coordinator.roster.book import FILE as BOOK_FILE
 from coordinator.roster.book import BadBook, DeviceBook
+from model.aging import by_use
 from model.bounded import read_bytes
-from model.durable import replace_bytes
+from model.durable import remove, replace_bytes
 from wire.claim import shown
 from wire.identity import Identity, IdentityError, own_identity
 from wire.versions import shoal_version
@@ -40,6 +43,9 @@ VERSION = 1
 
 LEFT_OUT = (LOCAL_FILE, RUNNING_FILE)
 """Files that each start makes anew."""
+
+OWN = frozenset((IDENTITY, BOOK_FILE, KEYS_FILE, "names.json", "loaded.json", "deployment.json"))
+"""The files of a coordinator outside of folders. A user may keep others beside them."""
 
 NOT_STATE = (".damaged", ".lock")
 
@@ -103,6 +109,8 @@ def run_export(options: argparse.Namespace, screen: Screen) -> None:
         raise UsageError("the archive is no text: name a file, or send it through a pipe")
     if options.file != STREAM and options.file.exists():
         raise CommandFailed(f"{options.file} exists already: name another file")
+    if options.file != STREAM and options.file.absolute().parent == directory.absolute():
+        raise CommandFailed(f"{directory} is what is exported: name a file outside of it")
     with _reporting(directory):
         if not (directory / IDENTITY).exists():
             raise CommandFailed(f"{directory} has no coordinator's key: name its --state-dir")
@@ -171,16 +179,23 @@ def _claimed(directory: Path) -> Iterator[None]:
 
 
 def _files(directory: Path) -> Iterator[tuple[str, bytes]]:
-    """The names and contents of all files that belong into an archive."""
+    """The names and contents of all files that belong into an archive. Raises ValueError.
+
+    Those of a folder are in the order of their times.
+    """
     for folder in ("", *FOLDERS):
         if (directory / folder).is_symlink() and folder:
             continue  # Root exports, and a service that was taken over may have made links.
-        for path in sorted((directory / folder).glob("*")):
+        found = (directory / folder).glob("*")
+        # Of measurements the newest counts.
+        for path in by_use(one for one in found if one.is_file() and not one.is_symlink()):
             name = f"{folder}/{path.name}" if folder else path.name
-            is_file = path.is_file() and not path.is_symlink()
-            is_taken = _NAME.fullmatch(name) and path.suffix not in NOT_STATE and is_file
+            is_taken = _NAME.fullmatch(name) and path.suffix not in NOT_STATE
             if is_taken and name not in LEFT_OUT:
-                yield name, read_bytes(path, LARGEST_FILE_BYTES)
+                try:
+                    yield name, read_bytes(path, LARGEST_FILE_BYTES)
+                except ValueError as error:
+                    raise ValueError(f"{path}: {error}: move it elsewhere") from error
 
 
 def _packed(files: Mapping[str, bytes]) -> bytes:
@@ -281,18 +296,19 @@ def _write(directory: Path, files: Mapping[str, bytes]) -> None:
         folder = (directory / name).parent
         if folder != directory and folder.is_symlink():
             raise ValueError(f"{folder} is a link: remove it")
-    others = dict(_files(directory)).keys() - files.keys()
     # Whatever fails, such as a full disk, fails before anything is changed.
     with tempfile.TemporaryDirectory(dir=directory, prefix=".import-") as staged:
         for index, content in enumerate(files.values()):
-            replace_bytes(Path(staged, str(index)), content, prepare=give)
+            path = Path(staged, str(index))
+            replace_bytes(path, content, prepare=give)
+            time_s = path.stat().st_mtime - len(files) + index
+            os.utime(path, (time_s, time_s))  # One file after the other, in their order.
         for folder in {path.parent for path in map(directory.joinpath, files)}:
             if not folder.exists():
                 folder.mkdir(mode=0o750)
                 if os.geteuid() == 0:
                     os.chown(folder, owner.st_uid, owner.st_gid, follow_symlinks=False)
-        for name in others:
-            if "/" not in name:  # What else this machine knew, such as a loaded model.
-                (directory / name).unlink()
+        for name in OWN - files.keys():  # What else this machine knew, such as a loaded model.
+            remove(directory / name)
         for index, name in sorted(enumerate(files), key=lambda item: item[1] == IDENTITY):
             Path(staged, str(index)).replace(directory / name)

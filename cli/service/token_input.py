@@ -11,7 +11,7 @@ import re
 import sys
 from pathlib import Path
 
-from wire.invite import LARGEST_FILE_BYTES, PREFIX, Invite, TokenError, parse_invite, read_invite
+from wire.invite import LARGEST_FILE_BYTES, PREFIX, Invite, TokenWrong, parse_invite, read_invite
 
 STANDARD_INPUT = Path("-")
 
@@ -32,5 +32,5 @@ def given_invite(path: Path | None) -> Invite | None:
         text = sys.stdin.read(LARGEST_FILE_BYTES)
     found = set(_TOKEN.findall(text))
     if len(found) > 1:
-        raise TokenError("standard input: several tokens: give one")
+        raise TokenWrong("standard input: several tokens: give one")
     return parse_invite(found.pop() if found else text, "standard input")

@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from coordinator.errors import MakingFailed, StorageFull
+from model.aging import by_use
 from model.artifact import SHA256, Tensor, file_sha256, read_block, store_block, write_artifact
 from model.bounded import read_json
 from model.checkpoint import Checkpoint
@@ -53,6 +55,8 @@ HEADER_BYTES = 4096
 
 OnStep = Callable[[int, int], None]
 
+_HEX = re.compile(r"([0-9a-f]{2})*")
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -75,6 +79,18 @@ class Wanted:
         """Bytes of the tensors on disk. Raises UnsupportedModelError for an impossible share."""
         own = spec if self.share is None else share_spec(spec, self.share)
         return stored_bytes(own, self.block, self.fmt)
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this is a hash, a size and the hashes of experts, which an older index lacks."""
+    if not isinstance(entry, list) or not 2 <= len(entry) <= 3:
+        return False
+    sha256, size_bytes, *experts = entry
+    return (
+        isinstance(sha256, str)
+        and type(size_bytes) is int
+        and all(isinstance(one, str) and _HEX.fullmatch(one) for one in experts)
+    )
 
 
 def _text(span: tuple[int, int]) -> str:
@@ -325,20 +341,17 @@ class ArtifactStore:
 
         Files in use and those in ``keep`` stay. Raises StorageFull if they leave too little room.
         """
-        used: list[tuple[int, int, Path]] = []
-        for path in self._artifacts.iterdir():
-            status = path.stat()
-            used.append((status.st_mtime_ns, status.st_size, path))
-        total = sum(size for _, size, _ in used)
+        sizes = {path: path.stat().st_size for path in self._artifacts.iterdir()}
+        total = sum(sizes.values())
         limit_bytes = self._limit_bytes
         if limit_bytes is None:
             limit_bytes = int((total + shutil.disk_usage(self._artifacts).free) * (1 - FREE_SHARE))
-        for _, size, path in sorted(used):
+        for path in by_use(sizes):
             if total + size_bytes <= limit_bytes:
                 return
             if path.name not in keep and path.name not in self._in_use:
                 remove(path)
-                total -= size
+                total -= sizes[path]
         if total + size_bytes > limit_bytes:
             raise StorageFull(
                 f"the blocks need more than the {format_size(limit_bytes)} that the coordinator "
@@ -375,11 +388,16 @@ class ArtifactStore:
 
     def _load(self, checkpoint: Checkpoint) -> dict[str, Any]:
         path = self._index_path(checkpoint)
-        with contextlib.suppress(OSError, ValueError):
-            index = read_json(path)
-            if isinstance(index, dict) and index.get("version") == INDEX_VERSION:
+        try:
+            index: dict[str, Any] = read_json(path)
+            entries = index["artifacts"].values()
+            if index["version"] == INDEX_VERSION and all(map(_is_entry, entries)):
                 return index
-            log.warning("%s is of another version and is made again", path)
+        except FileNotFoundError:
+            return {"version": INDEX_VERSION, "artifacts": {}}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            pass  # An index that cannot be read is no more worth than a damaged one.
+        log.warning("%s is damaged or of another version: blocks are made again", path)
         return {"version": INDEX_VERSION, "artifacts": {}}
 
     def _save(self, checkpoint: Checkpoint, index: dict[str, Any]) -> None:

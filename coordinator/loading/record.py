@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coordinator.disk import Disk, write
+from coordinator.disk import Disk, fault, write
 from coordinator.loading.deployment import Deployment, Team
 from coordinator.loading.drafting import Draft
 from coordinator.roster.members import Member
@@ -123,12 +123,14 @@ class RecordFile:
             try:
                 records = read_json(self._path)
                 if not isinstance(records, dict):
-                    raise ValueError("it is no object")
+                    raise ValueError("it is of another form")
                 self._records = records
             except FileNotFoundError:
                 pass
             except (OSError, ValueError) as error:
-                log.warning("%s cannot be used (%s): models are loaded again", self._path, error)
+                log.warning(
+                    "%s cannot be used (%s): models are loaded again", self._path, fault(error)
+                )
         return self._records
 
     def _write(self, records: dict[str, Any]) -> None:

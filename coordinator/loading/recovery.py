@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from coordinator.disk import Disk, write
+from coordinator.disk import Disk, fault, put_aside, write
 from coordinator.errors import CoordinatorError
 from coordinator.loading.record import RecordFile
 from coordinator.roster.members import Roster
@@ -106,7 +106,7 @@ class LoadedFile:
         Devices are ids, or names if the file is of an older version.
         """
         found = []
-        for name, entry in list(self._entries().items()):
+        for name, entry in self._entries().items():
             try:
                 found.append(_read_entry(entry))
             except (
@@ -117,8 +117,10 @@ class LoadedFile:
                 RequestInvalid,
                 PlanError,
             ) as error:
-                log.warning("%s: %s cannot be used (%s): run `shoal load`", self._path, name, error)
-                del self._entries()[name]
+                # It stays in the file: another version may know what this one does not.
+                log.warning(
+                    "%s: %s cannot be used (%s): run `shoal load`", self._path, name, fault(error)
+                )
         return found
 
     def _entries(self) -> dict[str, Any]:
@@ -131,12 +133,17 @@ class LoadedFile:
                     kept = {"models": {model_name(Path(kept["request"]["model"])): kept}}
                 models = kept["models"]
                 if not isinstance(models, dict):
-                    raise ValueError("its models are no object")
+                    raise ValueError("its models are of another form")
                 self._kept = models
             except FileNotFoundError:
                 pass
             except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-                log.warning("%s cannot be used (%s): run `shoal load`", self._path, error)
+                log.warning(
+                    "%s cannot be used (%s): %s, and no model is loaded: run `shoal load`",
+                    self._path,
+                    fault(error),
+                    put_aside(self._path),
+                )
         return self._kept
 
     def _write(self, kept: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from model.aging import by_use
 from model.bounded import read_json
 from model.checkpoint import Checkpoint
 from model.durable import replace_text
@@ -193,9 +194,7 @@ class QualityStore:
     ) -> KnownQuality | None:
         """The newest measurements of the checkpoint in this scheme and group size."""
         pattern = f"{checkpoint.fingerprint}-{scheme}-{group_size}-*.json"
-        for path in sorted(
-            self._directory.glob(pattern), key=lambda path: path.stat().st_mtime_ns, reverse=True
-        ):
+        for path in reversed(by_use(self._directory.glob(pattern))):
             known = self._read(path, checkpoint.spec)
             if known is not None:
                 return known

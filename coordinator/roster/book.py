@@ -12,9 +12,10 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 from model.durable import hand_over, locked, replace_text
 from wire.claim import Claim, Fingerprint, shown
@@ -31,6 +32,9 @@ VERSION = 1
 LARGEST_FILE_BYTES = 4 << 20
 MOST_DEVICES = 4096
 MOST_INVITES = 1024
+
+LATEST_S = 2.5e11
+"""The latest time in a file: the year 9892. Tables cannot show years of five digits."""
 
 DEFAULT_TTL_S = 24 * 3600.0
 
@@ -93,9 +97,14 @@ class OpenInvite:
 
     def refusal(self, now_s: float) -> str | None:
         """Why nobody can join by it now, or None."""
-        if self.ends_s is not None and now_s >= self.ends_s:
+        # If the clock was set back, an invite that has ended must not live again.
+        if self.ends_s is not None and abs(now_s - self.created_s) >= self.ends_s - self.created_s:
             return ENDED
         return USED if self.uses == 0 else None
+
+    def is_over(self, now_s: float) -> bool:
+        """Whether nobody can ever join by it."""
+        return self.uses == 0 or (self.ends_s is not None and now_s >= self.ends_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +215,7 @@ class DeviceBook:
         ends_s = None if ttl_s is None else round(now_s + ttl_s, 3)
         entry = OpenInvite(made.id, made.secret.hex(), round(now_s, 3), ends_s, uses)
         with self._changing() as change:
-            still = tuple(item for item in change.book.invites if item.refusal(now_s) is None)
+            still = tuple(item for item in change.book.invites if not item.is_over(now_s))
             if len(still) >= MOST_INVITES:  # The file has an end, and nobody could join behind it.
                 raise BadBook(
                     f"there are {MOST_INVITES} tokens that nobody has used: revoke some with "
@@ -277,7 +286,12 @@ class DeviceBook:
             return _Book()
         except OSError as error:
             raise BadBook(f"cannot read {self._path}: {(error.strerror or '').lower()}") from error
-        except (ValueError, TypeError, LookupError, RecursionError) as error:
+        except _Newer as error:
+            raise BadBook(
+                f"{self._path} was written by a newer version of shoal: install that one, or "
+                "restore the file from a backup"
+            ) from error
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise BadBook(
                 f"{self._path} is damaged: restore it from a backup, or remove it and let all "
                 "devices join again"
@@ -293,25 +307,47 @@ class _Change:
     book: _Book
 
 
+class _Newer(Exception):
+    """The file has what this version does not know. It may be a restriction."""
+
+
 def _parsed(values: object) -> _Book:
-    """The content of the file. Raises ValueError, TypeError, LookupError if it is another."""
-    if not isinstance(values, dict) or values["version"] != VERSION:
-        raise TypeError("expected a list of devices of this version")
+    """The content of the file.
+
+    Raises _Newer, and ValueError, TypeError, LookupError if it is something else.
+    """
+    if not isinstance(values, dict):
+        raise TypeError("expected a list of devices")
+    if type(values["version"]) is int and values["version"] > VERSION:
+        raise _Newer
+    if values["version"] != VERSION:
+        raise ValueError("not a version")
+    for kind, items in ((Device, values["devices"]), (OpenInvite, values["invites"])):
+        if any(item.keys() - {field.name for field in fields(kind)} for item in items):
+            raise _Newer
     book = _Book(
         tuple(Device(**item) for item in values["devices"]),
         tuple(OpenInvite(**item) for item in values["invites"]),
     )
     for device in book.devices:
         _require_hex(device.fingerprint, 64)
+        _require_time(device.joined_s)
         if not isinstance(device.device, str) or not isinstance(device.name, str):
             raise TypeError("not a device")
     for invite in book.invites:
         _require_hex(invite.secret, 2 * SECRET_BYTES)
         _require_hex(invite.id, ID_CHARACTERS)
-        numbers = (invite.uses, int | None), (invite.ends_s, int | float | None)
-        if not all(isinstance(value, kind) for value, kind in numbers):
+        _require_time(invite.created_s)
+        if invite.ends_s is not None:
+            _require_time(invite.ends_s)
+        if not isinstance(invite.uses, int | None):
             raise TypeError("not an invite")
     return book
+
+
+def _require_time(value: object) -> None:
+    if type(value) not in (int, float) or not 0 <= cast("float", value) < LATEST_S:
+        raise ValueError("not a time")
 
 
 def _require_hex(text: object, characters: int) -> None:

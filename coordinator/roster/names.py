@@ -13,7 +13,7 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
-from coordinator.disk import Disk, write
+from coordinator.disk import Disk, fault, put_aside, write
 from model.bounded import read_json
 
 log = logging.getLogger(__name__)
@@ -98,28 +98,24 @@ def _read(path: Path) -> dict[str, tuple[str, str]]:
     try:
         kept = read_json(path, MAX_FILE_BYTES)
         if kept["version"] != VERSION:
-            raise ValueError(f"version {kept['version']!r:.20}")
-        names = {device: (name, wished) for device, (name, wished) in kept["devices"].items()}
-        if not all(_is_text(device, *pair) for device, pair in names.items()):
-            raise ValueError("not names")
+            raise ValueError(f"it has version {kept['version']!r:.20}")
+        pairs = kept["devices"].items()
+        if not all(len(pair) == 2 and _is_text(device, *pair) for device, pair in pairs):
+            raise ValueError("it has other things than names")
+        names = {device: (name, wished) for device, (name, wished) in pairs}
         if len({name for name, _ in names.values()}) < len(names):
             raise ValueError("two devices have one name")
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         log.warning(
-            "%s cannot be used (%s): devices are named in the order of joining", path, error
+            "%s cannot be used (%s): %s, and devices are named anew in the order of joining",
+            path,
+            fault(error),
+            put_aside(path),
         )
-        _put_aside(path)
         return {}
     return names
-
-
-def _put_aside(path: Path) -> None:
-    try:
-        path.replace(path.with_suffix(".damaged"))
-    except OSError as error:
-        log.warning("%s: %s", path, error.strerror)
 
 
 def _is_text(*values: object) -> bool:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -164,6 +165,21 @@ def test_the_least_recently_used_block_makes_room(
     assert not cache.path(old.sha256).exists()
     assert cache.path(recent.sha256).exists()
     assert cache.path(new.sha256).exists()
+
+
+def test_what_was_used_before_the_clock_was_set_back_makes_room_first(
+    server: BlockServer, fetch: Fetch, tmp_path: Path
+) -> None:
+    """Otherwise each load would fetch again what another one has just brought, for a year."""
+    cache = BlockCache(tmp_path, 2500)
+    stale, recent, new = (server.add(number, os.urandom(1000)) for number in range(3))
+    fetch(cache, stale)
+    next_year_s = time.time() + 365 * 86400
+    os.utime(cache.path(stale.sha256), (next_year_s, next_year_s))
+    fetch(cache, recent)
+    fetch(cache, new)
+    assert not cache.path(stale.sha256).exists()
+    assert cache.path(recent.sha256).exists()
 
 
 def test_more_than_the_limit_is_refused_before_anything_moves(

@@ -23,11 +23,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api import keys
 from api.common import HANDLERS
+from api.key_book import KeyBook
 from api.page import state as states
 from api.page.files import read_files
 from api.page.routes import PageRoutes
 from api.page.state import State, StateFeed
 from api.page.users import user_of
+from api.site import guarded
 from coordinator.config import CoordinatorConfig
 from coordinator.loading.models import Models
 from coordinator.loading.state import LoadBegan
@@ -253,6 +255,37 @@ async def _first(feed: StateFeed, count: int) -> typing.AsyncIterator[str]:
 def test_streams_end_when_the_coordinator_stops(parts: Parts) -> None:
     events = first_events(parts, {1: parts.feed.close}, 99)
     assert len(events) == 1
+
+
+def test_who_watches_with_a_revoked_key_watches_no_longer(parts: Parts, tmp_path: Path) -> None:
+    """A stream has no end of its own."""
+    book = KeyBook(tmp_path)
+    key = book.create("alice")
+    routes = PageRoutes(parts.config, parts.feed, parts.invite).routes()
+    app = guarded(Starlette(routes=routes), parts.config, KeyBook(tmp_path))
+    headers = {"host": "127.0.0.1", "accept": "text/event-stream", "authorization": f"Bearer {key}"}
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/shoal/v1/state",
+        "query_string": b"",
+        "headers": [(name.encode(), value.encode()) for name, value in headers.items()],
+    }
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if len(sent) == 2:
+            book.revoke("alice")
+
+    asyncio.run(asyncio.wait_for(app(scope, receive, send), 20))
+    assert sent[0]["status"] == 200
+    assert sent[1]["body"].startswith(b"data: ")
+    assert sent[-1] == {"type": "http.response.body", "body": b"", "more_body": False}
+    assert parts.feed.watchers == 0
 
 
 def test_a_page_too_many_is_refused(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:

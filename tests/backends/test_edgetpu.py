@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import gc
+import importlib.metadata
 import itertools
 import json
 import logging
@@ -92,6 +93,20 @@ def backend() -> Backend:
     except BackendUnavailable as unavailable:
         pytest.skip(unavailable.reason)
     return TfliteCpuBackend()
+
+
+@pytest.mark.usefixtures("backend")
+def test_times_are_taken_again_when_the_runtime_of_the_ends_is_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """ONNX Runtime has the embedding and the head. The version is in the key of kept times."""
+    before = TfliteCpuBackend.probe().version
+    real = importlib.metadata.version
+    changed = {"onnxruntime": "99.0"}
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: changed.get(name) or real(name))
+    after = TfliteCpuBackend.probe().version
+    assert after != before
+    assert "onnxruntime 99.0" in after
 
 
 @pytest.fixture(params=[*CHECKPOINTS, *LAYERS])

@@ -194,6 +194,17 @@ def test_a_library_that_crashes_is_a_backend_that_is_not_there(
         profile_in_child(backend="onnx_cpu", cache_dir=tmp_path)
 
 
+def test_a_probe_that_is_killed_says_nothing_of_the_backend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At boot memory may be short for a moment. The next start may have enough."""
+    (tmp_path / "onnxruntime.py").write_text("import os; os.kill(os.getpid(), 9)")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(BackendError, match="was killed, maybe for lack of memory") as raised:
+        profile_in_child(backend="onnx_cpu", cache_dir=tmp_path)
+    assert not isinstance(raised.value, BackendUnavailable)
+
+
 def test_what_lies_in_the_cache_may_make_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from calibration.store import MAX_MODELS, VERSION, CalibrationStore, is_doubtful
+from model.checkpoint import Checkpoint
 from wire.conditions import Conditions
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 KEY = {"hardware": "a board", "layer": {"hidden": 64, "rope": None}, "threads": 4}
 
 
@@ -167,6 +169,14 @@ def test_models_are_remembered_with_all_widths(tmp_path: Path) -> None:
     assert len(store.models()) == MAX_MODELS
     assert store.models()[-1] == ({"vocab": 5}, (4, 8))
     assert ({"vocab": 0}, (4,)) not in store.models()
+
+
+def test_a_model_of_another_version_keeps_no_other_from_being_measured(tmp_path: Path) -> None:
+    store = CalibrationStore(tmp_path / "calibration.json")
+    spec = Checkpoint.open(FIXTURES / "llama").spec
+    store.note_model(spec.to_dict() | {"newer": 1}, (4,))
+    store.note_model(spec.to_dict(), (4, 8))
+    assert store.specs() == [(spec, (4, 8))]
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only the administrator writes for others")

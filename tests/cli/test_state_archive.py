@@ -18,6 +18,7 @@ from cli.service.running import Running, told
 from cli.service.state_archive import MANIFEST, VERSION
 from coordinator.roster.book import DeviceBook
 from coordinator.roster.names import NameBook
+from model.aging import by_use
 from wire.claim import Claim, prove_invite
 from wire.identity import own_identity
 
@@ -78,6 +79,44 @@ def test_a_coordinator_is_the_same_on_another_machine(old: Path, tmp_path: Path)
     assert [item.device for item in DeviceBook(new).devices()] == ["attic"]
     assert take(new, file) == 0  # Again is the same.
     assert state(new) == kept
+
+
+def test_what_was_measured_last_is_so_on_the_other_machine(old: Path, tmp_path: Path) -> None:
+    """Plans take the newest measurements of a model."""
+    (old / "quality").mkdir()
+    for age_s, name in enumerate(("b.json", "c.json", "a.json")):
+        (old / "quality" / name).write_text("{}")
+        os.utime(old / "quality" / name, (1e9 - age_s, 1e9 - age_s))
+    file, new = tmp_path / "old.tar", tmp_path / "new"
+    assert export(old, file) == 0
+    assert take(new, file) == 0
+    assert [path.name for path in by_use((new / "quality").iterdir())] == [
+        *("a.json", "c.json", "b.json")
+    ]
+
+
+def test_an_archive_is_not_made_inside_of_what_it_holds(
+    old: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """Each later one would hold it, and an import would put it, with its key, on the machine."""
+    assert export(old, old / "backup") == 1
+    assert "name a file outside of it" in capsys.readouterr().err
+    assert not (old / "backup").exists()
+    with (old / "core").open("wb") as file:
+        file.truncate(1 << 30)
+    assert export(old, tmp_path / "old.tar") == 1
+    assert f"{old / 'core'}: larger than 16 MiB" in capsys.readouterr().err
+
+
+def test_a_users_own_files_survive_an_import(old: Path, tmp_path: Path) -> None:
+    """A certificate for HTTPS, for instance, lies where the service can read it."""
+    file, new = tmp_path / "old.tar", coordinator(tmp_path / "new")
+    (new / "fullchain.pem").write_text("a certificate")
+    (new / "loaded.json").write_text("a model")
+    assert export(old, file) == 0
+    assert take(new, file) == 0
+    assert (new / "fullchain.pem").read_text() == "a certificate"
+    assert not (new / "loaded.json").exists()
 
 
 def test_it_passes_through_a_pipe(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,40 @@ def test_the_least_recently_used_make_room(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in (tmp_path / "b" / "artifacts").iterdir()) <= limit
     # What was evicted is made again, and is the same.
     assert make(store, checkpoint, 4) == new
+
+
+def test_blocks_used_before_the_clock_was_set_back_make_room_first(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(FIXTURES / "llama")
+    unlimited = ArtifactStore(tmp_path / "a")
+    unlimited.prepare()
+    limit = 3 * 4096 + sum(
+        path.stat().st_size for bits in (4, 8) for path in make(unlimited, checkpoint, bits)
+    )
+    store = ArtifactStore(tmp_path / "b", limit)
+    store.prepare()
+    stale = make(store, checkpoint, 4)
+    for path in stale:
+        os.utime(path, (time.time() + 1e7, time.time() + 1e7))
+    recent = make(store, checkpoint, 8)
+    make(store, checkpoint, 3)
+    assert not all(path.exists() for path in stale)
+    assert all(path.exists() for path in recent)
+
+
+@pytest.mark.parametrize(
+    "index", ['{"version": 1}', '{"version": 1, "artifacts": {"0/x": 1}}', "[]", "", "\0" * 99]
+)
+def test_a_damaged_index_costs_time_alone(
+    index: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    checkpoint = Checkpoint.open(FIXTURES / "llama")
+    store = ArtifactStore(tmp_path)
+    store.prepare()
+    made = make(store, checkpoint, 4)
+    (path,) = (tmp_path / "checkpoints").iterdir()
+    path.write_text(index)
+    assert make(store, checkpoint, 4) == made
+    assert f"{path} is damaged or of another version: blocks are made again" in caplog.text
 
 
 def test_blocks_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:

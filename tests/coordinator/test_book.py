@@ -20,6 +20,9 @@ HERE = bytes(range(32))
 TEXT = b"what the caller has signed"
 
 
+ATTIC = {"device": "attic", "fingerprint": "0" * 64, "name": "", "joined_s": 1.0, "invite": ""}
+
+
 class Clock:
     now_s = 1_700_000_000.0
 
@@ -107,6 +110,22 @@ def test_an_invite_ends_after_its_time(book: DeviceBook, clock: Clock) -> None:
     book.admit(claim("attic"))
 
 
+def test_an_invite_that_has_ended_does_not_live_again_when_the_clock_is_set_back(
+    book: DeviceBook, clock: Clock
+) -> None:
+    """A Raspberry Pi that starts without a network believes it is years ago."""
+    short = book.invite(HERE, ttl_s=3600)
+    clock.now_s -= 3599
+    assert len(book.invites()) == 1  # An hour is what a wrong time zone makes.
+    clock.now_s -= 1e7
+    with pytest.raises(AuthFailed, match="has expired"):
+        book.admit(claim("attic", short))
+    other = book.invite(HERE, ttl_s=3600)
+    assert [item.id for item in book.invites()] == [other.id]
+    clock.now_s += 1e7 + 3599  # The network is back, and nothing was thrown away.
+    book.admit(claim("attic", short))
+
+
 @pytest.mark.parametrize("change", ["secret", "revoked", "purpose", "none"])
 def test_nobody_joins_without_a_valid_invite(book: DeviceBook, change: str) -> None:
     invite = book.invite(HERE)
@@ -178,7 +197,6 @@ def test_only_the_owner_can_read_the_file(book: DeviceBook, tmp_path: Path) -> N
     [
         "nonsense",
         "[]",
-        '{"version": 2, "devices": [], "invites": []}',
         '{"version": 1, "devices": [{}], "invites": []}',
         json.dumps(
             {
@@ -204,6 +222,31 @@ def test_a_damaged_file_lets_nobody_in(book: DeviceBook, tmp_path: Path, text: s
         book.admit(claim("attic"))
     with pytest.raises(BadBook, match="is damaged"):
         book.invite(HERE)
+
+
+@pytest.mark.parametrize(
+    "change", [{"version": 2}, {"devices": [ATTIC | {"until_s": 1}]}, {"invites": [{"net": "a"}]}]
+)
+def test_a_file_of_a_newer_version_is_said_to_be_that(
+    book: DeviceBook, tmp_path: Path, change: dict[str, object]
+) -> None:
+    """What this version does not know may be a restriction. So nobody is let in without it."""
+    newer = {"version": 1, "devices": [ATTIC], "invites": []}
+    (tmp_path / books.FILE).write_text(json.dumps(newer))
+    assert [device.device for device in book.devices()] == ["attic"]
+    (tmp_path / books.FILE).write_text(json.dumps(newer | change))
+    with pytest.raises(BadBook, match="was written by a newer version of shoal: install that one"):
+        book.devices()
+
+
+@pytest.mark.parametrize("joined_s", [1e300, "today", None, -1])
+def test_a_time_that_cannot_be_shown_is_damage(
+    book: DeviceBook, tmp_path: Path, joined_s: object
+) -> None:
+    content = {"version": 1, "devices": [ATTIC | {"joined_s": joined_s}], "invites": []}
+    (tmp_path / books.FILE).write_text(json.dumps(content))
+    with pytest.raises(BadBook, match="is damaged"):
+        book.devices()
 
 
 def test_root_gives_no_file_of_others_to_a_service_that_was_taken_over(

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 import pytest
 
+from api.page.state import StateFeed
 from coordinator.roster import members, names
 from coordinator.roster.members import Member
 from coordinator.roster.names import NameBook
@@ -89,7 +92,9 @@ def test_a_damaged_file_is_put_aside_with_a_word(
 ) -> None:
     (tmp_path / "names.json").write_bytes(damage)
     book = NameBook(tmp_path)
-    assert "cannot be used" in caplog.text
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert re.search(r"names\.json cannot be used \([a-z0-9 ]+\): ", said)
+    assert "it is kept as names.damaged, and devices are named anew" in said
     assert book.assign("a", "pi", ()) == "pi"
     assert (tmp_path / "names.damaged").read_bytes() == damage
     assert json.loads((tmp_path / "names.json").read_bytes())["devices"] == {"a": ["pi", "pi"]}
@@ -197,6 +202,34 @@ def test_how_long_a_device_is_there_survives_a_jump_of_the_clock(
 
 
 # ---- which cluster, and at which addresses -----------------------------------------------------
+
+
+def test_a_lost_device_stays_on_the_page_when_the_clock_jumps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A board without a clock of its own learns the time when the network is there."""
+    from tests.api.test_page import Parts
+
+    async def test(coordinator: Coordinator) -> None:
+        parts = Parts(tmp_path)
+        connection, member = await coordinator.joined(hello())
+        feed = StateFeed(
+            parts.config, coordinator.roster, parts.models, parts.turns, parts.requests, parts.story
+        )
+        with coordinator.roster.changed.watch() as changed:
+            connection.close()
+            while coordinator.roster.members:
+                changed.clear()
+                await changed.wait()
+        assert member.lost is not None
+        for now_s in (time.time() + 3e7, 1.0):
+            monkeypatch.setattr("time.time", lambda now_s=now_s: now_s)
+            (shown,) = feed.state()["devices"]
+            assert shown["state"] == "lost"
+            assert abs(now_s - shown["since_s"]) < 60
+            assert abs(now_s - feed.state()["shoal"]["started_s"]) < 60
+
+    run(test)
 
 
 def test_an_agent_of_another_cluster_is_refused_with_both_names() -> None:

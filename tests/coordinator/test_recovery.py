@@ -158,6 +158,44 @@ def test_what_is_loaded_is_kept_until_it_is_unloaded(
     assert caplog.text.count("cannot be used") == 5
 
 
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (b"", "it is empty or damaged"),
+        (bytes(300), "it is empty or damaged"),
+        (b'{"models"', "it is empty or damaged"),
+        (b"{}", "it has no models"),
+        (b"[1]", "it is of another form"),
+    ],
+)
+def test_a_damaged_file_of_requests_is_put_aside_with_its_pins(
+    damage: bytes, words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "loaded.json").write_bytes(damage)
+    kept = LoadedFile(tmp_path)
+    assert kept.read() == []
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert f"loaded.json cannot be used ({words}): it is kept as loaded.damaged" in said
+    assert said.endswith("no model is loaded: run `shoal load`")
+    kept.keep(LoadRequest(LLAMA), ["pi"])
+    assert (tmp_path / "loaded.damaged").read_bytes() == damage
+
+
+def test_a_request_of_a_newer_version_stays_for_that_version(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An older one that is tried in between does not lose its pins."""
+    newer = {"request": {"model": "/new", "pins": {"0": "pi"}, "fancy": 1}, "devices": ["pi"]}
+    (tmp_path / "loaded.json").write_text(json.dumps({"models": {"new": newer}}))
+    kept = LoadedFile(tmp_path)
+    assert kept.read() == []
+    assert "new cannot be used (unknown fields: fancy): run `shoal load`" in caplog.text
+    kept.keep(LoadRequest(LLAMA), ["pi"])
+    assert json.loads((tmp_path / "loaded.json").read_text())["models"]["new"] == newer
+    kept.forget("new")
+    assert [request.model for request, _ in LoadedFile(tmp_path).read()] == [LLAMA]
+
+
 def test_what_still_counts_of_a_request() -> None:
     asked = LoadRequest(
         Path("/model"),
