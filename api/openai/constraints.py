@@ -133,7 +133,7 @@ def _response_format(deployment: Deployment, value: Any, field: str) -> str:
         raise RequestInvalid(f"{field}: expected an object", field)
     kind = value.get("type")
     known = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema", *_NAMED)}
-    if kind in known:
+    if isinstance(kind, str) and kind in known:
         only(value, ("type", *known[kind]), field, field)
     if kind == "text":
         return ""

@@ -163,7 +163,7 @@ class _Messages:
         if not isinstance(item, dict):
             raise RequestInvalid(f"{place}: expected an object", "input")
         kind = item.get("type", "message")
-        if kind in _FIELDS:
+        if isinstance(kind, str) and kind in _FIELDS:
             only(item, (*_ITEM, *_FIELDS[kind]), place, "input")
         if kind == "message" and item.get("role") == "assistant":
             message = self._assistant()
@@ -187,7 +187,9 @@ class _Messages:
                 self._open = None
                 self._assistant()["reasoning_content"] = text
         else:
-            raise RequestInvalid(f"{place}: items of the type {str(kind)[:40]!r} are not supported")
+            raise RequestInvalid(
+                f"{place}: items of the type {str(kind)[:40]!r} are not supported", "input"
+            )
 
     def _assistant(self) -> dict[str, Any]:
         if self._open is None:
