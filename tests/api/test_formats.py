@@ -374,7 +374,9 @@ def test_only_calls_of_strict_tools_are_kept_to_their_schemas(name: str) -> None
 def test_calls_have_ids_of_their_own() -> None:
     """A model may write one id twice. Then nobody could tell whose a result is."""
     one = "[TOOL_CALLS]now[CALL_ID]abcdef123[ARGS]{}"
-    parts = NAMED.parser(TOOLS, opened=False, split=True).feed(f"{one}{one}[TOOL_CALLS]now[ARGS]{{}}")
+    parts = NAMED.parser(TOOLS, opened=False, split=True).feed(
+        f"{one}{one}[TOOL_CALLS]now[ARGS]{{}}"
+    )
     first, second, third = [part.id for part in parts if isinstance(part, CallBegins)]
     assert first == "abcdef123"
     assert len({first, second, third}) == 3

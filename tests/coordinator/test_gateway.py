@@ -100,6 +100,7 @@ def shown(stop: list[str], *texts: str) -> tuple[str, bool]:
         piece, stopped = stops.feed(text)
         result += piece
         if stopped:
+            assert stopped in stop
             return result, True
     return result + stops.rest(), False
 
@@ -129,9 +130,9 @@ def test_a_stop_string_ends_the_text_and_is_not_shown(
 
 def test_what_may_begin_a_stop_string_is_held_back() -> None:
     stops = _StopFilter(["END"])
-    assert stops.feed("an EN") == ("an ", False)
-    assert stops.feed("E") == ("EN", False)
-    assert stops.feed("ND") == ("", True)
+    assert stops.feed("an EN") == ("an ", "")
+    assert stops.feed("E") == ("EN", "")
+    assert stops.feed("ND") == ("", "END")
 
 
 # ---- room and timing ---------------------------------------------------------------------------
@@ -377,7 +378,7 @@ def test_a_stop_string_cancels_the_sequence(run: Run) -> None:
         await cluster.sample(begun.sequence, "an END of")
         pieces = await task
         assert text_of(pieces) == "an "
-        assert pieces[-1].finish == "stop"
+        assert (pieces[-1].finish, pieces[-1].stop) == ("stop", "END")
         assert sum(len(piece.tokens) for piece in pieces) == len(b"an END")
         for agent in cluster.agents:
             assert await said(agent) == ReleaseSequence(EPOCH, begun.sequence)
