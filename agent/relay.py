@@ -22,6 +22,7 @@ from typing import cast
 
 import numpy as np
 
+from agent.adjustments import FormatFailed
 from agent.drafter import Drafter
 from agent.drafts import History, Pacer, Plan
 from agent.hop import Hop
@@ -615,12 +616,6 @@ class Relay:
 
         logits: [1 + guesses, vocab], of the rows that the guesses follow.
         """
-        end = rows.position + rows.count
-        scored = sampler.told(end)
-        if scored is not None:
-            told = sampler.logprobs(logits[0], scored)
-            self._report(PromptScored(self.epoch, sequence.number, end, told))
-            return
         tokens: list[tuple[int, FinishReason]] = []
         sure = rows.position + rows.count - len(rows.drafts)
         for row, draft in zip(logits, (*rows.drafts, None), strict=True):
@@ -700,14 +695,14 @@ class Relay:
         else:
             log.error("stage failed", exc_info=error)
             reason = INTERNAL_ERROR
-        self._fail(sequence.number, reason)
+        self._fail(sequence.number, reason, format_failed=isinstance(error, FormatFailed))
 
     def _report_lost_prefix(self, number: int) -> None:
         reason = "the slot does not keep the first rows of the prompt"
         self._try_report(SequenceFailed(self.epoch, number, reason, prefix_lost=True))
 
-    def _fail(self, number: int, reason: str) -> None:
-        self._try_report(SequenceFailed(self.epoch, number, reason))
+    def _fail(self, number: int, reason: str, *, format_failed: bool = False) -> None:
+        self._try_report(SequenceFailed(self.epoch, number, reason, format_failed=format_failed))
 
     def _try_report(self, message: Message) -> None:
         try:

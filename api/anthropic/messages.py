@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from api.anthropic.requests import chat_request
 from api.common import EventForm, describe, messages_error
@@ -30,6 +30,7 @@ class Messages(Api):
     """One request. Its stream begins and ends each block of the answer."""
 
     form = EventForm(_event, _error, "")
+    names: ClassVar = {"stop": "stop_sequences", "enable_thinking": "thinking"}
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         super().__init__(body)
@@ -39,7 +40,8 @@ class Messages(Api):
         self._blocks = 0
 
     def read(self, deployment: Deployment) -> Job:
-        return read_job(deployment, chat_request(self.body), chat=True)
+        with self.naming():
+            return self.named(read_job(deployment, chat_request(self.body), chat=True))
 
     def whole(self, job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         self._job, (outcome,) = job, outcomes

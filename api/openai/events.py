@@ -9,8 +9,10 @@ from typing import Any
 
 from api.formats.parts import Arguments, CallBegins, Parser, Part, Text, Thought
 from api.openai.jobs import Job
+from coordinator.errors import FormatFailed
 from coordinator.serving.choices import answers
 from coordinator.serving.gateway import Gateway, Piece, Timing
+from planning.errors import RequestInvalid
 from wire.logprobs import TokenLogprobs
 from wire.messages import FinishReason
 
@@ -128,6 +130,7 @@ async def events(
     Closing the iterator cancels the answers.
 
     withdrawable: as in ``Gateway.generate``. An event whose piece withdraws has no parts.
+    Raises CoordinatorError, RequestInvalid.
     """
     readers = [_Reader(job, index) for index in range(len(outcomes))]
     ended: set[int] = set()
@@ -141,17 +144,21 @@ async def events(
         withdrawable=withdrawable,
         markers=job.markers,
     )
-    async with aclosing(pieces):
-        async for index, piece in pieces:
-            if index in ended:
-                continue
-            event = readers[index].read(piece)
-            outcomes[index].add(event)
-            yield event
-            if event.finish:
-                ended.add(index)
-                if len(ended) == len(outcomes):
-                    return
+    try:
+        async with aclosing(pieces):
+            async for index, piece in pieces:
+                if index in ended:
+                    continue
+                event = readers[index].read(piece)
+                outcomes[index].add(event)
+                yield event
+                if event.finish:
+                    ended.add(index)
+                    if len(ended) == len(outcomes):
+                        return
+    except FormatFailed as error:
+        field = job.format_field
+        raise RequestInvalid(f"{field}: {error}", field, error.code) from error
 
 
 class _Reader:

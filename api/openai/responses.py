@@ -14,7 +14,7 @@ from api.formats.parts import Arguments, CallBegins, Part, Text, Thought
 from api.openai.api import Api
 from api.openai.events import Block, Event, Outcome
 from api.openai.jobs import Job, read_job
-from api.openai.responses_input import chat_request
+from api.openai.responses_input import NAMES, chat_request
 from coordinator.loading.deployment import Deployment
 
 
@@ -31,6 +31,7 @@ class Responses(Api):
     """One request. Its stream has a numbered event for each step of each item."""
 
     form = EventForm(_event, _error, "")
+    names = NAMES
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         super().__init__(body)
@@ -45,7 +46,8 @@ class Responses(Api):
 
     def read(self, deployment: Deployment) -> Job:
         self._request = chat_request(self.body)
-        return read_job(deployment, self._request, chat=True)
+        with self.naming():
+            return self.named(read_job(deployment, self._request, chat=True))
 
     def whole(self, job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         self._job, (self._outcome,) = job, outcomes

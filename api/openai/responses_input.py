@@ -19,6 +19,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Fields that are not supported, with the values that have no effect. Nothing is stored here."""
 
+NAMES = {
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "verbosity": "text.verbosity",
+    "reasoning_effort": "reasoning.effort",
+}
+"""The fields here that say what the others say in a request for a chat."""
+
 NO_LOGPROBS = "log-probabilities are told by /v1/chat/completions only"
 
 _SAME = (

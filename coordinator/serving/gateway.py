@@ -28,6 +28,7 @@ from coordinator.errors import (
     AgentLost,
     AnswerWithdrawn,
     CoordinatorError,
+    FormatFailed,
     RowsLost,
     Stalled,
 )
@@ -248,6 +249,8 @@ class _Flight:
         self.ended = True
         if message.prefix_lost and self.held.cached and not self.tokens:
             self.events.put_nowait(_PrefixLost(f"{name}: {message.reason}"))
+        elif message.format_failed and self.sampling.grammar:
+            self.events.put_nowait(FormatFailed(message.reason))
         else:
             self.events.put_nowait(AgentFailed(name, message.reason))
 

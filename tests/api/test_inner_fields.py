@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 
+from api.anthropic.messages import Messages
 from api.anthropic.requests import chat_request as of_anthropic
 from api.openai import constraints
+from api.openai.api import Api
 from api.openai.fields import number
 from api.openai.jobs import read_stream_options
 from api.openai.prompts import read_variables
+from api.openai.responses import Responses
 from api.openai.responses_input import chat_request as of_responses
 from api.openai.sampling import read_choices, read_logit_bias, read_sampling
 from api.openai.tools import read_tools
@@ -222,6 +225,25 @@ def test_what_clients_give_back_and_hints_are_taken() -> None:
     assert of_responses({"input": [earlier], "top_logprobs": 0})["messages"] == [
         {"role": "assistant", "content": "A"}
     ]
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "message", "named"),
+    [
+        (Responses, "max_completion_tokens", "max_completion_tokens: 0 is", "max_output_tokens"),
+        (Responses, "response_format", "response_format.type: expected", "text.format"),
+        (Responses, "messages", "messages[0]: expected", "messages"),
+        (Messages, "stop", "stop: expected", "stop_sequences"),
+        (Messages, "enable_thinking", "enable_thinking: m does not think", "thinking"),
+    ],
+)
+def test_errors_name_the_fields_of_the_clients_api(
+    make: type[Api], field: str, message: str, named: str
+) -> None:
+    with pytest.raises(RequestInvalid) as refused, make({}).naming():
+        raise RequestInvalid(message, field, "some_code")
+    assert str(refused.value) == message.replace(field, named)
+    assert (refused.value.param, refused.value.code) == (named, "some_code")
 
 
 def test_many_tools_calls_and_results_take_no_longer_than_few() -> None:

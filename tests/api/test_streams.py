@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -23,8 +23,10 @@ from api.openai.jobs import Job
 from api.openai.reading import Reading
 from api.openai.responses import Responses
 from api.openai.tools import Tool, Tools
+from coordinator.errors import FormatFailed
 from coordinator.serving.gateway import Gateway, Piece
-from tests.api.test_formats import CASES, WEATHER
+from planning.errors import RequestInvalid
+from tests.api.test_formats import CASES, HERMES, WEATHER
 from wire.messages import FinishReason, Sampling
 
 TOOLS = (Tool("get_weather", "", WEATHER), Tool("now", ""))
@@ -170,12 +172,46 @@ def of_responses(stream: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def shown(item: dict[str, Any]) -> str:
-    return item["arguments"] if "arguments" in item else item["content"][0]["text"]
+    return str(item["arguments"] if "arguments" in item else item["content"][0]["text"])
 
 
 def without_ids(response: dict[str, Any]) -> dict[str, Any]:
     output = [{**item, "id": ""} for item in response["output"]]
     return {**response, "output": output, "id": "", "created_at": 0}
+
+
+FAILED = "the answer's format allows no token here"
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "named"),
+    [
+        (ChatCompletions, "response_format", "response_format"),
+        (Responses, "response_format", "text.format"),
+        (Responses, "tools", "tools"),
+        (Messages, "tool_choice", "tool_choice"),
+    ],
+)
+def test_a_format_that_fails_in_the_middle_is_named_by_its_field(
+    make: type[Api], field: str, named: str
+) -> None:
+    class Failing(Said):
+        async def generate(self, *given: Any, **options: Any) -> AsyncGenerator[Piece, None]:
+            async for piece in super().generate():
+                yield piece
+            raise FormatFailed(FAILED)
+
+    async def run() -> None:
+        gateway = cast(Gateway, Failing([Piece("{", (7,), "")]))
+        one = replace(job(HERMES, chat=True, parallel=True), format_field=field)
+        one = make({}).named(one)
+        async for event in events(gateway, one, [Outcome()]):
+            assert event.piece.text == "{"
+
+    with pytest.raises(RequestInvalid) as refused:
+        asyncio.run(run())
+    error = refused.value
+    assert (str(error), error.param, error.code) == (f"{named}: {FAILED}", named, "format_failed")
 
 
 def cut(text: str, places: Sequence[int], finish: FinishReason) -> list[Piece]:
