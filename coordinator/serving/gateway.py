@@ -481,7 +481,6 @@ class Gateway:
                     return
                 except _PrefixLost as lost:
                     log.info("the whole prompt runs: %s", lost)
-                    requests.current().cached_tokens -= held.cached
                     held.forget()
                 except _Paused:
                     raise  # All stages have the rows of the tokens that came.
@@ -525,7 +524,7 @@ class Gateway:
             is_new = timing.first_s is None
             if is_new:
                 timing.cached_tokens = held.cached
-            requests.current().starts(deployment.epoch, number, held.cached if is_new else 0)
+            requests.current().starts(deployment.epoch, number)
             shares = (
                 deployment.slots.used > 1
                 or self._models.ended_by(deployment) is not None
@@ -539,6 +538,9 @@ class Gateway:
                 event = await _next_event(flight, len(prompt) - held.cached)
                 if isinstance(event, CoordinatorError):
                     raise event.with_traceback(None)
+                if is_new:  # Until now, a stage may have lacked the kept rows.
+                    requests.current().cached_tokens += held.cached
+                    is_new = False
                 yield event
         finally:
             del self._flights[number]
