@@ -41,6 +41,7 @@ class _Choices(Api):
                 **self._choice(job, index, outcome),
                 "finish_reason": outcome.finish,
                 "logprobs": self._whole_logprobs(job, index, outcome) if told else None,
+                **(details(job, index, outcome) if len(outcomes) > 1 else {}),
             }
             for index, outcome in enumerate(outcomes)
         ]
@@ -48,7 +49,7 @@ class _Choices(Api):
             **envelope(job, self._kind()),
             "choices": choices,
             "usage": usage(job, outcomes),
-            **details(job, outcomes[0]),
+            **details(job, 0, outcomes[0]),
         }
 
     def begin(self, job: Job, outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
@@ -68,7 +69,7 @@ class _Choices(Api):
             yield self._chunk(event.index, self._delta(part))
         if event.finish:
             chunk = self._chunk(event.index, self._last(), event.finish)
-            yield {**chunk, **details(self._job, self._outcomes[event.index])}
+            yield {**chunk, **details(self._job, event.index, self._outcomes[event.index])}
 
     def end(self) -> Iterator[dict[str, Any]]:
         assert self._job is not None  # noqa: S101 - begin has set it
@@ -251,13 +252,13 @@ def usage(job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def details(job: Job, outcome: Outcome) -> dict[str, Any]:
+def details(job: Job, index: int, outcome: Outcome) -> dict[str, Any]:
     """The token ids and measured speeds of one answer, if the request asks for them."""
     if not job.token_ids:
         return {}
     return {
         "shoal": {
-            "prompt_tokens": list(job.prompt),
+            "prompt_tokens": list(job.prompts[index // job.choices]),
             "tokens": outcome.tokens,
             "prefill_tokens_per_s": outcome.timing.prefill_tokens_per_s,
             "decode_tokens_per_s": outcome.timing.decode_tokens_per_s,

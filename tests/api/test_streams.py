@@ -30,7 +30,7 @@ from tests.api.test_formats import CASES, HERMES, WEATHER
 from wire.messages import FinishReason, Sampling
 
 TOOLS = (Tool("get_weather", "", WEATHER), Tool("now", ""))
-DEPLOYMENT: Any = SimpleNamespace(name="m")
+DEPLOYMENT: Any = SimpleNamespace(name="m", slots=SimpleNamespace(total=4))
 TEXTS = {
     **{name: (form, text) for name, (form, text, _) in CASES.items()},
     "only thoughts": (ToolFormat("hermes", tool_format.THINK), "<think>Hm"),
@@ -178,6 +178,31 @@ def shown(item: dict[str, Any]) -> str:
 def without_ids(response: dict[str, Any]) -> dict[str, Any]:
     output = [{**item, "id": ""} for item in response["output"]]
     return {**response, "output": output, "id": "", "created_at": 0}
+
+
+def test_each_of_several_answers_tells_its_own_tokens() -> None:
+    """Only the first one did, and streams told the first prompt beside each answer."""
+    one = job(HERMES, chat=False, parallel=True)
+    one = replace(one, prompts=((1, 2), (3,)), choices=2, token_ids=True)
+    pieces = [Piece("a", (7,), ""), Piece("b", (8,), "length")]
+    prompts = [[1, 2], [1, 2], [3], [3]]
+
+    async def run() -> None:
+        gateway = cast(Gateway, Said(pieces))
+        outcomes, api = [Outcome() for _ in one.runs], Completions({"stream": True})
+        chunks = list(api.begin(one, outcomes))
+        async for event in events(gateway, one, outcomes):
+            chunks += api.add(event)
+        told = {
+            chunk["choices"][0]["index"]: chunk["shoal"] for chunk in chunks if "shoal" in chunk
+        }
+        whole = Completions({}).whole(one, outcomes)
+        assert whole["shoal"] == told[0]
+        for index, choice in enumerate(whole["choices"]):
+            assert choice["shoal"] == told[index]
+            assert (told[index]["prompt_tokens"], told[index]["tokens"]) == (prompts[index], [7, 8])
+
+    asyncio.run(run())
 
 
 FAILED = "the answer's format allows no token here"
