@@ -59,6 +59,8 @@ log = logging.getLogger(__name__)
 START_WAIT_S = limits.LIVENESS_S
 """How long rows wait for the coordinator's StartSequence, which they may overtake."""
 
+NOT_LOADED = "the stage is not loaded"
+
 INTERNAL_ERROR = "internal error in the stage; see the agent's log"
 
 
@@ -207,8 +209,10 @@ class Relay:
         cached = message.cached
         sampler = self._sampler(message) if self._is_last else None
         with self._lock:
-            has_prefix = self._table.keeps(message.slot, cached)
-            sequence = self._table.open(number, message.slot, sampling, sampler, cached)
+            has_prefix, sequence = self._table.keeps(message.slot, cached), None
+            closed = self._closed
+            if not closed:
+                sequence = self._table.open(number, message.slot, sampling, sampler, cached)
             if sequence is not None and not has_prefix:
                 self._table.spoil(sequence)
             elif sequence is not None and self._is_first:
@@ -222,7 +226,9 @@ class Relay:
                     last = begin + len(chunk) == len(prompt) or sampling.prompt_logprobs
                     self._table.add(sequence, Rows(begin, len(chunk), last, chunk))
             self._changed.notify_all()
-        if sequence is not None and not has_prefix:
+        if closed:
+            self._fail(number, NOT_LOADED)
+        elif sequence is not None and not has_prefix:
             self._report_lost_prefix(number)
 
     def _problem(self, message: StartSequence, prompt: Tokens) -> str | None:

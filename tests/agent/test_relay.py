@@ -432,6 +432,19 @@ def test_a_chunk_that_cannot_be_unpacked_fails_its_sequence_and_no_other(
     assert last.answer(2) == CONTINUATION
 
 
+def test_a_sequence_that_comes_while_the_stage_is_unloaded_does_not_run(
+    ring: tuple[Node, Node],
+) -> None:
+    """Another thread unloads than the one that reads the coordinator's word."""
+    first, _ = ring
+    first.relay.close()
+    first.relay.start(start(1))
+    assert first.relay.counts().held_rows == 0
+    assert first.stage.calls.empty()
+    failed = SequenceFailed(EPOCH, 1, "the stage is not loaded")
+    assert first.reports.get(timeout=ANSWER_S) == failed
+
+
 def test_a_format_that_fails_in_the_middle_is_told_as_such(ring: tuple[Node, Node]) -> None:
     class Allowing:
         """Allows the token of the answer, and then none."""
