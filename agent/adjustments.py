@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from backends.base import BackendError
-from model.grammar_process import GrammarFailed
+from model.grammar_process import GrammarFailed, GrammarProcessLost
 from wire.messages import Sampling
 
 Logits = npt.NDArray[np.float32]
@@ -36,6 +36,10 @@ class Matcher(Protocol):
     def accept(self, token: int) -> None:
         """Go on behind ``token``, which was allowed and is no stop token."""
         ...
+
+
+class FormatFailed(BackendError):
+    """The answer cannot be kept to the format of its request. No device is at fault."""
 
 
 class Adjustments:
@@ -73,7 +77,7 @@ class Adjustments:
         return self._matcher is not None and not self._matcher.is_ready
 
     def apply(self, logits: Logits) -> Logits:
-        """Return the changed logits [vocab] for the next token. Raises BackendError.
+        """Return the changed logits [vocab] for the next token. Raises FormatFailed, BackendError.
 
         What becomes infinite or no number is left so, for the sampler to find.
         """
@@ -114,11 +118,13 @@ class Adjustments:
         """Return whether each token may come next. All stop tokens may where one of them may."""
         try:
             bits = np.frombuffer(matcher.allowed(), np.uint8)
+        except GrammarProcessLost as error:
+            raise BackendError(f"cannot follow the answer's format: {error}") from error
         except GrammarFailed as error:
-            raise BackendError(f"the answer's format cannot be kept: {error}") from error
+            raise FormatFailed(f"the answer's format cannot be kept: {error}") from error
         known = np.unpackbits(bits, bitorder="little", count=vocab).astype(np.bool_)
         stops = self._stop_tokens[self._stop_tokens < vocab]
         known[stops] = known[stops].any()
         if not known.any():
-            raise BackendError("the answer's format allows no token here")
+            raise FormatFailed("the answer's format allows no token here")
         return known

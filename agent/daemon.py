@@ -34,6 +34,7 @@ from agent.memory import FreeMemory
 from agent.peers import PeerServer, connect_peer, measure_link
 from agent.quality import StreamedModel, measure_quality
 from agent.quiet import Cancelled, Figures, QuietMoments
+from agent.relay import NOT_LOADED
 from agent.stages import Stages
 from agent.team import LeadStage
 from backends.base import Backend, BackendError
@@ -484,8 +485,7 @@ class Agent:
         elif isinstance(message, StartSequence):
             relay = self._stages.relay_of(message.epoch)
             if relay is None:
-                reason = "the stage is not loaded"
-                connection.send(SequenceFailed(message.epoch, message.sequence, reason))
+                connection.send(SequenceFailed(message.epoch, message.sequence, NOT_LOADED))
             else:
                 relay.start(message)
         elif isinstance(message, EncodeTexts):

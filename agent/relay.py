@@ -22,6 +22,7 @@ from typing import cast
 
 import numpy as np
 
+from agent.adjustments import FormatFailed
 from agent.drafter import Drafter
 from agent.drafts import History, Pacer, Plan
 from agent.hop import Hop
@@ -57,6 +58,8 @@ log = logging.getLogger(__name__)
 
 START_WAIT_S = limits.LIVENESS_S
 """How long rows wait for the coordinator's StartSequence, which they may overtake."""
+
+NOT_LOADED = "the stage is not loaded"
 
 INTERNAL_ERROR = "internal error in the stage; see the agent's log"
 
@@ -206,8 +209,10 @@ class Relay:
         cached = message.cached
         sampler = self._sampler(message) if self._is_last else None
         with self._lock:
-            has_prefix = self._table.keeps(message.slot, cached)
-            sequence = self._table.open(number, message.slot, sampling, sampler, cached)
+            has_prefix, sequence = self._table.keeps(message.slot, cached), None
+            closed = self._closed
+            if not closed:
+                sequence = self._table.open(number, message.slot, sampling, sampler, cached)
             if sequence is not None and not has_prefix:
                 self._table.spoil(sequence)
             elif sequence is not None and self._is_first:
@@ -221,7 +226,9 @@ class Relay:
                     last = begin + len(chunk) == len(prompt) or sampling.prompt_logprobs
                     self._table.add(sequence, Rows(begin, len(chunk), last, chunk))
             self._changed.notify_all()
-        if sequence is not None and not has_prefix:
+        if closed:
+            self._fail(number, NOT_LOADED)
+        elif sequence is not None and not has_prefix:
             self._report_lost_prefix(number)
 
     def _problem(self, message: StartSequence, prompt: Tokens) -> str | None:
@@ -615,12 +622,6 @@ class Relay:
 
         logits: [1 + guesses, vocab], of the rows that the guesses follow.
         """
-        end = rows.position + rows.count
-        scored = sampler.told(end)
-        if scored is not None:
-            told = sampler.logprobs(logits[0], scored)
-            self._report(PromptScored(self.epoch, sequence.number, end, told))
-            return
         tokens: list[tuple[int, FinishReason]] = []
         sure = rows.position + rows.count - len(rows.drafts)
         for row, draft in zip(logits, (*rows.drafts, None), strict=True):
@@ -700,14 +701,14 @@ class Relay:
         else:
             log.error("stage failed", exc_info=error)
             reason = INTERNAL_ERROR
-        self._fail(sequence.number, reason)
+        self._fail(sequence.number, reason, format_failed=isinstance(error, FormatFailed))
 
     def _report_lost_prefix(self, number: int) -> None:
         reason = "the slot does not keep the first rows of the prompt"
         self._try_report(SequenceFailed(self.epoch, number, reason, prefix_lost=True))
 
-    def _fail(self, number: int, reason: str) -> None:
-        self._try_report(SequenceFailed(self.epoch, number, reason))
+    def _fail(self, number: int, reason: str, *, format_failed: bool = False) -> None:
+        self._try_report(SequenceFailed(self.epoch, number, reason, format_failed=format_failed))
 
     def _try_report(self, message: Message) -> None:
         try:

@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from api.common import json_lines, model_state, read_json, while_connected
+from api.common import json_lines, model_state, read_json, read_query, while_connected
 from coordinator.loading.deployment import Deployment, Planned, Team
 from coordinator.loading.models import Models
 from coordinator.loading.operations import Compared, Operations
@@ -102,6 +102,7 @@ class AdminRoutes:
         ]
 
     async def devices(self, request: Request) -> Response:
+        read_query(request)
         return JSONResponse(await self._devices())
 
     async def measure(self, request: Request) -> Response:
@@ -169,6 +170,7 @@ class AdminRoutes:
             return ()
 
     async def ps(self, request: Request) -> Response:
+        read_query(request)
         models = [model_view(state) for _, state in self._models.present()]
         answer: dict[str, Any] = {"model": models[0] if models else None}
         if models[1:]:
@@ -177,7 +179,7 @@ class AdminRoutes:
 
     async def events(self, request: Request) -> Response:
         """The last events. ``?after=NUMBER`` waits for events after that one."""
-        text = request.query_params.get("after")
+        text = read_query(request, "after").get("after")
         if text is None:
             return self._events(0)
         if not (text.isascii() and text.isdigit() and len(text) <= MOST_DIGITS):
@@ -199,7 +201,7 @@ class AdminRoutes:
 
     async def found(self, request: Request) -> Response:
         """The path of a hub's model in this machine's cache, or null: ``?model=ORG/NAME``."""
-        name = _hub_name(request.query_params.get("model"))
+        name = _hub_name(read_query(request, "model").get("model"))
         path = await asyncio.to_thread(cached_model, name)
         return JSONResponse(
             {

@@ -84,6 +84,20 @@ def model_state(state: State) -> dict[str, Any]:
     }
 
 
+def read_query(request: Request, *known: str) -> dict[str, str]:
+    """The parameters of a request's URL. Raises RequestInvalid for others than ``known``."""
+    found: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name not in known or name in found:
+            wrong = f"there are two parameters {name!r}"
+            if name not in known:
+                expected = f": expected {', '.join(known)}" if known else ""
+                wrong = f"unknown parameter {clean_text(name, 40)!r}{expected}"
+            raise RequestInvalid(wrong, clean_text(name, 40))
+        found[name] = value
+    return found
+
+
 async def read_json(request: Request) -> dict[str, Any]:
     """The request's JSON object. Raises RequestInvalid."""
     content_type = request.headers.get("content-type", "").split(";")[0].strip().lower()

@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from api.common import read_query
 from coordinator.loading.models import Models
 from coordinator.serving.requests import InFlight, Requests
 from coordinator.serving.traces import StagePasses, trace
@@ -28,7 +29,7 @@ class TraceRoutes:
         return [Route("/shoal/v1/trace", self.trace, methods=["GET"])]
 
     async def trace(self, request: Request) -> Response:
-        found = self._find(request.query_params.get("request", LAST))
+        found = self._find(read_query(request, "request").get("request", LAST))
         epochs = {epoch for epoch, _ in found.sequences}
         deployment = next(filter(None, map(self._models.of_epoch, epochs)), None)
         if deployment is None:

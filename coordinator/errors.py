@@ -9,6 +9,8 @@
     ├── Moved                   the model moves to a better plan
     ├── LinkFailed              two agents live, and one cannot reach the other
     ├── AnswerWithdrawn         text that was shown came from a damaged stage
+    ├── FormatFailed            the answer cannot be kept to the format of its request
+    ├── FormatsUnchecked        the coordinator cannot check formats now
     ├── Stalled                 the devices are alive, but no token comes
     │   └── RowsLost            ... because rows were lost between them
     ├── Busy                    another plan, load, unload or measurement is under way
@@ -153,6 +155,20 @@ class AnswerWithdrawn(CoordinatorError):
         super().__init__(
             "the answer so far came from a device with a damaged file and is wrong: ask again"
         )
+
+
+class FormatFailed(CoordinatorError):
+    """An answer cannot be kept to the format that its request wants. No device is at fault."""
+
+    status = 400
+    code = "format_failed"
+
+
+class FormatsUnchecked(CoordinatorError):
+    """The coordinator cannot check formats now. No request is at fault."""
+
+    status = 503
+    code = "formats_unchecked"
 
 
 class AgentLied(AgentFailed):

@@ -76,6 +76,10 @@ class GrammarFailed(Exception):
     """A grammar is invalid or takes too much. The message says why, in one line."""
 
 
+class GrammarProcessLost(GrammarFailed):
+    """No process can follow grammars here now. No grammar is at fault."""
+
+
 def library_version() -> str:
     """Return the version of the library that reads grammars, or "" if it is not installed."""
     try:
@@ -141,7 +145,7 @@ class GrammarProcess:
             return self._thread.submit(work)
         except RuntimeError:  # It is closed.
             failed: Future[bytes] = Future()
-            failed.set_exception(GrammarFailed(_CLOSED))
+            failed.set_exception(GrammarProcessLost(_CLOSED))
             return failed
 
     def ask(self, child: _Child, *request: Any) -> bytes:
@@ -153,7 +157,7 @@ class GrammarProcess:
         """Return a living child, for the thread only. Raises GrammarFailed."""
         with self._lock:
             if self._closed:
-                raise GrammarFailed(_CLOSED)
+                raise GrammarProcessLost(_CLOSED)
             if self._child is None or self._child.ended:
                 self._require_memory()
                 settings = {
@@ -169,7 +173,7 @@ class GrammarProcess:
         file_bytes = os.fstat(self._vocabulary.fileno()).st_size
         needed_bytes, (free_bytes, _) = CHILD_BYTES + CHILD_FACTOR * file_bytes, memory_bytes()
         if free_bytes < needed_bytes:
-            raise GrammarFailed(
+            raise GrammarProcessLost(
                 f"the process that follows it takes about {needed_bytes >> 20} MiB of memory, and "
                 f"{free_bytes >> 20} MiB are free: free memory there, or load the model again with "
                 "less on that device"
@@ -203,7 +207,7 @@ class Matcher:
         try:
             return self._next.result()
         except CancelledError:
-            raise GrammarFailed(_CLOSED) from None
+            raise GrammarProcessLost(_CLOSED) from None
 
     def accept(self, token: int) -> None:
         """Go on behind ``token``, which was allowed, and begin to compute what may follow."""
@@ -250,7 +254,7 @@ class _Child:
                 )
             except OSError as error:
                 self._socket.close()
-                raise GrammarFailed(f"no process to follow it: {error.strerror}") from error
+                raise GrammarProcessLost(f"no process to follow it: {error.strerror}") from error
 
     @property
     def pid(self) -> int:
@@ -266,7 +270,7 @@ class _Child:
                 raise EOFError
             answer = self._read(size_bytes)
         except (OSError, EOFError):
-            raise GrammarFailed(self.end()) from None
+            raise self.end() from None
         if not answer[0]:
             raise GrammarFailed(answer[1:].decode(errors="replace"))
         return answer[1:]
@@ -275,7 +279,7 @@ class _Child:
         """Make the running request fail soon. Any thread may call it."""
         self._process.kill()
 
-    def end(self) -> str:
+    def end(self) -> GrammarFailed:
         """Kill the child, and return why it failed."""
         self.ended = True
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -284,12 +288,17 @@ class _Child:
         code = self._process.wait()
         self._socket.close()
         if code == -signal.SIGPROF:
-            return f"it takes more than {self._settings['max_cpu_s']:g} s of processor time"
-        if code == -signal.SIGKILL:
-            return f"it did not end within {self._max_wall_s:g} s, or the system ended it"
+            limit_s = self._settings["max_cpu_s"]
+            return GrammarFailed(f"it takes more than {limit_s:g} s of processor time")
         if code in (-signal.SIGABRT, -signal.SIGSEGV):
-            return "it takes more memory or is nested deeper than its process may have"
-        return f"the process that follows it ended ({code})"
+            return GrammarFailed(
+                "it takes more memory or is nested deeper than its process may have"
+            )
+        if code == -signal.SIGKILL:
+            return GrammarProcessLost(
+                f"it did not end within {self._max_wall_s:g} s, or the system ended it"
+            )
+        return GrammarProcessLost(f"the process that follows it ended ({code})")
 
     def _read(self, count: int) -> bytes:
         data = bytearray()

@@ -734,12 +734,14 @@ class SequenceFailed:
     """Stage to coordinator: a sequence cannot continue.
 
     prefix_lost: the slot does not keep the ``cached`` rows. A start without them may work.
+    format_failed: the answer cannot be kept to its grammar, on any device.
     """
 
     epoch: int
     sequence: int
     reason: str
     prefix_lost: bool = False
+    format_failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from api.anthropic.requests import chat_request
 from api.common import EventForm, describe, messages_error
-from api.formats.parts import Arguments, CallBegins, Part, Text, Thought
+from api.formats.parts import Arguments, CallBegins, Text, Thought
 from api.openai.api import Api
-from api.openai.events import Event, Outcome
+from api.openai.events import Block, Event, Outcome
 from api.openai.jobs import Job, read_job
 from coordinator.loading.deployment import Deployment
 
@@ -30,31 +30,25 @@ class Messages(Api):
     """One request. Its stream begins and ends each block of the answer."""
 
     form = EventForm(_event, _error, "")
+    names: ClassVar = {"stop": "stop_sequences", "enable_thinking": "thinking"}
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         super().__init__(body)
         self._job: Job | None = None
         self._outcome = Outcome()
-        self._open: Part | None = None
+        self._open: Block | None = None
         self._blocks = 0
 
     def read(self, deployment: Deployment) -> Job:
-        return read_job(deployment, chat_request(self.body), chat=True)
+        with self.naming():
+            return self.named(read_job(deployment, chat_request(self.body), chat=True))
 
     def whole(self, job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         self._job, (outcome,) = job, outcomes
-        content: list[dict[str, Any]] = []
-        if outcome.thoughts:
-            content.append({"type": "thinking", "thinking": outcome.thoughts, "signature": ""})
-        if outcome.text or not (outcome.calls or outcome.thoughts):
-            content.append({"type": "text", "text": outcome.text})
-        for call in outcome.calls:
-            block = {"type": "tool_use", "id": call.id, "name": call.name}
-            content.append({**block, "input": _input(call.arguments)})
         return {
             **self._message(job),
-            "content": content,
-            **self._stop(job, outcome),
+            "content": [_whole(block) for block in outcome.blocks or [Block(Text(""))]],
+            **self._stop(outcome),
             "usage": self._usage(job, outcome),
         }
 
@@ -67,32 +61,31 @@ class Messages(Api):
 
     def add(self, event: Event) -> Iterator[dict[str, Any]]:
         for part in event.parts:
-            if isinstance(part, CallBegins) or not self._goes_on(part):
+            if self._open is None or not self._open.takes(part):
                 yield from self._close()
-                self._open = part
-                block = _first(part)
-                yield {"type": "content_block_start", "index": self._blocks, "content_block": block}
+                yield from self._begin(Block.of(part))
             if not isinstance(part, CallBegins):
                 yield self._delta(_delta(part))
 
     def end(self) -> Iterator[dict[str, Any]]:
+        if not self._outcome.blocks:
+            yield from self._begin(Block(Text("")))
         yield from self._close()
         assert self._job is not None  # noqa: S101 - begin has set it
         usage = self._usage(self._job, self._outcome)
-        stop = self._stop(self._job, self._outcome)
+        stop = self._stop(self._outcome)
         yield {"type": "message_delta", "delta": stop, "usage": usage}
         yield {"type": "message_stop"}
 
-    def _goes_on(self, part: Part) -> bool:
-        """Whether a part belongs to the open block."""
-        if isinstance(part, Arguments):
-            return isinstance(self._open, CallBegins)
-        return type(self._open) is type(part)
+    def _begin(self, block: Block) -> Iterator[dict[str, Any]]:
+        self._open = block
+        first = _first(block.begun)
+        yield {"type": "content_block_start", "index": self._blocks, "content_block": first}
 
     def _close(self) -> Iterator[dict[str, Any]]:
         if self._open is None:
             return
-        if isinstance(self._open, Thought):
+        if isinstance(self._open.begun, Thought):
             yield self._delta({"type": "signature_delta", "signature": ""})
         yield {"type": "content_block_stop", "index": self._blocks}
         self._blocks += 1
@@ -109,11 +102,9 @@ class Messages(Api):
             "model": job.deployment.name,
         }
 
-    def _stop(self, job: Job, outcome: Outcome) -> dict[str, Any]:
-        """Say why the answer ended. Of several strings it is not known which one did it."""
-        if outcome.finish == "stop" and outcome.stopped:
-            sequence = job.stop[0] if len(job.stop) == 1 else None
-            return {"stop_reason": "stop_sequence", "stop_sequence": sequence}
+    def _stop(self, outcome: Outcome) -> dict[str, Any]:
+        if outcome.finish == "stop" and outcome.stop:
+            return {"stop_reason": "stop_sequence", "stop_sequence": outcome.stop}
         return {"stop_reason": _REASONS[outcome.finish], "stop_sequence": None}
 
     def _usage(self, job: Job, outcome: Outcome) -> dict[str, int]:
@@ -127,8 +118,20 @@ class Messages(Api):
         }
 
 
-def _first(part: Part) -> dict[str, Any]:
-    match part:
+def _whole(block: Block) -> dict[str, Any]:
+    """Return a block that has come whole."""
+    match block.begun:
+        case Thought():
+            own: dict[str, Any] = {"thinking": block.text}
+        case CallBegins():
+            own = {"input": _input(block.text)}
+        case Text():
+            own = {"text": block.text}
+    return {**_first(block.begun), **own}
+
+
+def _first(begun: Text | Thought | CallBegins) -> dict[str, Any]:
+    match begun:
         case Thought():
             return {"type": "thinking", "thinking": "", "signature": ""}
         case CallBegins(_, id, name):

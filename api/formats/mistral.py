@@ -40,6 +40,8 @@ class MistralCalls(MarkedCalls):
         super().__init__(tools, new_id)
         self._arguments: JsonArguments | None = None
         self._in_list = False
+        self._ids: set[str] = set()
+        """The ids that the model has written."""
 
     def finish(self) -> list[Any]:
         if self._arguments is not None:
@@ -58,12 +60,18 @@ class MistralCalls(MarkedCalls):
             index, self._calls_begun = self._calls_begun, self._calls_begun + 1
             self._arguments = JsonArguments(index)
             self._state = self._in_arguments
-            call = CallBegins(index, named[2] or self._new_id(), named[1])
-            return [call], text[named.end() :], True
+            return [CallBegins(index, self._id(named[2]), named[1])], text[named.end() :], True
         if named is None and _MAY_BE_NAMED.fullmatch(text):
             return [], text, False
         self._state = self._in_text
         return [Text(self._gap + MARK)], text, True
+
+    def _id(self, written: str | None) -> str:
+        """Return the id of a call: the one that the model has written, unless it did before."""
+        if written is None or written in self._ids:
+            return self._new_id()
+        self._ids.add(written)
+        return written
 
     def _in_arguments(self, text: str) -> Step:
         assert self._arguments is not None  # noqa: S101 - this state has them

@@ -1,9 +1,9 @@
-"""Splits the model's thoughts, such as between <think> and </think>, from its answer."""
+"""Tells the model's thoughts, such as between <think> and </think>, from its answer."""
 
 from __future__ import annotations
 
 from api.formats.marked import waits_for
-from api.formats.parts import Parser, Part, Thought, overlap, trailing_space
+from api.formats.parts import Parser, Part, Text, Thought, overlap, trailing_space
 
 
 class Thoughts(Parser):
@@ -70,3 +70,44 @@ class Thoughts(Parser):
     def _take(self) -> str:
         held, self._held = self._held, ""
         return held
+
+
+class ShownThoughts(Parser):
+    """Thoughts stay in the text as they are. What looks like a call inside of them is none.
+
+    The parameters are those of ``Thoughts``.
+    """
+
+    def __init__(self, marks: tuple[str, str], rest: Parser, *, opened: bool) -> None:
+        self._open, self._close = marks
+        self._rest = rest
+        self._held = ""
+        self._phase = "thinking" if opened else "begin"
+
+    @property
+    def calls_ended(self) -> int:
+        return self._rest.calls_ended
+
+    def feed(self, text: str) -> list[Part]:
+        held, self._held = self._held + text, ""
+        if self._phase == "begin":
+            begin = held.lstrip()
+            if not begin or waits_for(begin, self._open):
+                self._held = held
+                return []
+            self._phase = "thinking" if begin.startswith(self._open) else "answer"
+        if self._phase == "answer":
+            return self._rest.feed(held)
+        at = held.find(self._close)
+        if at < 0:
+            cut = len(held) - overlap(held, [self._close])
+            self._held = held[cut:]
+            return [Text(held[:cut])] if cut else []
+        self._phase, end = "answer", at + len(self._close)
+        return [Text(held[:end]), *self._rest.feed(held[end:])]
+
+    def finish(self) -> list[Part]:
+        held, self._held = self._held, ""
+        if self._phase == "thinking":
+            return [Text(held)] if held else []
+        return [*self._rest.feed(held), *self._rest.finish()]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from api.formats import harmony, hermes, llama, mistral
 from api.formats.json_grammar import json_rule
 from api.formats.parts import Parser, PlainText
-from api.formats.thoughts import Thoughts
+from api.formats.thoughts import ShownThoughts, Thoughts
 
 THINK = ("<think>", "</think>")
 BRACKETS = ("[THINK]", "[/THINK]")
@@ -69,9 +69,9 @@ class ToolFormat:
             return harmony.Harmony(schemas, new_id, split=split)
         make = _PARSERS.get(self.name)
         parser = PlainText() if make is None or not tools else make(schemas, self.new_id)
-        if split and self.thinks is not None:
-            parser = Thoughts(self.thinks, parser, opened=opened)
-        return parser
+        if self.thinks is None:
+            return parser
+        return (Thoughts if split else ShownThoughts)(self.thinks, parser, opened=opened)
 
     def is_opened(self, prompt: str) -> bool:
         """Whether an answer to this prompt begins inside of thoughts."""

@@ -12,7 +12,7 @@ from api.formats.parts import Arguments, CallBegins, Part, Text, Thought
 from api.openai.api import Api
 from api.openai.events import Call, Event, Outcome
 from api.openai.jobs import Job, read_job
-from api.openai.logprobs import chat_logprobs, completion_logprobs, text_chars
+from api.openai.logprobs import Offsets, chat_logprobs, completion_logprobs
 from coordinator.loading.deployment import Deployment
 from wire.logprobs import TokenLogprobs
 
@@ -41,6 +41,7 @@ class _Choices(Api):
                 **self._choice(job, index, outcome),
                 "finish_reason": outcome.finish,
                 "logprobs": self._whole_logprobs(job, index, outcome) if told else None,
+                **(details(job, index, outcome) if len(outcomes) > 1 else {}),
             }
             for index, outcome in enumerate(outcomes)
         ]
@@ -48,7 +49,7 @@ class _Choices(Api):
             **envelope(job, self._kind()),
             "choices": choices,
             "usage": usage(job, outcomes),
-            **details(job, outcomes[0]),
+            **details(job, 0, outcomes[0]),
         }
 
     def begin(self, job: Job, outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
@@ -68,7 +69,7 @@ class _Choices(Api):
             yield self._chunk(event.index, self._delta(part))
         if event.finish:
             chunk = self._chunk(event.index, self._last(), event.finish)
-            yield {**chunk, **details(self._job, self._outcomes[event.index])}
+            yield {**chunk, **details(self._job, event.index, self._outcomes[event.index])}
 
     def end(self) -> Iterator[dict[str, Any]]:
         assert self._job is not None  # noqa: S101 - begin has set it
@@ -156,22 +157,23 @@ class Completions(_Choices):
         super().__init__(body)
         self._begun: set[int] = set()
         """The answers that have begun with what they echo."""
-        self._offsets: dict[int, int] = {}
-        """The length of the text before an answer's next token, by the answer's number."""
+        self._offsets: dict[int, Offsets] = {}
+        """The places of an answer's tokens, by the answer's number."""
 
     def _choice(self, job: Job, index: int, outcome: Outcome) -> dict[str, Any]:
         return {"text": job.echo(index) + outcome.text}
 
     def _whole_logprobs(self, job: Job, index: int, outcome: Outcome) -> dict[str, Any]:
-        first = job.runs[index].prompt[0] if job.echoed else None
-        told = [*outcome.prompt_logprobs, *outcome.logprobs]
-        return completion_logprobs(job.deployment, told, first=first)
+        answer = self._logprobs(job, index, outcome.logprobs)
+        if not job.echoed:
+            return answer
+        prompt = _prompt_logprobs(job, index, outcome.prompt_logprobs)
+        return {name: [*values, *answer[name]] for name, values in prompt.items()}
 
     def _logprobs(self, job: Job, index: int, told: list[TokenLogprobs]) -> dict[str, Any]:
-        offset = self._offsets.get(index, 0)
-        found = completion_logprobs(job.deployment, told, offset_chars=offset)
-        self._offsets[index] = offset + text_chars(job.deployment, [t.token for t in told])
-        return found
+        if index not in self._offsets:
+            self._offsets[index] = Offsets(job.deployment, len(job.echo(index)))
+        return completion_logprobs(job.deployment, told, self._offsets[index])
 
     def _before(self, job: Job, event: Event) -> Iterator[dict[str, Any]]:
         """Yield the echoed prompt, once its log-probabilities are there if they are wanted."""
@@ -181,10 +183,8 @@ class Completions(_Choices):
         self._begun.add(index)
         chunk = self._chunk(index, {"text": job.echo(index)})
         if job.sampling.top_logprobs >= 0:
-            prompt = job.runs[index].prompt
             (choice,) = chunk["choices"]
-            choice["logprobs"] = completion_logprobs(job.deployment, scores, first=prompt[0])
-            self._offsets[index] = text_chars(job.deployment, prompt)
+            choice["logprobs"] = _prompt_logprobs(job, index, scores)
         yield chunk
 
     def _delta(self, part: Part) -> dict[str, Any]:
@@ -192,6 +192,12 @@ class Completions(_Choices):
 
     def _last(self) -> dict[str, Any]:
         return {"text": ""}
+
+
+def _prompt_logprobs(job: Job, index: int, told: Sequence[TokenLogprobs]) -> dict[str, Any]:
+    """The log-probabilities of the prompt that an answer echoes."""
+    first = job.prompts[index // job.choices][0]
+    return completion_logprobs(job.deployment, told, Offsets(job.deployment), first=first)
 
 
 def message(outcome: Outcome) -> dict[str, Any]:
@@ -246,13 +252,13 @@ def usage(job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def details(job: Job, outcome: Outcome) -> dict[str, Any]:
+def details(job: Job, index: int, outcome: Outcome) -> dict[str, Any]:
     """The token ids and measured speeds of one answer, if the request asks for them."""
     if not job.token_ids:
         return {}
     return {
         "shoal": {
-            "prompt_tokens": list(job.prompt),
+            "prompt_tokens": list(job.prompts[index // job.choices]),
             "tokens": outcome.tokens,
             "prefill_tokens_per_s": outcome.timing.prefill_tokens_per_s,
             "decode_tokens_per_s": outcome.timing.decode_tokens_per_s,

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from api.common import EventForm
 from api.openai.events import Event, Outcome
 from api.openai.jobs import Job
 from coordinator.loading.deployment import Deployment
+from planning.errors import RequestInvalid
 
 
 class Api(abc.ABC):
     """One request of an API. The order of calls is read, then whole, or begin, add, ..., end."""
 
     form = EventForm()
+    names: Mapping[str, str] = {}
+    """Fields of chats and completions that have another name in this API."""
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         self.body = body
@@ -23,6 +28,24 @@ class Api(abc.ABC):
     @property
     def wants_stream(self) -> bool:
         return self.body.get("stream") is True
+
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """Have errors name fields as this API does."""
+        try:
+            yield
+        except RequestInvalid as error:
+            named = self.names.get(error.param or "")
+            if error.param is None or named is None:
+                raise
+            message = str(error)
+            if message.startswith(error.param):
+                message = named + message[len(error.param) :]
+            raise RequestInvalid(message, named, error.code) from error
+
+    def named(self, job: Job) -> Job:
+        """Return a job whose format is named as this API does."""
+        return replace(job, format_field=self.names.get(job.format_field, job.format_field))
 
     @abc.abstractmethod
     def read(self, deployment: Deployment) -> Job:

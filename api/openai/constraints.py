@@ -15,9 +15,10 @@ from typing import Any, Literal
 from api.formats.json_grammar import json_rule
 from api.openai.fields import only
 from api.openai.reading import Reading
+from coordinator.errors import FormatsUnchecked
 from coordinator.files.vocabulary import Vocabulary
 from coordinator.loading.deployment import Deployment
-from model.grammar_process import LIBRARY, GrammarFailed, library_version
+from model.grammar_process import LIBRARY, GrammarFailed, GrammarProcessLost, library_version
 from planning.errors import RequestInvalid
 from wire.limits import MAX_GRAMMAR_BYTES
 from wire.messages import Sampling
@@ -36,10 +37,11 @@ def constrained(
     body: Mapping[str, Any],
     sampling: Sampling,
     reading: Reading | None = None,
-) -> Sampling:
-    """Return ``sampling`` with the format that a request wants, if it wants one.
+) -> tuple[Sampling, str]:
+    """Return ``sampling`` with the format that a request wants, and the field that says it, or "".
 
-    reading: how a chat's answer is read, which may have thoughts and calls. Raises RequestInvalid.
+    reading: how a chat's answer is read, which may have thoughts and calls. Raises RequestInvalid,
+    FormatsUnchecked.
     """
     wanted = [field for field in _READERS if body.get(field) is not None]
     grammars = [(field, _READERS[field](deployment, body[field], field)) for field in wanted]
@@ -52,7 +54,7 @@ def constrained(
         return with_grammar(deployment, sampling, calls, "tool_choice")
     if not given:
         if reading is None or not any(tool.strict for tool in reading.tools.offered):
-            return sampling
+            return sampling, ""
         special = _vocabulary(deployment, "tools").special_ids
         strict = reading.format.strict_grammar(reading.tools.offered, special=special)
         return with_grammar(deployment, sampling, strict, "tools")
@@ -77,10 +79,12 @@ def _calls(deployment: Deployment, reading: Reading, field: str) -> str:
     )
 
 
-def with_grammar(deployment: Deployment, sampling: Sampling, grammar: str, field: str) -> Sampling:
-    """Return ``sampling`` with a grammar that was compiled. ``field`` of the request wants it.
+def with_grammar(
+    deployment: Deployment, sampling: Sampling, grammar: str, field: str
+) -> tuple[Sampling, str]:
+    """Return ``sampling`` with a grammar that was compiled, and the ``field`` that wants it.
 
-    Raises RequestInvalid, which says what to do.
+    Raises RequestInvalid, which says what to do, and FormatsUnchecked.
     """
     if not sampling.stop_tokens:
         raise RequestInvalid(
@@ -95,9 +99,15 @@ def with_grammar(deployment: Deployment, sampling: Sampling, grammar: str, field
         raise RequestInvalid(f"{field}: longer than {MAX_GRAMMAR_BYTES >> 10} KiB", field)
     try:
         vocabulary.check(grammar)
+    except GrammarProcessLost as error:
+        raise _unchecked(error) from error
     except GrammarFailed as error:
         raise RequestInvalid(f"{field}: no answer can be kept to it: {error}", field) from error
-    return replace(sampling, grammar=grammar.encode())
+    return replace(sampling, grammar=grammar.encode()), field
+
+
+def _unchecked(error: GrammarProcessLost) -> FormatsUnchecked:
+    return FormatsUnchecked(f"the coordinator cannot check the format: {error}")
 
 
 def behind_thoughts(start: str, rules: list[str], grammar: str) -> str:
@@ -133,7 +143,7 @@ def _response_format(deployment: Deployment, value: Any, field: str) -> str:
         raise RequestInvalid(f"{field}: expected an object", field)
     kind = value.get("type")
     known = {"text": (), "json_object": ("schema",), "json_schema": ("json_schema", *_NAMED)}
-    if kind in known:
+    if isinstance(kind, str) and kind in known:
         only(value, ("type", *known[kind]), field, field)
     if kind == "text":
         return ""
@@ -187,6 +197,8 @@ def _converted(
         raise RequestInvalid(f"{field}: expected text of 1 to {MAX_GRAMMAR_BYTES >> 10} KiB", field)
     try:
         return _vocabulary(deployment, field).lark(form, value)
+    except GrammarProcessLost as error:
+        raise _unchecked(error) from error
     except GrammarFailed as error:
         raise RequestInvalid(f"{field}: {error}", field) from error
 

@@ -93,7 +93,7 @@ class EncoderRoutes:
     async def _embeddings(self, deployment: Deployment, body: Mapping[str, Any]) -> dict[str, Any]:
         require_kind(deployment, "vector")
         check(body, {"input", "encoding_format", "dimensions", "prompt_name", "truncate"})
-        form = body.get("encoding_format", "float")
+        form = "float" if body.get("encoding_format") is None else body["encoding_format"]
         if form not in ("float", "base64"):
             raise RequestInvalid("encoding_format: expected float or base64", "encoding_format")
         width = deployment.spec.output_width
@@ -158,7 +158,8 @@ def read_texts(deployment: Deployment, body: Mapping[str, Any], *, pairs: bool =
         raise RequestInvalid(f"input: expected 1 to {MOST_TEXTS} texts", "input")
     prompt, truncate = _prompt(deployment, body), flag(body, "truncate")
     encoded = []
-    for item in items:
+    for index, item in enumerate(items):
+        place = f"input[{index}]" if items is value else "input"
         if isinstance(item, str):
             text = deployment.tokenizer.encode_text(prompt + item)
         elif pairs and _is_pair(item):
@@ -167,27 +168,29 @@ def read_texts(deployment: Deployment, body: Mapping[str, Any], *, pairs: bool =
             nothing = ((0, 0),) * len(item)
             text = EncodedText(tuple(item), len(item), (-1,) * len(item), nothing)
         else:
-            raise RequestInvalid("input: expected texts, or lists of token ids", "input")
-        encoded.append(fitting(deployment, text, truncate=truncate))
+            raise RequestInvalid(f"{place}: expected a text, or a list of token ids", "input")
+        encoded.append(fitting(deployment, text, place, truncate=truncate))
     return Texts(deployment, encoded)
 
 
-def fitting(deployment: Deployment, text: EncodedText, *, truncate: bool) -> EncodedText:
-    """Return a text that fits the model. Raises RequestInvalid if it does not.
+def fitting(
+    deployment: Deployment, text: EncodedText, place: str, *, truncate: bool
+) -> EncodedText:
+    """Return a text that fits the model. Raises RequestInvalid with its ``place`` otherwise.
 
     A text that is cut keeps its last token, which ends it.
     """
     most, spec = deployment.context_tokens, deployment.spec
     if not text.tokens:
-        raise RequestInvalid("input: a text is empty", "input")
+        raise RequestInvalid(f"{place}: it is empty", "input")
     if min(text.tokens) < 0 or max(text.tokens) >= spec.vocab:
-        raise RequestInvalid("input: token ids outside the vocabulary", "input")
+        raise RequestInvalid(f"{place}: token ids outside the vocabulary", "input")
     if len(text.tokens) <= most:
         return text
     if not truncate:
         larger = most < spec.max_context
         raise RequestInvalid(
-            f"input: a text has {len(text.tokens)} tokens and the context {most}: shorten it, send "
+            f"{place}: it has {len(text.tokens)} tokens and the context {most}: shorten it, send "
             "`truncate`" + (", or load the model with a larger --context" if larger else ""),
             "input",
             "context_length_exceeded",
@@ -236,7 +239,9 @@ def _windows(deployment: Deployment, question: str, context: str) -> Texts:
         found = windows(encode, question, context, most)
     except ValueError as error:
         raise RequestInvalid(f"question: {error}", "question") from error
-    return Texts(deployment, [fitting(deployment, text, truncate=False) for text in found])
+    return Texts(
+        deployment, [fitting(deployment, text, "question", truncate=False) for text in found]
+    )
 
 
 def _answer(span: Span) -> dict[str, Any]:
@@ -255,7 +260,7 @@ def _prompt(deployment: Deployment, body: Mapping[str, Any]) -> str:
     name = body.get("prompt_name")
     if name is None:
         return known.get(default, "")
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise RequestInvalid(
             f"prompt_name: {deployment.name} has {', '.join(known) or 'no prompts'}", "prompt_name"
         )

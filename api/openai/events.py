@@ -9,8 +9,10 @@ from typing import Any
 
 from api.formats.parts import Arguments, CallBegins, Parser, Part, Text, Thought
 from api.openai.jobs import Job
+from coordinator.errors import FormatFailed
 from coordinator.serving.choices import answers
 from coordinator.serving.gateway import Gateway, Piece, Timing
+from planning.errors import RequestInvalid
 from wire.logprobs import TokenLogprobs
 from wire.messages import FinishReason
 
@@ -21,14 +23,34 @@ class Event:
 
     index: the answer's number among the choices of the request.
     finish: "stop", "length" or "tool_calls" for the last event of an answer.
-    stopped: a string of the request ended the answer, or the first of its calls did.
     """
 
     index: int
     parts: tuple[Part, ...]
     piece: Piece
     finish: str = ""
-    stopped: bool = False
+
+
+@dataclass(slots=True)
+class Block:
+    """Text, thoughts or the arguments of a call, as far as they have come without a break."""
+
+    begun: Text | Thought | CallBegins
+    """The kind. The text of what comes is in ``text`` only."""
+    text: str = ""
+
+    @staticmethod
+    def of(part: Part) -> Block:
+        """Return the empty block that a part begins."""
+        if isinstance(part, CallBegins):
+            return Block(part)
+        return Block(Thought("") if isinstance(part, Thought) else Text(""))
+
+    def takes(self, part: Part) -> bool:
+        """Whether a part goes on in this block."""
+        if isinstance(part, Arguments):
+            return isinstance(self.begun, CallBegins)
+        return type(part) is type(self.begun) and not isinstance(part, CallBegins)
 
 
 @dataclass(slots=True)
@@ -48,13 +70,12 @@ class Call:
 class Outcome:
     """An answer as far as it has come, and what it took."""
 
-    text: str = ""
-    thoughts: str = ""
-    calls: list[Call] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     thought_tokens: int = 0
     finish: str = ""
-    stopped: bool = False
+    stop: str = ""
+    """The string of the request that ended the answer, if one did."""
     timing: Timing = field(default_factory=Timing)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     """The log-probabilities of each of the tokens, if they are asked for."""
@@ -65,9 +86,9 @@ class Outcome:
 
     def add(self, event: Event) -> None:
         if event.piece.withdraws:
-            self.text, self.thoughts, self.thought_tokens = "", "", 0
-            self.calls, self.tokens, self.logprobs, self._thinking = [], [], [], False
-        self.finish, self.stopped = event.finish, event.stopped
+            self.blocks, self.tokens, self.logprobs = [], [], []
+            self.thought_tokens, self._thinking = 0, False
+        self.finish, self.stop = event.finish, event.piece.stop
         self.tokens += event.piece.tokens
         self.logprobs += event.piece.logprobs
         self.prompt_logprobs = event.piece.prompt_logprobs or self.prompt_logprobs
@@ -79,15 +100,26 @@ class Outcome:
 
     def _gather(self, parts: Iterable[Part]) -> None:
         for part in parts:
-            match part:
-                case Text(text):
-                    self.text += text
-                case Thought(text):
-                    self.thoughts += text
-                case CallBegins(_, id, name):
-                    self.calls.append(Call(id, name))
-                case Arguments(index, text):
-                    self.calls[index].arguments += text
+            if not self.blocks or not self.blocks[-1].takes(part):
+                self.blocks.append(Block.of(part))
+            if not isinstance(part, CallBegins):
+                self.blocks[-1].text += part.text
+
+    @property
+    def text(self) -> str:
+        return "".join(block.text for block in self.blocks if isinstance(block.begun, Text))
+
+    @property
+    def thoughts(self) -> str:
+        return "".join(block.text for block in self.blocks if isinstance(block.begun, Thought))
+
+    @property
+    def calls(self) -> list[Call]:
+        return [
+            Call(block.begun.id, block.begun.name, block.text)
+            for block in self.blocks
+            if isinstance(block.begun, CallBegins)
+        ]
 
 
 async def events(
@@ -98,6 +130,7 @@ async def events(
     Closing the iterator cancels the answers.
 
     withdrawable: as in ``Gateway.generate``. An event whose piece withdraws has no parts.
+    Raises CoordinatorError, RequestInvalid.
     """
     readers = [_Reader(job, index) for index in range(len(outcomes))]
     ended: set[int] = set()
@@ -111,17 +144,21 @@ async def events(
         withdrawable=withdrawable,
         markers=job.markers,
     )
-    async with aclosing(pieces):
-        async for index, piece in pieces:
-            if index in ended:
-                continue
-            event = readers[index].read(piece)
-            outcomes[index].add(event)
-            yield event
-            if event.finish:
-                ended.add(index)
-                if len(ended) == len(outcomes):
-                    return
+    try:
+        async with aclosing(pieces):
+            async for index, piece in pieces:
+                if index in ended:
+                    continue
+                event = readers[index].read(piece)
+                outcomes[index].add(event)
+                yield event
+                if event.finish:
+                    ended.add(index)
+                    if len(ended) == len(outcomes):
+                        return
+    except FormatFailed as error:
+        field = job.format_field
+        raise RequestInvalid(f"{field}: {error}", field, error.code) from error
 
 
 class _Reader:
@@ -149,17 +186,15 @@ class _Reader:
             parts = _first_call(parts)
         self._calls = self._calls or any(isinstance(part, CallBegins) for part in parts)
         if ends:
-            return Event(self._index, tuple(parts), piece, "tool_calls", stopped=True)
+            return Event(self._index, tuple(parts), piece, "tool_calls")
         finish = "tool_calls" if self._calls and piece.finish == "stop" else piece.finish
-        # The gateway gives the token that ends a stop string, and none for the end of the text.
-        stopped = piece.finish == "stop" and bool(piece.tokens)
-        return Event(self._index, tuple(parts), piece, finish, stopped)
+        return Event(self._index, tuple(parts), piece, finish)
 
 
 def _without_answer(piece: Piece) -> Piece:
     """Leave out the token that was drawn although none is wanted."""
     finish: FinishReason = "length" if piece.finish else ""
-    return replace(piece, text="", tokens=(), logprobs=(), finish=finish)
+    return replace(piece, text="", tokens=(), logprobs=(), finish=finish, stop="")
 
 
 def _first_call(parts: list[Part]) -> list[Part]:

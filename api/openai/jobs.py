@@ -61,6 +61,8 @@ class Job:
     """The texts of the prompts, if answers begin with them."""
     wants_no_answer: bool = False
     """Whether only the prompts are asked for. One token of an answer is drawn all the same."""
+    format_field: str = ""
+    """The field that says which format the answer has, if one does."""
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -106,11 +108,12 @@ def read_job(deployment: Deployment, body: Mapping[str, Any], *, chat: bool) -> 
     for prompt in prompts:
         room_for_answer(len(prompt), deployment.context_tokens, deployment.spec)
     sampling = read_sampling(deployment, body, chat=chat)
+    sampling, format_field = constrained(deployment, body, sampling, reading)
     return Job(
         deployment=deployment,
         chat=chat,
         prompts=tuple(map(tuple, prompts)),
-        sampling=constrained(deployment, body, sampling, reading),
+        sampling=sampling,
         stop=read_stop(body),
         stream=flag(body, "stream"),
         include_usage=flag(options, "include_usage"),
@@ -120,6 +123,7 @@ def read_job(deployment: Deployment, body: Mapping[str, Any], *, chat: bool) -> 
         choices=read_choices(body, len(prompts)),
         echoed=tuple(texts) if flag(body, "echo") else (),
         wants_no_answer=body.get("max_tokens") == 0,
+        format_field=format_field,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from coordinator.loading.deployment import Deployment
@@ -21,39 +21,51 @@ def chat_logprobs(deployment: Deployment, tokens: Iterable[TokenLogprobs]) -> di
     return {"content": content, "refusal": None}
 
 
+class Offsets:
+    """Tells where each token of a text begins in it. Tokens of one character begin at its place."""
+
+    def __init__(self, deployment: Deployment, chars: int = 0) -> None:
+        """``chars`` is the length of the text before the tokens."""
+        self._decoder = deployment.tokenizer.stream()
+        self._chars = chars
+
+    def of(self, token: int) -> int:
+        """Return the place of the next token, in characters."""
+        place = self._chars
+        self._chars += len(self._decoder.push(token))
+        return place
+
+
 def completion_logprobs(
     deployment: Deployment,
     tokens: Iterable[TokenLogprobs],
+    offsets: Offsets,
     *,
-    offset_chars: int = 0,
     first: int | None = None,
 ) -> dict[str, Any]:
     """Return the ``logprobs`` of a completion, or of a chunk of it.
 
-    offset_chars: the length of the text before.
     first: a token before the others that has no log-probability, because it begins the prompt.
     """
     texts: list[str] = []
     values: list[float | None] = []
     tops: list[dict[str, float] | None] = []
-    offsets: list[int] = []
+    places: list[int] = []
     if first is not None:
         texts.append(_text(token_bytes(deployment, first)))
         values.append(None)
         tops.append(None)
-        offsets.append(offset_chars)
-        offset_chars += text_chars(deployment, [first])
+        places.append(offsets.of(first))
     for told in tokens:
         texts.append(_text(token_bytes(deployment, told.token)))
         values.append(told.logprob)
         tops.append({_text(token_bytes(deployment, token)): value for token, value in told.top})
-        offsets.append(offset_chars)
-        offset_chars += text_chars(deployment, [told.token])
+        places.append(offsets.of(told.token))
     return {
         "tokens": texts,
         "token_logprobs": values,
         "top_logprobs": tops,
-        "text_offset": offsets,
+        "text_offset": places,
     }
 
 
@@ -76,8 +88,3 @@ def _text(data: bytes) -> str:
         return data.decode()
     except UnicodeDecodeError:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
-
-
-def text_chars(deployment: Deployment, tokens: Sequence[int]) -> int:
-    """Return the length of the text of some tokens. Bytes that are no character do not count."""
-    return sum(len(token_bytes(deployment, token).decode(errors="ignore")) for token in tokens)

@@ -6,6 +6,7 @@ error that names it. Only what says nothing new may be left unread, such as the 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ def read_messages(value: Any, traits: TemplateTraits) -> list[WatchedMessage]:
         read = _message(message, place)
         if read["role"] == "tool":
             _check_result(read, calls, place)
-        elif read["role"] == "assistant":
+        else:
             calls = {call["id"]: call["function"]["name"] for call in read.get("tool_calls", ())}
         found.append(_fitted(read, traits))
     ordered = _in_order_of_calls(found)
@@ -85,9 +86,7 @@ def _message(message: Mapping[str, Any], place: str) -> dict[str, Any]:
             raise _wrong(f"{place}.tool_calls: only the assistant calls tools")
         if not isinstance(calls, list):
             raise _wrong(f"{place}.tool_calls: expected a list")
-        read["tool_calls"] = [
-            _call(call, f"{place}.tool_calls[{number}]") for number, call in enumerate(calls)
-        ]
+        read["tool_calls"] = _calls(calls, f"{place}.tool_calls")
     elif message.get("content") is None and role != "assistant":
         raise _wrong(f"{place}: it needs content")
     # `reasoning` is the name that vLLM and OpenRouter give to it.
@@ -125,6 +124,17 @@ def _part(part: Any, place: str) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     instead = f", not {str(kind)[:40]!r}" if kind not in (None, "text") else ""
     raise _wrong(f"{place}: only text content is supported{instead}")
+
+
+def _calls(calls: list[Any], place: str) -> list[dict[str, Any]]:
+    """Read the calls of a message. Of two with one id, nobody could tell whose a result is."""
+    found: dict[str, dict[str, Any]] = {}
+    for number, call in enumerate(calls):
+        read = _call(call, f"{place}[{number}]")
+        if read["id"] in found:
+            raise _wrong(f"{place}[{number}].id: {read['id'][:60]!r} is the id of an earlier call")
+        found[read["id"]] = read
+    return list(found.values())
 
 
 def _call(call: Any, place: str) -> dict[str, Any]:
@@ -199,16 +209,13 @@ def _in_order_of_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any
     """
     ordered: list[dict[str, Any]] = []
     places: dict[str, int] = {}
-    begin = 0
-    for message in messages:
-        if message["role"] != "tool":
-            calls = message.get("tool_calls", ())
-            places = {call["id"]: place for place, call in enumerate(calls)}
-            ordered.append(message)
-            begin = len(ordered)
+    for are_results, group in itertools.groupby(messages, lambda item: item["role"] == "tool"):
+        if are_results:
+            ordered += sorted(group, key=lambda item: places[item["tool_call_id"]])
         else:
-            ordered.append(message)
-            ordered[begin:] = sorted(ordered[begin:], key=lambda item: places[item["tool_call_id"]])
+            ordered += group
+            calls = ordered[-1].get("tool_calls", ())
+            places = {call["id"]: place for place, call in enumerate(calls)}
     return ordered
 
 

@@ -127,15 +127,33 @@ def read_variables(deployment: Deployment, body: Mapping[str, Any]) -> dict[str,
     if not isinstance(given, dict):
         raise RequestInvalid("chat_template_kwargs: expected an object", "chat_template_kwargs")
     known = deployment.tokenizer.template_variables
-    wanted = _thinking(deployment, body) | given
-    for name in given:
+    wanted = _thinking(deployment, body)
+    for name, value in given.items():
         if name in _OWN_VARIABLES or name not in known:
             raise RequestInvalid(
                 f"chat_template_kwargs: the chat template of {deployment.name} has no variable "
                 f"{name[:60]!r}",
                 "chat_template_kwargs",
             )
+        if value is None:
+            continue
+        _check_variable(name, value)
+        if wanted.setdefault(name, value) != value:
+            raise RequestInvalid(
+                f"chat_template_kwargs.{name}: another field of the request says something else: "
+                "leave one out",
+                "chat_template_kwargs",
+            )
     return wanted
+
+
+def _check_variable(name: str, value: Any) -> None:
+    """Refuse values that a template would take for something else, such as "false" for true."""
+    place = f"chat_template_kwargs.{name}"
+    if name in THINKING_SWITCHES and not isinstance(value, bool):
+        raise RequestInvalid(f"{place}: expected true or false", "chat_template_kwargs")
+    if name == "reasoning_effort" and not isinstance(value, str):
+        raise RequestInvalid(f"{place}: expected text", "chat_template_kwargs")
 
 
 def _thinking(deployment: Deployment, body: Mapping[str, Any]) -> dict[str, Any]:

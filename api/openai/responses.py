@@ -12,9 +12,9 @@ from typing import Any
 from api.common import EventForm, describe
 from api.formats.parts import Arguments, CallBegins, Part, Text, Thought
 from api.openai.api import Api
-from api.openai.events import Event, Outcome
+from api.openai.events import Block, Event, Outcome
 from api.openai.jobs import Job, read_job
-from api.openai.responses_input import chat_request
+from api.openai.responses_input import NAMES, chat_request
 from coordinator.loading.deployment import Deployment
 
 
@@ -31,6 +31,7 @@ class Responses(Api):
     """One request. Its stream has a numbered event for each step of each item."""
 
     form = EventForm(_event, _error, "")
+    names = NAMES
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         super().__init__(body)
@@ -45,19 +46,15 @@ class Responses(Api):
 
     def read(self, deployment: Deployment) -> Job:
         self._request = chat_request(self.body)
-        return read_job(deployment, self._request, chat=True)
+        with self.naming():
+            return self.named(read_job(deployment, self._request, chat=True))
 
     def whole(self, job: Job, outcomes: Sequence[Outcome]) -> dict[str, Any]:
         self._job, (self._outcome,) = job, outcomes
-        items = []
-        if self._outcome.thoughts:
-            items.append(_Item(Thought(""), self._outcome.thoughts))
-        if self._outcome.text or not self._outcome.calls:
-            items.append(_Item(Text(""), self._outcome.text))
-        for index, call in enumerate(self._outcome.calls):
-            items.append(_Item(CallBegins(index, call.id, call.name), call.arguments))
-        self._items = [item.to_json(self._item_status()) for item in items]
-        return self._response(self._status())
+        blocks, status = self._outcome.blocks or [Block(Text(""))], self._status()
+        *items, last = [_Item(block.begun, block.text) for block in blocks]
+        self._items = [*(item.to_json("completed") for item in items), last.to_json(status)]
+        return self._response(status)
 
     def begin(self, job: Job, outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
         self._job, (self._outcome,) = job, outcomes
@@ -68,23 +65,22 @@ class Responses(Api):
     def add(self, event: Event) -> Iterator[dict[str, Any]]:
         for part in event.parts:
             if self._open is None or not self._open.takes(part):
-                yield from self._close()
+                yield from self._close("completed")
                 yield from self._begin(part)
             assert self._open is not None  # noqa: S101 - begun above
             yield from self._add(self._open, part)
 
     def end(self) -> Iterator[dict[str, Any]]:
-        yield from self._close()
-        if not self._items:
-            yield from self._begin(Text(""))
-            yield from self._close()
         status = self._status()
+        if not self._outcome.blocks:
+            yield from self._begin(Text(""))
+        yield from self._close(status)
         yield self._numbered(f"response.{status}", response=self._response(status))
 
     # ---- items ----------------------------------------------------------------------------------
 
     def _begin(self, part: Part) -> Iterator[dict[str, Any]]:
-        item = self._open = _Item(part)
+        item = self._open = _Item(Block.of(part).begun)
         yield self._placed("response.output_item.added", item=item.to_json("in_progress"))
         if isinstance(part, Text):
             yield self._of(item, "response.content_part.added", part=_text_part(""))
@@ -102,11 +98,11 @@ class Responses(Api):
         item.text += text
         yield self._of(item, name, delta=text, **extra)
 
-    def _close(self) -> Iterator[dict[str, Any]]:
+    def _close(self, status: str) -> Iterator[dict[str, Any]]:
         item = self._open
         if item is None:
             return
-        match item.kind:
+        match item.begun:
             case Text():
                 text = {"text": item.text, "logprobs": list[Any]()}
                 yield self._of(item, "response.output_text.done", **text)
@@ -117,7 +113,7 @@ class Responses(Api):
             case CallBegins(_, _, name):
                 arguments = {"arguments": item.text, "name": name}
                 yield self._of(item, "response.function_call_arguments.done", **arguments)
-        done = item.to_json(self._item_status())
+        done = item.to_json(status)
         yield self._placed("response.output_item.done", item=done)
         self._items.append(done)
         self._open = None
@@ -130,17 +126,14 @@ class Responses(Api):
         return self._numbered(kind, output_index=len(self._items), **fields)
 
     def _of(self, item: _Item, kind: str, **fields: Any) -> dict[str, Any]:
-        if not isinstance(item.kind, CallBegins):
+        if not isinstance(item.begun, CallBegins):
             fields["content_index"] = 0
         return self._placed(kind, item_id=item.id, **fields)
 
     # ---- the response ---------------------------------------------------------------------------
 
     def _status(self) -> str:
-        return "incomplete" if self._outcome.finish == "length" else "completed"
-
-    def _item_status(self) -> str:
-        # Only the last item is cut off, and earlier ones are closed before the answer's end.
+        """Say how the answer has ended. Its last item ended so, too."""
         return "incomplete" if self._outcome.finish == "length" else "completed"
 
     def _response(self, status: str) -> dict[str, Any]:
@@ -179,26 +172,18 @@ class Responses(Api):
 
 
 @dataclass(slots=True)
-class _Item:
-    """An item of the output. ``kind`` is the part that began it."""
+class _Item(Block):
+    """An item of the output."""
 
-    kind: Part
-    text: str = ""
     id: str = ""
 
     def __post_init__(self) -> None:
-        prefix = {Text: "msg", Thought: "rs"}.get(type(self.kind), "fc")
+        prefix = {Text: "msg", Thought: "rs"}.get(type(self.begun), "fc")
         self.id = f"{prefix}_{secrets.token_hex(16)}"
-
-    def takes(self, part: Part) -> bool:
-        """Whether a part goes on in this item."""
-        if isinstance(part, Arguments):
-            return isinstance(self.kind, CallBegins)
-        return type(part) is type(self.kind) and not isinstance(part, CallBegins)
 
     def to_json(self, status: str) -> dict[str, Any]:
         ended = status != "in_progress"
-        match self.kind:
+        match self.begun:
             case Thought():
                 content = [{"type": "reasoning_text", "text": self.text}] if ended else []
                 fields: dict[str, Any] = {"type": "reasoning", "summary": [], "content": content}

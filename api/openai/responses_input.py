@@ -19,6 +19,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 """Fields that are not supported, with the values that have no effect. Nothing is stored here."""
 
+NAMES = {
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "verbosity": "text.verbosity",
+    "reasoning_effort": "reasoning.effort",
+}
+"""The fields here that say what the others say in a request for a chat."""
+
 NO_LOGPROBS = "log-probabilities are told by /v1/chat/completions only"
 
 _SAME = (
@@ -163,7 +171,7 @@ class _Messages:
         if not isinstance(item, dict):
             raise RequestInvalid(f"{place}: expected an object", "input")
         kind = item.get("type", "message")
-        if kind in _FIELDS:
+        if isinstance(kind, str) and kind in _FIELDS:
             only(item, (*_ITEM, *_FIELDS[kind]), place, "input")
         if kind == "message" and item.get("role") == "assistant":
             message = self._assistant()
@@ -187,7 +195,9 @@ class _Messages:
                 self._open = None
                 self._assistant()["reasoning_content"] = text
         else:
-            raise RequestInvalid(f"{place}: items of the type {str(kind)[:40]!r} are not supported")
+            raise RequestInvalid(
+                f"{place}: items of the type {str(kind)[:40]!r} are not supported", "input"
+            )
 
     def _assistant(self) -> dict[str, Any]:
         if self._open is None:

@@ -46,8 +46,13 @@ _NEUTRAL_SAMPLING = {
 def read_sampling(deployment: Deployment, body: Mapping[str, Any], *, chat: bool) -> Sampling:
     """Read everything but the format of the answer. Raises RequestInvalid."""
     default = deployment.context_tokens if chat else DEFAULT_COMPLETION_TOKENS
-    newer = chat and body.get("max_completion_tokens") is not None
-    limit = "max_completion_tokens" if newer else "max_tokens"
+    limit = "max_tokens"
+    if chat and body.get("max_completion_tokens") is not None:
+        limit = "max_completion_tokens"
+        if body.get("max_tokens") not in (None, body[limit]):
+            raise RequestInvalid(
+                f"max_tokens: {limit} says something else: leave one out", "max_tokens"
+            )
     known = {**_NEUTRAL_SAMPLING, **deployment.sampling_defaults.stated()}
     penalties = MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY
     echo = not chat and flag(body, "echo")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,10 +55,10 @@ def read_tools(body: Mapping[str, Any]) -> Tools:
     if not isinstance(given, list):
         raise RequestInvalid("tools: expected a list", "tools")
     tools = tuple(_tool(item, f"tools[{number}]") for number, item in enumerate(given))
-    names = [tool.name for tool in tools]
-    for name in names:
-        if names.count(name) > 1:
-            raise RequestInvalid(f"tools: two tools have the name {name!r}", "tools")
+    names = frozenset(tool.name for tool in tools)
+    if len(names) < len(tools):
+        ((name, _),) = Counter(tool.name for tool in tools).most_common(1)
+        raise RequestInvalid(f"tools: two tools have the name {name!r}", "tools")
     wish, allowed = _choice(body.get("tool_choice"), names)
     if wish != "none" and not tools and body.get("tool_choice") not in (None, "auto"):
         raise RequestInvalid("tool_choice: there are no tools to choose from", "tool_choice")
@@ -90,32 +91,31 @@ def _tool(item: Any, place: str) -> Tool:
     return Tool(name, description or "", parameters or {}, flag(function, "strict"))
 
 
-def _choice(value: Any, names: list[str]) -> tuple[str, list[str]]:
+def _choice(value: Any, names: frozenset[str]) -> tuple[str, frozenset[str]]:
     """Return none, auto or required, and the names that may be called."""
     if value is None or value in ("none", "auto", "required"):
         return value or "auto", names
     kind = value.get("type") if isinstance(value, dict) else None
     if kind == "function":
         only(value, ("type", "function"), "tool_choice", "tool_choice")
-        return "required", [_known(value.get("function"), names)]
+        return "required", frozenset({_known(value.get("function"), names)})
     if kind == "allowed_tools" and isinstance(value.get("allowed_tools"), dict):
         allowed = value["allowed_tools"]
         only(value, ("type", "allowed_tools"), "tool_choice", "tool_choice")
         only(allowed, ("mode", "tools"), "tool_choice.allowed_tools", "tool_choice")
         listed = allowed.get("tools")
         if allowed.get("mode") in ("auto", "required") and isinstance(listed, list):
-            chosen = [
+            return allowed["mode"], frozenset(
                 _known(item.get("function") if isinstance(item, dict) else None, names)
                 for item in listed
-            ]
-            return allowed["mode"], chosen
+            )
     raise RequestInvalid(
         "tool_choice: expected none, auto, required, or an object that names a function",
         "tool_choice",
     )
 
 
-def _known(function: Any, names: list[str]) -> str:
+def _known(function: Any, names: frozenset[str]) -> str:
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or name not in names:
         raise RequestInvalid(f"tool_choice: no tool has the name {name!r}", "tool_choice")

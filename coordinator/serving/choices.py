@@ -42,7 +42,8 @@ async def answers(
     """Yield the pieces of all ``runs`` as they come, each with the index of its run.
 
     ended: the runs that the caller wants no more of. They are cancelled.
-    Each answer is the one that its run alone would give. Parameters and errors are those of
+    Each answer is the one that its run alone would give. At most as many run or stand in line as
+    the deployment has slots. Parameters and errors are those of
     ``Gateway.generate``. The first error ends all answers, and so does closing the iterator.
     """
 
@@ -66,8 +67,11 @@ async def answers(
         return
     arrived: asyncio.Queue[tuple[int, Piece] | asyncio.Task[None]] = asyncio.Queue()
 
+    # Those that found no slot would stand in line before everybody who comes later.
+    room = asyncio.Semaphore(deployment.slots.total)
+
     async def one(index: int) -> None:
-        async with aclosing(generate(index)) as pieces:
+        async with room, aclosing(generate(index)) as pieces:
             async for piece in pieces:
                 if index in ended:
                     return

@@ -28,6 +28,7 @@ from coordinator.errors import (
     AgentLost,
     AnswerWithdrawn,
     CoordinatorError,
+    FormatFailed,
     RowsLost,
     Stalled,
 )
@@ -98,6 +99,8 @@ class Piece:
     """The log-probabilities of each of the tokens, if they are asked for."""
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     """The log-probabilities of the prompt's tokens but the first. Such a piece has nothing else."""
+    stop: str = ""
+    """The stop string that has ended the answer; empty if none has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +249,8 @@ class _Flight:
         self.ended = True
         if message.prefix_lost and self.held.cached and not self.tokens:
             self.events.put_nowait(_PrefixLost(f"{name}: {message.reason}"))
+        elif message.format_failed and self.sampling.grammar:
+            self.events.put_nowait(FormatFailed(message.reason))
         else:
             self.events.put_nowait(AgentFailed(name, message.reason))
 
@@ -476,7 +481,6 @@ class Gateway:
                     return
                 except _PrefixLost as lost:
                     log.info("the whole prompt runs: %s", lost)
-                    requests.current().cached_tokens -= held.cached
                     held.forget()
                 except _Paused:
                     raise  # All stages have the rows of the tokens that came.
@@ -520,7 +524,7 @@ class Gateway:
             is_new = timing.first_s is None
             if is_new:
                 timing.cached_tokens = held.cached
-            requests.current().starts(deployment.epoch, number, held.cached if is_new else 0)
+            requests.current().starts(deployment.epoch, number)
             shares = (
                 deployment.slots.used > 1
                 or self._models.ended_by(deployment) is not None
@@ -534,6 +538,9 @@ class Gateway:
                 event = await _next_event(flight, len(prompt) - held.cached)
                 if isinstance(event, CoordinatorError):
                     raise event.with_traceback(None)
+                if is_new:  # Until now, a stage may have lacked the kept rows.
+                    requests.current().cached_tokens += held.cached
+                    is_new = False
                 yield event
         finally:
             del self._flights[number]
@@ -641,17 +648,18 @@ class _StopFilter:
         self._stop = tuple(stop)
         self._held = ""
 
-    def feed(self, text: str) -> tuple[str, bool]:
-        """Return the text that is safe to show, and whether a stop string was met."""
+    def feed(self, text: str) -> tuple[str, str]:
+        """Return the text that is safe to show, and the stop string that was met, or ""."""
         self._held += text
-        found = [at for stop in self._stop if (at := self._held.find(stop)) >= 0]
+        found = [(at, len(stop)) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
-            shown, self._held = self._held[: min(found)], ""
-            return shown, True
+            at, chars = min(found)
+            shown, stop, self._held = self._held[:at], self._held[at : at + chars], ""
+            return shown, stop
         keep = max((self._overlap(stop) for stop in self._stop), default=0)
         cut = len(self._held) - keep
         shown, self._held = self._held[:cut], self._held[cut:]
-        return shown, False
+        return shown, ""
 
     def fresh(self) -> _StopFilter:
         """Return a filter for the same strings that has seen no text."""
@@ -676,15 +684,13 @@ def _piece(event: TokenSampled, decoder: StreamDecoder, text: _StopFilter, timin
     timing.drafted_tokens += event.drafted
     timing.accepted_tokens += event.accepted
     if event.finish == "stop":
-        shown, _ = text.feed(decoder.finish())
-        return Piece(shown + text.rest(), (), "stop")
-    shown, stopped = text.feed(decoder.push(event.token))
-    if stopped:
-        return Piece(shown, (event.token,), "stop")
-    if event.finish == "length":
-        more, stopped = text.feed(decoder.finish())
-        return Piece(shown + more + text.rest(), (event.token,), "stop" if stopped else "length")
-    return Piece(shown, (event.token,), "")
+        shown, stop = text.feed(decoder.finish())
+        return Piece(shown + text.rest(), (), "stop", stop=stop)
+    shown, stop = text.feed(decoder.push(event.token))
+    if event.finish == "length" and not stop:
+        more, stop = text.feed(decoder.finish())
+        shown += more + text.rest()
+    return Piece(shown, (event.token,), "stop" if stop else event.finish, stop=stop)
 
 
 async def _again(

@@ -85,10 +85,9 @@ class InFlight:
         self.prompt_tokens += prompt_tokens
         self.on_change()
 
-    def starts(self, epoch: int, sequence: int, cached_tokens: int = 0) -> None:
+    def starts(self, epoch: int, sequence: int) -> None:
         """Note that a prompt has a slot, and runs as this sequence."""
         self.sequences.append((epoch, sequence))
-        self.cached_tokens += cached_tokens
         if self.started_s is None:
             self.started_s = time.monotonic()
         if self.state == "waiting":

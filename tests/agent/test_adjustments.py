@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from agent.adjustments import Adjustments
+from agent.adjustments import Adjustments, FormatFailed
 from agent.sampler import SMALLEST_LOGPROB, Sampler
 from agent.sampling_limits import problem_of
 from backends.base import ALL_LOGITS, BackendError
@@ -21,7 +21,7 @@ from model.generation import (
     MAX_TOP_K,
     MIN_REPETITION_PENALTY,
 )
-from model.grammar_process import GrammarFailed
+from model.grammar_process import GrammarFailed, GrammarProcessLost
 from wire.limits import MAX_GRAMMAR_BYTES, MAX_LOGIT_BIASES
 from wire.logprobs import MOST_TOP_LOGPROBS, decode_logprobs
 from wire.messages import Sampling
@@ -211,10 +211,20 @@ def test_a_grammar_that_fails_or_allows_nothing_ends_the_sequence() -> None:
             raise GrammarFailed("it takes too much")
 
     logits = np.zeros(VOCAB, np.float32)
-    with pytest.raises(BackendError, match="format cannot be kept: it takes too much"):
+    with pytest.raises(FormatFailed, match="format cannot be kept: it takes too much"):
         Sampler(PLAIN, Failing([])).sample(logits, 0)
-    with pytest.raises(BackendError, match="allows no token"):
+    with pytest.raises(FormatFailed, match="allows no token"):
         Sampler(PLAIN, Allowing([])).sample(logits, 0)
+
+
+def test_a_device_that_cannot_follow_a_grammar_blames_none() -> None:
+    class Helpless(Allowing):
+        def allowed(self) -> bytes:
+            raise GrammarProcessLost("20 MiB are free")
+
+    with pytest.raises(BackendError, match="cannot follow the answer's format: 20 MiB") as raised:
+        Sampler(PLAIN, Helpless([])).sample(np.zeros(VOCAB, np.float32), 0)
+    assert not isinstance(raised.value, FormatFailed)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ import pytest
 from agent.sampler import Sampler
 from backends.base import BackendError
 from model import grammar_process
-from model.grammar_process import GrammarFailed, GrammarProcess
+from model.grammar_process import GrammarFailed, GrammarProcess, GrammarProcessLost
 from tests.random_schemas import logits, schema, vocabulary
 from wire.messages import Sampling
 
@@ -202,6 +202,7 @@ HOSTILE = {
 def test_a_hostile_grammar_is_refused_in_one_line(process: GrammarProcess, name: str) -> None:
     with pytest.raises(GrammarFailed) as caught:
         process.check(HOSTILE[name])
+    assert not isinstance(caught.value, GrammarProcessLost)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
     process.check(json_grammar({"type": "object"}))
@@ -215,14 +216,14 @@ def test_a_request_that_takes_too_long_ends_the_process_in_time(tmp_path: Path) 
         matcher = process.open(json_grammar({"type": "object"}))
         matcher.allowed()
         os.kill(process.child().pid, signal.SIGSTOP)
-        with pytest.raises(GrammarFailed, match=r"did not end within 1\.5 s"):
+        with pytest.raises(GrammarProcessLost, match=r"did not end within 1\.5 s"):
             process.check(json_grammar({"type": "object"}))
         process.check(json_grammar({"type": "object"}))
         matcher.accept(ord("{"))
         assert matcher.allowed()
     finally:
         process.close()
-    with pytest.raises(GrammarFailed, match="has ended"):
+    with pytest.raises(GrammarProcessLost, match="has ended"):
         process.check(json_grammar({"type": "object"}))
 
 
@@ -245,7 +246,8 @@ def test_no_process_starts_where_memory_lacks(
     process = GrammarProcess(path)
     with monkeypatch.context() as patch:
         patch.setattr(grammar_process, "memory_bytes", lambda: (20 << 20, 1 << 30))
-        with pytest.raises(GrammarFailed, match=r"takes about 24 MiB of memory, and 20 MiB are"):
+        said = r"takes about 24 MiB of memory, and 20 MiB are"
+        with pytest.raises(GrammarProcessLost, match=said):
             process.check('start: "a"')
         assert process._child is None
     process.check('start: "a"')  # Memory is free again.

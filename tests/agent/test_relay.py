@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -429,6 +430,50 @@ def test_a_chunk_that_cannot_be_unpacked_fails_its_sequence_and_no_other(
     assert failed.sequence == 1
     first.start(start(2))
     assert last.answer(2) == CONTINUATION
+
+
+def test_a_sequence_that_comes_while_the_stage_is_unloaded_does_not_run(
+    ring: tuple[Node, Node],
+) -> None:
+    """Another thread unloads than the one that reads the coordinator's word."""
+    first, _ = ring
+    first.relay.close()
+    first.relay.start(start(1))
+    assert first.relay.counts().held_rows == 0
+    assert first.stage.calls.empty()
+    failed = SequenceFailed(EPOCH, 1, "the stage is not loaded")
+    assert first.reports.get(timeout=ANSWER_S) == failed
+
+
+def test_a_format_that_fails_in_the_middle_is_told_as_such(ring: tuple[Node, Node]) -> None:
+    class Allowing:
+        """Allows the token of the answer, and then none."""
+
+        is_ready = True
+
+        def __init__(self) -> None:
+            self.accepted: list[int] = []
+
+        def allowed(self) -> bytes:
+            bits = np.zeros(Checkpoint.open(LLAMA).spec.vocab, np.uint8)
+            bits[CONTINUATION[0]] = not self.accepted
+            return np.packbits(bits, bitorder="little").tobytes()
+
+        def accept(self, token: int) -> None:
+            self.accepted.append(token)
+
+    first, last = ring
+    grammars = SimpleNamespace(open=lambda grammar, answer: Allowing(), close=lambda: None)
+    last.relay._grammars = grammars  # type: ignore[assignment]  # As much as a relay needs.
+    sampling = replace(GREEDY, grammar=b'start: "a"')
+    last.relay.start(StartSequence(EPOCH, 1, 0, (), sampling))
+    first.relay.start(StartSequence(EPOCH, 1, 0, PROMPT, GREEDY))
+    token = last.reports.get(timeout=ANSWER_S)
+    assert isinstance(token, TokenSampled)
+    assert token.token == CONTINUATION[0]
+    reason = "the answer's format allows no token here"
+    failed = last.reports.get(timeout=ANSWER_S)
+    assert failed == SequenceFailed(EPOCH, 1, reason, format_failed=True)
 
 
 # ---- repetition penalty ------------------------------------------------------------------------

@@ -10,6 +10,8 @@ import pytest
 
 from api.openai import constraints
 from api.openai.constraints import behind_thoughts, constrained, either
+from coordinator.errors import FormatsUnchecked
+from model.grammar_process import GrammarProcessLost
 from planning.errors import RequestInvalid
 from wire.messages import Sampling
 
@@ -44,10 +46,20 @@ def test_a_model_without_bytes_of_tokens_says_so() -> None:
         constrained(deployment(vocabulary=None), CHOICE, SAMPLING)
 
 
+def test_a_coordinator_that_cannot_check_a_format_blames_no_request() -> None:
+    def check(grammar: str) -> None:
+        raise GrammarProcessLost("20 MiB are free")
+
+    vocabulary = SimpleNamespace(check=check)
+    with pytest.raises(FormatsUnchecked, match="coordinator cannot check the format: 20 MiB") as no:
+        constrained(deployment(vocabulary=vocabulary), CHOICE, SAMPLING)
+    assert no.value.status == 503
+
+
 def test_a_request_without_a_format_needs_no_library() -> None:
     lacking = deployment(vocabulary=None, keeps_grammars=False)
     for body in ({}, {"response_format": {"type": "text"}}, {"grammar": None}):
-        assert constrained(lacking, body, SAMPLING) is SAMPLING
+        assert constrained(lacking, body, SAMPLING) == (SAMPLING, "")
 
 
 def test_grammars_are_joined_by_their_names() -> None:
@@ -61,9 +73,10 @@ def test_grammars_are_joined_by_their_names() -> None:
 
 
 def test_a_schema_may_be_text_and_has_bounds() -> None:
-    kept = constrained(deployment(), {"json_schema": '{"type": "integer"}'}, SAMPLING).grammar
-    assert b"%json" in kept
-    assert b"no_forcing" in kept
+    kept, field = constrained(deployment(), {"json_schema": '{"type": "integer"}'}, SAMPLING)
+    assert field == "json_schema"
+    assert b"%json" in kept.grammar
+    assert b"no_forcing" in kept.grammar
     deep: dict[str, Any] = {}
     for _ in range(200):
         deep = {"items": deep}

@@ -371,6 +371,33 @@ def test_only_calls_of_strict_tools_are_kept_to_their_schemas(name: str) -> None
         assert admits(grammar, free)
 
 
+@given(places=st.lists(st.integers(0, 80), max_size=6), opened=st.booleans())
+def test_a_call_within_shown_thoughts_is_none(places: list[int], opened: bool) -> None:
+    """The model only thinks of it. Where thoughts are told apart, it is none either."""
+    called = '<tool_call>{"name": "now", "arguments": {}}</tool_call>'
+    thoughts = f"{'' if opened else ' <think>'}\nPerhaps {called}?\n</think>"
+    text = f"{thoughts}\n\n{called}"
+    borders = [0, *sorted(place % len(text) for place in places), len(text)]
+    pieces = [text[begin:end] for begin, end in itertools.pairwise(borders)]
+    parser = THINKING.parser(TOOLS, opened=opened, split=False)
+    assert read(parser, pieces) == [("Text", thoughts), call(0, "now", "{}")]
+    for cut in ("", " <thi", " <think>\nPerhaps <tool_call>", "It is 4."):
+        parser = THINKING.parser(TOOLS, opened=False, split=False)
+        assert read(parser, cut) == ([("Text", cut)] if cut else [])
+
+
+def test_calls_have_ids_of_their_own() -> None:
+    """A model may write one id twice. Then nobody could tell whose a result is."""
+    one = "[TOOL_CALLS]now[CALL_ID]abcdef123[ARGS]{}"
+    parts = NAMED.parser(TOOLS, opened=False, split=True).feed(
+        f"{one}{one}[TOOL_CALLS]now[ARGS]{{}}"
+    )
+    first, second, third = [part.id for part in parts if isinstance(part, CallBegins)]
+    assert first == "abcdef123"
+    assert len({first, second, third}) == 3
+    assert len(second) == len(third) == 9
+
+
 ONE_CALL = {
     "hermes": '<tool_call>\n{"name": "get_weather", "arguments": ARGUMENTS}\n</tool_call>',
     "llama": '{"name": "get_weather", "parameters": ARGUMENTS}',

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from api.anthropic.messages import Messages
 from api.anthropic.requests import chat_request as of_anthropic
 from api.openai import constraints
+from api.openai.api import Api
 from api.openai.fields import number
 from api.openai.jobs import read_stream_options
+from api.openai.prompts import read_variables
+from api.openai.responses import Responses
 from api.openai.responses_input import chat_request as of_responses
-from api.openai.sampling import read_choices, read_logit_bias
+from api.openai.sampling import read_choices, read_logit_bias, read_sampling
 from api.openai.tools import read_tools
 from planning.errors import RequestInvalid
 from tests.api.test_messages import TOOL, USER, call, read
+from wire.messages import Sampling
 
 FORMAT = {"name": "n", "schema": {}}
 
@@ -34,6 +40,26 @@ def blocks(*given: dict[str, Any], role: str = "user") -> dict[str, Any]:
     return {"max_tokens": 1, "messages": [{"role": role, "content": list(given)}]}
 
 
+def of_variables(body: dict[str, Any]) -> dict[str, Any]:
+    template = "{{ enable_thinking }}{{ reasoning_effort }}</think>"
+    known = frozenset({"messages", "enable_thinking", "reasoning_effort", "documents"})
+    tokenizer = SimpleNamespace(template_variables=known, template_text=template)
+    deployment: Any = SimpleNamespace(name="llama", tokenizer=tokenizer)
+    return read_variables(deployment, body)
+
+
+def of_kwargs(variables: dict[str, Any]) -> dict[str, Any]:
+    return of_variables({"chat_template_kwargs": variables})
+
+
+def of_limits(body: dict[str, Any]) -> Sampling:
+    defaults = SimpleNamespace(stated=dict)
+    spec = SimpleNamespace(eos_tokens=(2,), vocab=9)
+    deployment: Any = SimpleNamespace(context_tokens=32, sampling_defaults=defaults, spec=spec)
+    return read_sampling(deployment, body, chat=True)
+
+
+OFF, LITTLE = {"enable_thinking": False}, {"reasoning_effort": "minimal"}
 TEXT = {"type": "text", "text": "x"}
 CALLING = {"role": "assistant", "tool_calls": [call("a")]}
 FUNCTION = call("a")["function"]
@@ -145,6 +171,28 @@ HI = {"max_tokens": 1, "messages": [USER]}
             "log-probabilities are told by /v1/chat/completions only",
         ),
         (of_responses, {"input": "x", "top_logprobs": 2}, "top_logprobs: log-probabilities are"),
+        # Values that no table can be asked for.
+        (of_format, {"response_format": {"type": []}}, "response_format.type: expected text"),
+        (of_format, {"response_format": {"type": {}}}, "response_format.type: expected text"),
+        (of_responses, {"input": [{"type": []}]}, r"input\[0\]: items of the type '\[\]' are not"),
+        (
+            of_messages,
+            {"messages": [{"role": "assistant", "tool_calls": [call("a"), call("a", "f")]}]},
+            r"messages\[0\]\.tool_calls\[1\]\.id: 'a' is the id of an earlier call",
+        ),
+        (
+            of_messages,
+            {"messages": [CALLING, USER, {"role": "tool", "tool_call_id": "a", "content": "1"}]},
+            r"messages\[2\]\.tool_call_id: 'a' is no call of the assistant's message before it",
+        ),
+        (of_kwargs, {"enable_thinking": "false"}, "enable_thinking: expected true or false"),
+        (of_kwargs, {"enable_thinking": 0}, "enable_thinking: expected true or false"),
+        (of_kwargs, {"reasoning_effort": ["low"]}, "reasoning_effort: expected text"),
+        (of_variables, {"enable_thinking": True, "chat_template_kwargs": OFF}, "enable_thinking"),
+        (of_variables, {"reasoning_effort": "low", "chat_template_kwargs": LITTLE}, "effort"),
+        (of_limits, {"max_tokens": 1, "max_completion_tokens": 2}, "max_tokens: max_completion_"),
+        (of_limits, {"max_tokens": 0, "max_completion_tokens": 2}, "max_tokens: max_completion_"),
+        (of_limits, {"max_tokens": "x", "max_completion_tokens": 2}, "max_tokens: max_completion"),
     ],
 )
 def test_what_would_have_no_effect_is_refused_by_name(
@@ -177,6 +225,50 @@ def test_what_clients_give_back_and_hints_are_taken() -> None:
     assert of_responses({"input": [earlier], "top_logprobs": 0})["messages"] == [
         {"role": "assistant", "content": "A"}
     ]
+
+
+@pytest.mark.parametrize(
+    ("make", "field", "message", "named"),
+    [
+        (Responses, "max_completion_tokens", "max_completion_tokens: 0 is", "max_output_tokens"),
+        (Responses, "response_format", "response_format.type: expected", "text.format"),
+        (Responses, "messages", "messages[0]: expected", "messages"),
+        (Messages, "stop", "stop: expected", "stop_sequences"),
+        (Messages, "enable_thinking", "enable_thinking: m does not think", "thinking"),
+    ],
+)
+def test_errors_name_the_fields_of_the_clients_api(
+    make: type[Api], field: str, message: str, named: str
+) -> None:
+    with pytest.raises(RequestInvalid) as refused, make({}).naming():
+        raise RequestInvalid(message, field, "some_code")
+    assert str(refused.value) == message.replace(field, named)
+    assert (refused.value.param, refused.value.code) == (named, "some_code")
+
+
+def test_many_tools_calls_and_results_take_no_longer_than_few() -> None:
+    """Comparing each with each, as was done, would take minutes, and hold up all other requests."""
+    count = 60_000
+    tools = [{**TOOL, "function": {"name": f"f{number}"}} for number in range(count)]
+    chosen = [{"type": "function", "function": tool["function"]} for tool in tools]
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": chosen}}
+    assert len(read_tools({"tools": tools, "tool_choice": allowed}).offered) == count
+    calls = [call(f"c{number}") for number in range(count)]
+    results = [
+        {"role": "tool", "tool_call_id": item["id"], "content": item["id"]}
+        for item in reversed(calls)
+    ]
+    messages = read([{"role": "assistant", "tool_calls": calls}, *results])
+    assert [message["content"] for message in messages[1:4]] == ["c0", "c1", "c2"]
+
+
+def test_variables_and_limits_that_agree_are_taken() -> None:
+    assert of_variables({"enable_thinking": False, "chat_template_kwargs": OFF}) == OFF
+    # As everywhere, null is nothing.
+    assert of_kwargs({"enable_thinking": None, "documents": [1]}) == {"documents": [1]}
+    assert of_kwargs(LITTLE) == LITTLE
+    assert of_limits({"max_tokens": 3, "max_completion_tokens": 3}).max_tokens == 3
+    assert of_limits({"max_tokens": 3, "max_completion_tokens": None}).max_tokens == 3
 
 
 @pytest.mark.parametrize("token", ["05", "0" * 30 + "99999", "00", "+5", " 5", "\u0665"])

@@ -72,7 +72,8 @@ class Server:
     async def _work(self) -> dict[str, Any]:
         request = current()
         request.asks("llama", 3)
-        request.starts(1, 1, cached_tokens=1)
+        request.starts(1, 1)
+        request.cached_tokens += 1
         self.begun.set()
         await self.may_end.wait()
         request.answers(1)

@@ -20,6 +20,7 @@ from coordinator.errors import (
     AgentLost,
     Busy,
     CoordinatorError,
+    FormatFailed,
     LinkFailed,
     NotLoaded,
     Stalled,
@@ -100,6 +101,7 @@ def shown(stop: list[str], *texts: str) -> tuple[str, bool]:
         piece, stopped = stops.feed(text)
         result += piece
         if stopped:
+            assert stopped in stop
             return result, True
     return result + stops.rest(), False
 
@@ -129,9 +131,9 @@ def test_a_stop_string_ends_the_text_and_is_not_shown(
 
 def test_what_may_begin_a_stop_string_is_held_back() -> None:
     stops = _StopFilter(["END"])
-    assert stops.feed("an EN") == ("an ", False)
-    assert stops.feed("E") == ("EN", False)
-    assert stops.feed("ND") == ("", True)
+    assert stops.feed("an EN") == ("an ", "")
+    assert stops.feed("E") == ("EN", "")
+    assert stops.feed("ND") == ("", "END")
 
 
 # ---- room and timing ---------------------------------------------------------------------------
@@ -377,7 +379,7 @@ def test_a_stop_string_cancels_the_sequence(run: Run) -> None:
         await cluster.sample(begun.sequence, "an END of")
         pieces = await task
         assert text_of(pieces) == "an "
-        assert pieces[-1].finish == "stop"
+        assert (pieces[-1].finish, pieces[-1].stop) == ("stop", "END")
         assert sum(len(piece.tokens) for piece in pieces) == len(b"an END")
         for agent in cluster.agents:
             assert await said(agent) == ReleaseSequence(EPOCH, begun.sequence)
@@ -709,6 +711,29 @@ def test_a_stage_that_cannot_go_on_ends_one_sequence_only(run: Run) -> None:
         await cluster.agents[0].send(SequenceFailed(EPOCH, begun.sequence, "no memory"))
         with pytest.raises(AgentFailed, match="first: no memory"):
             await task
+        cluster.models.require(deployment)
+
+    run(test)
+
+
+@pytest.mark.parametrize("grammar", [b'start: "a"', b""])
+def test_a_format_that_cannot_be_kept_is_no_devices_fault(run: Run, grammar: bytes) -> None:
+    """Without a format, a device that says so is at fault itself."""
+
+    async def test(cluster: Cluster) -> None:
+        deployment = cluster.deploy()
+        sampling = replace(SAMPLING, grammar=grammar)
+        task = asyncio.ensure_future(collect(cluster, sampling=sampling))
+        begun = await said(cluster.agents[0])
+        assert isinstance(begun, StartSequence)
+        await cluster.sample(begun.sequence, "a")
+        reason = "the answer's format allows no token here"
+        failed = SequenceFailed(EPOCH, begun.sequence, reason, format_failed=True)
+        await cluster.agents[1].send(failed)
+        with pytest.raises(CoordinatorError) as raised:
+            await task
+        assert str(raised.value) == (reason if grammar else f"last: {reason}")
+        assert type(raised.value) is (FormatFailed if grammar else AgentFailed)
         cluster.models.require(deployment)
 
     run(test)

@@ -11,6 +11,7 @@ import pytest
 from coordinator.errors import AgentFailed, AgentLost
 from coordinator.loading.state import Lost, Place
 from coordinator.serving.gateway import ALL_SHORTCUTS, Gateway, Piece, Shortcuts, Timing
+from coordinator.serving.requests import InFlight, Requests
 from model.tokenizer import Tokenizer
 from tests.coordinator.test_gateway import (
     EPOCH,
@@ -154,6 +155,31 @@ def test_a_stage_that_lacks_the_rows_gets_the_whole_prompt(run: Run) -> None:
         await cluster.sample(again.sequence, "ab", "length")
         assert text_of(await task) == "ab"
         assert timing.cached_tokens == 0
+
+    run(test)
+
+
+def test_kept_rows_count_once_they_have_served(run: Run) -> None:
+    """A count that goes down again would look to Prometheus like a new start."""
+
+    async def test(cluster: Cluster) -> None:
+        cluster.deploy()
+        await answered(cluster, PROMPT)
+        with Requests().serve(InFlight("one")) as request:
+            task = asyncio.ensure_future(collect(cluster, (*PROMPT, 9), TWO))
+            begun = await cluster.begun()
+            assert (begun.cached, request.cached_tokens) == (len(PROMPT), 0)
+            lost = SequenceFailed(EPOCH, begun.sequence, "not kept", prefix_lost=True)
+            await cluster.agents[1].send(lost)
+            await ended(cluster, begun.sequence)
+            again = await cluster.begun()
+            await cluster.sample(again.sequence, "ab", "length")
+            await task
+            assert request.cached_tokens == 0
+        await ended(cluster, again.sequence)
+        with Requests().serve(InFlight("two")) as request:
+            await answered(cluster, (*PROMPT, 9))
+            assert request.cached_tokens == len(PROMPT)
 
     run(test)
 

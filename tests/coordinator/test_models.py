@@ -245,5 +245,11 @@ def test_events_over_http(tmp_path: Path) -> None:
                 answer = await client.get("/shoal/v1/events", params={"after": wrong})
                 assert answer.status_code == 400
             assert (await client.get("/shoal/v1/events?after=0")).json()["events"] == [event]
+            for path in ("events?since=0", "events?after=0&after=1", "ps?model=x", "found?name=x"):
+                answer = await client.get(f"/shoal/v1/{path}")
+                assert answer.status_code == 400, path
+            wrong = "unknown parameter 'since': expected after"
+            answer = await client.get("/shoal/v1/events?since=0")
+            assert answer.json()["error"]["message"] == wrong
 
     run(test)

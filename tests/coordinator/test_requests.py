@@ -14,7 +14,8 @@ def test_an_answer_passes_through_all_states() -> None:
     with requests.serve(request):
         seen.append(request.state)
         request.asks("llama", 3)
-        request.starts(7, 1, cached_tokens=2)
+        request.starts(7, 1)
+        request.cached_tokens += 2
         seen.append(request.state)
         for _ in range(2):
             request.answers(1)

@@ -316,6 +316,11 @@ def test_a_stop_sequence_is_told(scripted: ScriptedCluster) -> None:
     answer = post(scripted, "/v1/messages", {**ask, "stop_sequences": [" two"]}).json()
     assert answer["content"] == [{"type": "text", "text": "one"}]
     assert (answer["stop_reason"], answer["stop_sequence"]) == ("stop_sequence", " two")
+    several = post(
+        scripted, "/v1/messages", {**ask, "stop_sequences": ["x", "two", "one t"]}
+    ).json()
+    assert several["content"] == [{"type": "text", "text": ""}]
+    assert (several["stop_reason"], several["stop_sequence"]) == ("stop_sequence", "one t")
 
 
 # ---- texts --------------------------------------------------------------------------------------
