@@ -18,9 +18,7 @@ from rich.markup import escape
 
 from cli.commands.described import read_described
 from cli.commands.model_names import locate
-from cli.commands.plan_arguments import (
-    request_of,
-)
+from cli.commands.plan_arguments import note_other_model, request_of
 from cli.commands.plan_losses import keep_described
 from cli.commands.plan_views import (
     show_difference,
@@ -73,6 +71,12 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             _run_dilemma(options, screen, problem, asdict(times_of(lab, spec)))
         else:
             name = model_name(model.absolute())
+            note_other_model(screen, given, name)
+            if given is not None and given.draft is not None:
+                screen.note(
+                    f"{given.source} has a draft model, which is planned for the shoal's agents:"
+                    " it is left out here"
+                )
             plan = _given_or_best(options, screen, problem, given)
             plan, measured_kl = keep_described(
                 options, screen, losses, problem, plan, partial(_solve, options, screen)
@@ -101,13 +105,16 @@ def run_live_plan(options: argparse.Namespace, screen: Screen, client: Client) -
     """Run ``shoal plan MODEL`` with the coordinator's measurements. Raises CommandFailed."""
     from planning.plan import Plan, PlanError, verify
     from planning.problem import PlanningProblem
+    from planning.request import model_name
 
     if options.formulation == "dilemma":
         raise UsageError("--formulation dilemma needs --devices LAB.yaml")
     asked = (options.explain, options.plot, options.save, options.plan, options.simulate)
     request_of(options)  # Wrong arguments are told before a model is fetched.
     locate(options, client, screen, weights=False)
-    request = request_of(options, with_problem=any(asked)).to_dict()
+    wanted = request_of(options, with_problem=any(asked))
+    note_other_model(screen, wanted.plan, model_name(wanted.model))
+    request = wanted.to_dict()
     with screen.progress() as on_step:
         answer = client.operate("/shoal/v1/plan", request, on_step)
     wording = _Wording(

@@ -9,6 +9,7 @@ from fractions import Fraction
 
 from planning.plan import Plan, PlanError, assess, of_plan
 from planning.problem import PlanningProblem
+from planning.request_fields import WEIGHT_EXPECTED, is_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,8 @@ class JointProblem:
             raise ValueError("each model needs a name, a problem and a weight")
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"a model is named twice: {', '.join(self.names)}")
-        if not all(0 < weight < math.inf for weight in self.weights):
-            raise ValueError(f"weights must be above 0, not {self.weights}")
+        if not all(map(is_weight, self.weights)):
+            raise ValueError(f"weights: expected {WEIGHT_EXPECTED} each, not {self.weights}")
         first = self.problems[0]
         for name, problem in zip(self.names, self.problems, strict=True):
             if device_names(problem) != device_names(first):

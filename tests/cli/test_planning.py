@@ -253,6 +253,22 @@ def test_a_saved_plan_that_does_not_fit_is_refused(model: Path, lab: Path, tmp_p
         plan(model, "--devices", lab, "--plan", saved)
 
 
+def test_what_of_a_saved_plan_is_not_taken_is_told(
+    capsys: pytest.CaptureFixture[str], model: Path, lab: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "plan.json"
+    plan(model, "--devices", lab, "--save", saved)
+    capsys.readouterr()
+    plan(model, "--devices", lab, "--plan", saved)
+    assert "was saved for" not in capsys.readouterr().err
+    draft = '"draft": {"model": "/models/small", "bits": 4}, "model": "Qwen3-8B"'
+    saved.write_text(saved.read_text().replace('"model": "tiny"', draft))
+    plan(model, "--devices", lab, "--plan", saved)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{saved} was saved for Qwen3-8B, and is used for tiny" in said
+    assert f"{saved} has a draft model, which is planned for the shoal's agents" in said
+
+
 def test_weights_are_measured_where_there_are_some(
     capsys: pytest.CaptureFixture[str], lab: Path
 ) -> None:
