@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from planning.plan import Plan
     from planning.problem import PlanningProblem
     from planning.saved import SavedPlan
+    from planning.sensitivity import LossSource
 
 EXPLAIN_LIMIT_S = 60.0
 """The time for all trials of an explanation together."""
@@ -77,7 +78,7 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
                     f"{given.source} has a draft model, which is planned for the shoal's agents:"
                     " it is left out here"
                 )
-            plan = _given_or_best(options, screen, problem, given)
+            plan = _given_or_best(options, screen, problem, given, losses.sources)
             plan, measured_kl = keep_described(
                 options, screen, losses, problem, plan, partial(_solve, options, screen)
             )
@@ -386,12 +387,22 @@ def _run_dilemma(
 
 
 def _given_or_best(
-    options: argparse.Namespace, screen: Screen, problem: PlanningProblem, given: SavedPlan | None
+    options: argparse.Namespace,
+    screen: Screen,
+    problem: PlanningProblem,
+    given: SavedPlan | None,
+    sources: Sequence[LossSource],
 ) -> Plan:
-    """The plan of --plan, else the best one."""
+    """The plan of --plan, else the best one. ``sources``: where the losses come from."""
+    from planning.losses import with_assumed
+    from planning.plan import InfeasiblePlan
+
     if given is not None:
         return _compared(options, screen, given.to_plan(problem), problem)
-    return _solve(options, screen, problem)
+    try:
+        return _solve(options, screen, problem)
+    except InfeasiblePlan as error:
+        raise with_assumed(error, sources) from None
 
 
 def _compared(

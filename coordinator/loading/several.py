@@ -13,7 +13,8 @@ from planning.joint.plan import JointPlan, assess_joint, verify_joint
 from planning.joint.planner import solve_joint
 from planning.joint.problem import JointProblem
 from planning.joint.view import describe_joint
-from planning.plan import Proof
+from planning.losses import with_assumed
+from planning.plan import InfeasiblePlan, Proof
 from planning.request import MOST_TOGETHER, LoadRequest, model_name
 from planning.request_fields import WEIGHT_EXPECTED, is_weight
 from planning.sensitivity import tightened, whole_loss
@@ -131,10 +132,15 @@ async def plan_together(
     if all(part.request.plan is not None for part in parts):
         return _as_given(asked, parts)
     problems = [part.problem for part in parts]
-    for _ in range(MAX_CHECKS):
+    for attempt in range(MAX_CHECKS):
         problem = JointProblem(asked.names, tuple(problems), asked.weights)
         report("solving")
-        plan = await asyncio.to_thread(solve_joint, problem, time_limit_s=asked.time_limit_s)
+        try:
+            plan = await asyncio.to_thread(solve_joint, problem, time_limit_s=asked.time_limit_s)
+        except InfeasiblePlan as error:
+            if attempt:  # Its advice is about tighter budgets, which nobody gave.
+                break
+            raise with_assumed(error, [part.losses for part in parts]) from None
         found = []
         tight = False
         for m, part in enumerate(parts):
