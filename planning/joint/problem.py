@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from planning.plan import Plan, PlanError, assess, of_plan
+from planning.plan import InfeasiblePlan, Plan, PlanError, assess, of_plan
 from planning.problem import PlanningProblem
 from planning.request_fields import WEIGHT_EXPECTED, is_weight
 
@@ -71,6 +71,18 @@ class JointProblem:
             tuple(self.weights[m] for m in some),
             tuple(self.fixed[m] for m in some),
         )
+
+
+def not_even_alone(
+    error: InfeasiblePlan, name: str, others: Sequence[str], *, loaded: bool = False
+) -> InfeasiblePlan:
+    """The error of a model without a plan, although the ``others`` take nothing yet.
+
+    Its advice is for this model alone, and says so. ``loaded``: further models take something.
+    """
+    without = f", even without {' and '.join(others)}" if others else ""
+    beside = " beside what is loaded" if loaded else ""
+    return InfeasiblePlan(f"{name}{without}{beside}: {error}", error.advice)
 
 
 def device_names(problem: PlanningProblem) -> tuple[str, ...]:

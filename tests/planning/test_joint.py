@@ -260,7 +260,7 @@ def test_advice_leaves_out_the_model_with_the_fewest_requests() -> None:
 
 
 def test_a_model_that_does_not_fit_alone_is_named() -> None:
-    with pytest.raises(InfeasiblePlan, match="A: no plan fits: memory is short by"):
+    with pytest.raises(InfeasiblePlan, match="A, even without B: no plan fits: memory is short by"):
         solve_joint(two_models(memory=(900, 0)))
 
 
