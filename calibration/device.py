@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -92,6 +93,7 @@ def profile_device(
     exact: bool = False,
     patience_s: float = START_PATIENCE_S,
     known: Path | None = None,
+    scratch: Path | None = None,
 ) -> DeviceProfile:
     """Measure this device for stages run by ``backend``. It takes about a second.
 
@@ -104,6 +106,7 @@ def profile_device(
         first tries did.
     known: the file of a CalibrationStore, whose figures are used as by ``known_or_measured``. The
         disk is always measured.
+    scratch: a directory on the same disk for what is written meanwhile. None for ``cache_dir``.
 
     Raises BackendUnavailable if the backend does not run here, BackendError if it cannot be exact
     or the cache directory cannot be written.
@@ -113,8 +116,8 @@ def profile_device(
     threads = threads or usable_threads()
     # The backend comes first, so that a GPU that shares the memory has already taken its part.
     memory = _usable_memory(kind)
-    storage_bytes, disk = _measured_disk(cache_dir)
-    bench = Bench(kind(), threads, cache_dir, exact=exact)
+    storage_bytes, disk = _measured_disk(cache_dir, scratch or cache_dir)
+    bench = Bench(kind(), threads, scratch or cache_dir, exact=exact)
     bench.patience = Patience(limit_s=patience_s)
     figures = {"disk": disk, **_memory_and_call(bench, kind, known, exact=exact)}
     limits = memory_limit_bytes, storage_limit_bytes
@@ -200,19 +203,35 @@ def _memory_and_call(
     return {name: known_or_measured(store, keys[name], measure[name]) for name in measure}
 
 
-def _measured_disk(cache_dir: Path) -> tuple[int, _Figure]:
+def _measured_disk(cache_dir: Path, scratch: Path) -> tuple[int, _Figure]:
     """Make the directory. Return its free bytes, and the rate of writing with its conditions.
 
     Raises BackendError if it cannot be written.
     """
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
+    with _usable(cache_dir):
         storage_bytes = _storage_bytes(cache_dir)
         meter = LoadMeter(kernel=False)
-        rate = measure_disk_write(cache_dir)
+        rate = measure_disk_write(scratch)
         return storage_bytes, (rate, meter.conditions())
+
+
+@contextmanager
+def _usable(cache_dir: Path) -> Iterator[None]:
+    """Make the directory. Raises BackendError if it, or work in it meanwhile, meets an OSError."""
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
         raise BackendError(f"cache directory {cache_dir} is not usable: {error}") from error
+
+
+@contextmanager
+def _scratch(cache_dir: Path) -> Iterator[Path]:
+    """Yield a directory in ``cache_dir`` that is gone at the end. Raises BackendError."""
+    with _usable(cache_dir):
+        scratch = tempfile.TemporaryDirectory(dir=cache_dir, prefix=".calibration-")
+    with scratch as name:
+        yield Path(name)
 
 
 def kept_profile(
@@ -338,7 +357,7 @@ def profile_at_start(
         figures = {name: figure for name, figure in found.items() if figure is not None}
         if len(figures) == len(found):
             memory = _usable_memory()
-            storage_bytes, figures["disk"] = _measured_disk(cache_dir)
+            storage_bytes, figures["disk"] = _measured_disk(cache_dir, cache_dir)
             limits = memory_limit_bytes, storage_limit_bytes
             return _assembled(facts, threads, memory, storage_bytes, figures, limits, watts)
     profile = profile_in_child(
@@ -392,8 +411,8 @@ def profile_in_child(
     """Run ``profile_device`` in a child process, so that this one imports no backend.
 
     ``settings`` are its other arguments. ``check`` is called each CANCEL_S, and may raise to end
-    the measurement. A library may crash at its import, if it was built for newer processors. That
-    is a BackendUnavailable.
+    the measurement. Then the child is killed, and what it has written is removed. A library may
+    crash at its import, if it was built for newer processors. That is a BackendUnavailable.
     """
     require_known(backend)
     everything = {
@@ -403,26 +422,16 @@ def profile_in_child(
         "known": "" if known is None else str(known),
         **settings,
     }
-    with subprocess.Popen(  # noqa: S603 - this interpreter, with our own settings
-        [sys.executable, "-I", "-c", _CHILD],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as child:
-        try:
-            out, err = _communicate(child, json.dumps(everything), check)
-        except BaseException:  # Cancelled or interrupted: the child must not outlive it.
-            child.kill()
-            raise
+    with _scratch(cache_dir) as scratch:
+        out, err, code = _answer_of_child({**everything, "scratch": str(scratch)}, check)
     try:
         answer = json.loads(out.splitlines()[-1])
     except (ValueError, IndexError) as error:
-        if child.returncode == -signal.SIGKILL:
+        if code == -signal.SIGKILL:
             raise BackendError(
                 f"the probe of {backend} was killed, maybe for lack of memory"
             ) from error
-        how = (err.strip().splitlines() or [f"exit code {child.returncode}"])[-1]
+        how = (err.strip().splitlines() or [f"exit code {code}"])[-1]
         raise BackendUnavailable(backend, f"it crashes on this machine ({how})") from error
     if "absent" in answer:
         raise HardwareAbsent(backend, answer["absent"])
@@ -434,6 +443,25 @@ def profile_in_child(
         answer[name] = tuple(map(tuple, answer[name]))
     answer["conditions"] = tuple((name, Conditions(**of)) for name, of in answer["conditions"])
     return DeviceProfile(**answer)
+
+
+def _answer_of_child(
+    settings: Mapping[str, Any], check: Callable[[], None] | None
+) -> tuple[str, str, int]:
+    """Return what the child writes to stdout and to stderr, and its exit code."""
+    with subprocess.Popen(  # noqa: S603 - this interpreter, with our own settings
+        [sys.executable, "-I", "-c", _CHILD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        try:
+            out, err = _communicate(child, json.dumps(settings), check)
+        except BaseException:  # Cancelled or interrupted: the child must not outlive it.
+            child.kill()
+            raise
+    return out, err, child.returncode
 
 
 def _communicate(
@@ -454,7 +482,8 @@ def answer_parent(settings: dict[str, Any]) -> None:
     """Run the child's side of ``profile_in_child``, and write the answer to stdout as JSON."""
     answer: dict[str, Any]
     try:
-        paths = {name: Path(settings[name]) for name in ("cache_dir", "known") if settings[name]}
+        names = ("cache_dir", "known", "scratch")
+        paths = {name: Path(settings[name]) for name in names if settings[name]}
         profile = profile_device(**{**settings, "known": None, **paths})
         answer = dataclasses.asdict(profile)
     except BackendUnavailable as error:
@@ -582,5 +611,9 @@ def _best_s(
 
 def _storage_bytes(cache_dir: Path) -> int:
     """Return the free bytes on the cache's disk, plus the bytes of the cache."""
-    held = sum(path.stat().st_size for path in cache_dir.rglob("*") if path.is_file())
+    held = 0
+    for folder, _, names in os.walk(cache_dir):
+        for name in names:
+            with suppress(FileNotFoundError):  # Other measurements remove their files meanwhile.
+                held += Path(folder, name).stat().st_size
     return shutil.disk_usage(cache_dir).free + held

@@ -165,7 +165,23 @@ class Trials:
         tick: Callable[[], None],
         meanwhile: Callable[[], object],
     ) -> tuple[list[int], list[int], int]:
-        """Return (numbers of begun stages, numbers of passed stages, exit code)."""
+        """Return (numbers of begun stages, numbers of passed stages, exit code).
+
+        The blocks lie in a directory of this process, because a killed child removes nothing.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=self.directory, prefix=".trial-") as scratch:
+            return self._child_in(scratch, spec, stages, tick, meanwhile)
+
+    def _child_in(
+        self,
+        scratch: str,
+        spec: ModelSpec,
+        stages: Sequence[Sequence[tuple[int, Format]]],
+        tick: Callable[[], None],
+        meanwhile: Callable[[], object],
+    ) -> tuple[list[int], list[int], int]:
+        """Run a child whose files lie in ``scratch``; otherwise as ``_run_child``."""
         settings = {
             "path": sys.path,
             "backend": self.backend,
@@ -175,9 +191,8 @@ class Trials:
             "threads": self.threads,
             "exact": self.exact,
             "fast_prompts": self.fast_prompts,
-            "directory": str(self.directory),
+            "directory": scratch,
         }
-        self.directory.mkdir(parents=True, exist_ok=True)
         with TemporaryFile("w+") as sent:
             json.dump(settings, sent)
             sent.seek(0)

@@ -152,6 +152,7 @@ def run_load(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands import joint, plan_arguments
     from cli.commands.model_names import locate
     from cli.commands.plan_views import show_divergence, show_weights
+    from planning.request import model_name
 
     if len(options.models) > 1:
         with _client(options) as client:
@@ -164,6 +165,7 @@ def run_load(options: argparse.Namespace, screen: Screen) -> None:
     with _client(options) as client:
         locate(options, client, screen)
         request = plan_arguments.request_of(options)
+        plan_arguments.note_other_model(screen, request.plan, model_name(request.model))
         request = replace(
             request,
             generation_defaults=options.generation_defaults,

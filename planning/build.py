@@ -241,11 +241,11 @@ def _device(request: RequestInput, device: DeviceInput, kv_bytes: Sequence[int])
         spec, range(spec.block_count), rows, request.context_tokens
     )
     options = _options(request, device)
+    on_chip = _on_chip_limit(spec, profile, options, kv_bytes, stage_bytes)
+    own, total = profile.memory_bytes, profile.memory_total_bytes
     return Device(
         name=device.name,
-        memory_bytes=min(
-            profile.memory_bytes, _on_chip_limit(spec, profile, options, kv_bytes, stage_bytes)
-        ),
+        memory_bytes=own if on_chip is None else min(own, on_chip),
         storage_bytes=profile.storage_bytes,
         options=options,
         stage_bytes=stage_bytes,
@@ -254,7 +254,8 @@ def _device(request: RequestInput, device: DeviceInput, kv_bytes: Sequence[int])
         held=tuple(map(frozenset, device.held)),
         load_bytes_per_s=device.load_bytes_per_s,
         watts=profile.watts,
-        memory_total_bytes=profile.memory_total_bytes,
+        # More of the board's memory puts no more on its chip.
+        memory_total_bytes=total if on_chip is None else min(total, on_chip),
         shares=profile.shares,
         sum_s=profile.sum_s,
     )
@@ -266,17 +267,16 @@ def _on_chip_limit(
     options: Sequence[Sequence[BlockOption]],
     kv_bytes: Sequence[int],
     stage_bytes: int,
-) -> int:
-    """Memory of a stage with as many layers as the device's chip holds; without a chip all of it.
+) -> int | None:
+    """Memory of a stage with as many layers as the device's chip holds; None without a limit.
 
     Timings were taken with all weights on the chip, and the limit keeps them true. If not even one
     layer fits, weights crossed the bus at every call. These timings hold for any number of layers,
     so there is no limit. Embedding and head count too, although they are not on the chip. This
     errs on the side of fewer layers.
     """
-    unlimited = profile.memory_bytes
     if profile.on_chip_bytes is None:
-        return unlimited
+        return None
     layers = profile.on_chip_bytes // max(map(costs.on_chip_layer_bytes, spec.layers))
     largest = max(
         (
@@ -286,7 +286,7 @@ def _on_chip_limit(
         ),
         default=0,
     )
-    return stage_bytes + layers * largest if layers else unlimited
+    return stage_bytes + layers * largest if layers else None
 
 
 def _options(request: RequestInput, device: DeviceInput) -> tuple[tuple[BlockOption, ...], ...]:

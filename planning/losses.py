@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from model.experts import ExpertCounts
 from model.loss_estimate import LossEstimate
 from model.spec import ModelSpec
-from planning.plan import Plan, PlanError
+from planning.plan import InfeasiblePlan, Plan, PlanError
 from planning.problem import PlanningProblem
 from planning.sensitivity import (
     LossSource,
@@ -61,6 +61,20 @@ def _beside(
     return RawLosses(rows, hops, with_assumed_arithmetic({}, rows, arithmetics), margin, source)
 
 
+def with_assumed(error: InfeasiblePlan, sources: Iterable[LossSource]) -> InfeasiblePlan:
+    """The same error, which says that a budget of assumed losses can only be dropped.
+
+    Only the default budget takes assumed losses. So nobody can follow the advice to raise it.
+    """
+    assumes = any(source.kind == "assumed" for source in sources)
+    if assumes and error.advice.quality_budget is not None:
+        error.args = (
+            f"{error}. These losses are assumed, and no budget that is given takes such: have the"
+            " weights here to measure them, or give --quality-budget none",
+        )
+    return error
+
+
 async def keep_measured(
     problem: PlanningProblem,
     plan: Plan,
@@ -70,7 +84,8 @@ async def keep_measured(
     """Plan ``again`` with tighter budgets until the measured plan keeps the problem's budget.
 
     ``measured`` gives the divergence of a width per block. Returns the plan and this part of its
-    divergence. Raises PlanError after MAX_CHECKS plans, or after the first without ``again``.
+    divergence. Raises PlanError after MAX_CHECKS plans, if none is left, or after the first without
+    ``again``.
     """
     budget = problem.quality_budget or 0.0  # The caller has checked that there is one.
     for _ in range(MAX_CHECKS):
@@ -80,7 +95,10 @@ async def keep_measured(
             return plan, kl
         if again is None:
             break
-        plan = await again(tightened(problem, plan, total))
+        try:
+            plan = await again(tightened(problem, plan, total))
+        except InfeasiblePlan:  # Its advice is about the tighter budget, which nobody gave.
+            break
     raise PlanError(
         f"the plan's KL divergence is {total:.3g} with its hops, above the budget of "
         f"{budget:g}: raise the budget, or allow more bits"

@@ -673,7 +673,11 @@ def _ways(problem: PlanningProblem, found: Advice, links: tuple[tuple[int, int],
         fixed = "`shoal agent --port PORT` fixes an agent's port"
         ways.append(f"let {remedies} (firewall, NAT, cable; {fixed})")
     if found.allow_bits is not None:
-        ways.append(f"allow {found.allow_bits} bits")
+        # The default budget is for several widths.
+        alone = len(problem.bits) == 1 and not problem.spec.encodes
+        loose = problem.quality_budget is None and min(problem.max_weight_error) == math.inf
+        given = " (with --quality-budget none)" if alone and loose else ""
+        ways.append(f"allow {found.allow_bits} bits{given}")
     if found.max_weight_error is not None:
         ways.append(f"raise --max-weight-error to {found.max_weight_error:g}")
     if found.quality_budget is not None:

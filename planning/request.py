@@ -19,6 +19,7 @@ from planning.request_fields import (
     BITS_EXPECTED,
     MODEL_EXPECTED,
     SCHEME_TEXT_EXPECTED,
+    is_weight,
     read_request,
     require,
     require_adapter,
@@ -199,7 +200,7 @@ class LoadRequest:
             "keep_s": _within(self.keep_s, 1),
             "weight": 1 / MAX_WEIGHT <= self.weight <= MAX_WEIGHT,
             "together": len(self.together) <= MOST_TOGETHER
-            and all(1e-6 <= weight <= 1e6 for weight in self.together.values()),
+            and all(map(is_weight, self.together.values())),
         }
 
     def for_model(self, spec: ModelSpec) -> LoadRequest:

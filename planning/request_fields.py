@@ -25,6 +25,8 @@ MAX_TEXT = 1 << 18
 
 SCHEME_TEXT_EXPECTED = f"a text of at most {MAX_TEXT} characters, or null"
 
+WEIGHT_EXPECTED = "a number from 1e-6 to 1e6"
+
 LONGEST_NAME_BYTES = 255
 LONGEST_PATH_CHARS = 4096
 """Linux takes at most these (Source: limits.h)."""
@@ -101,6 +103,11 @@ def require_scheme_text(text: str | None) -> None:
 def text_sha256(text: str | None) -> str | None:
     """Return the hash that names a request's ``scheme_text``; None for none."""
     return None if text is None else hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_weight(value: float) -> bool:
+    """Whether so many requests may go to a model of several, in any unit."""
+    return 1e-6 <= value <= 1e6
 
 
 def require_widths(bits: Iterable[int], field: str) -> None:

@@ -32,6 +32,7 @@ from wire.activations import HOP_BITS
 FORMAT = 1
 MAX_FILE_BYTES = 1 << 20
 _MAX_BLOCKS = 1 << 13
+_MOST_PREDICTED = 1e30
 
 _KEYS = (
     "shoal_plan",
@@ -250,11 +251,23 @@ def read_file(path: Path, limit_bytes: int) -> bytes:
 def read_json(text: str | bytes, source: str) -> Any:
     """The JSON of a text, which ``source`` names. Raises PlanError with one line."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_each_once)
     except json.JSONDecodeError as error:
         raise PlanError(f"{source}:{error.lineno}: not JSON: {error.msg.lower()}") from error
     except (UnicodeDecodeError, RecursionError) as error:
         raise PlanError(f"{source}: not JSON") from error
+    except ValueError as error:  # A key is there twice, or a number has thousands of digits.
+        raise PlanError(f"{source}: {str(error).lower()}") from error
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return an object. Of a key that is there twice, Python would drop the first one."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key[:40]!r} is there twice in one object: drop one")
+        found[key] = value
+    return found
 
 
 def read_plan(path: Path) -> SavedPlan:
@@ -332,7 +345,7 @@ def hop_difference(before: SavedPlan, after: SavedPlan) -> tuple[HopChange, ...]
 
 def _read(values: object, source: str) -> SavedPlan:
     plan = _object(values, "the plan", _KEYS, _KEYS[:3])
-    if plan["shoal_plan"] != FORMAT:
+    if plan["shoal_plan"] is True or plan["shoal_plan"] != FORMAT:
         raise PlanError(f"shoal_plan: {plan['shoal_plan']!r:.20}, this program reads {FORMAT}")
     if not isinstance(plan["model"], str):
         raise PlanError("model: expected a name")
@@ -348,7 +361,7 @@ def _read(values: object, source: str) -> SavedPlan:
         if hop_bits is not None:
             if index == len(plan["stages"]) - 1:
                 raise PlanError(f"{where}.hop_bits: the last stage sends a token: drop it")
-            if hop_bits not in HOP_BITS:
+            if type(hop_bits) is not int or hop_bits not in HOP_BITS:
                 known = ", ".join(map(str, HOP_BITS))
                 raise PlanError(f"{where}.hop_bits: {hop_bits!r:.20}: known are {known}")
         bits = _bits(stage["bits"], f"{where}.bits")
@@ -365,9 +378,10 @@ def _read(values: object, source: str) -> SavedPlan:
             raise PlanError(f"{key}: expected a whole number above 0")
     predicted = plan.get("predicted", {})
     if not isinstance(predicted, dict) or not all(
-        type(value) in (int, float) for value in predicted.values()
+        type(value) in (int, float) and 0 <= value <= _MOST_PREDICTED
+        for value in predicted.values()
     ):
-        raise PlanError("predicted: expected numbers by name")
+        raise PlanError("predicted: expected numbers from 0 up by name")
     if plan.get("predicted_for") != _mark(stages):
         predicted = {}
     return SavedPlan(

@@ -108,7 +108,7 @@ def read_team(stage: Mapping[str, Any], where: str) -> SavedTeam | None:
         return None
     if not isinstance(given, list) or not 2 <= len(given) <= MOST_MEMBERS:
         raise PlanError(f"{where}.team: expected a list of 2 to {MOST_MEMBERS} members")
-    if sum_bits not in HOP_BITS:
+    if type(sum_bits) is not int or sum_bits not in HOP_BITS:
         known = ", ".join(map(str, HOP_BITS))
         raise PlanError(f"{where}.sum_bits: {sum_bits!r:.20}: known are {known}")
     names, counts = [], []

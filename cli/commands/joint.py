@@ -378,16 +378,23 @@ def _best(
 ) -> JointPlan:
     """The best joint plan whose models lose no more than they may, where that can be measured."""
     from planning.joint.planner import solve_joint
-    from planning.plan import PlanError
+    from planning.losses import with_assumed
+    from planning.plan import InfeasiblePlan, PlanError
     from planning.sensitivity import tightened, whole_loss
 
-    for _ in range(MAX_CHECKS):
-        with screen.progress() as on_step:
-            plan = solve_joint(
-                problem,
-                time_limit_s=options.time_limit,
-                on_progress=lambda what: on_step(_step("plan", what, 0, 0)),
-            )
+    for attempt in range(MAX_CHECKS):
+        try:
+            with screen.progress() as on_step:
+                plan = solve_joint(
+                    problem,
+                    time_limit_s=options.time_limit,
+                    on_progress=lambda what: on_step(_step("plan", what, 0, 0)),
+                )
+        except InfeasiblePlan as error:
+            if attempt:  # Its advice is about tighter budgets, which nobody gave.
+                break
+            sources = [source for one in described for source in one.losses.sources]
+            raise with_assumed(error, sources) from None
         problems = list(problem.problems)
         for m, kl in enumerate(_measured(screen, described, plan)):
             own, budget = described[m].problem, described[m].problem.quality_budget

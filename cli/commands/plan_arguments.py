@@ -12,6 +12,7 @@ from cli import argument_types
 from cli.argument_types import argument, at_least_0, between
 from cli.commands.bench import SHAPE_HELP
 from cli.errors import CommandFailed, UsageError
+from cli.render import Screen
 from cli.shared_arguments import (
     adapter_of,
     add_adapter_argument,
@@ -28,6 +29,7 @@ from planning.request import (
     DEFAULT_TIME_LIMIT_S,
     THROUGHPUT_SLOTS,
 )
+from planning.request_fields import WEIGHT_EXPECTED, is_weight
 from planning.sensitivity import DEFAULT_QUALITY_BUDGET, PAPER_MAX_WEIGHT_ERROR
 from wire.activations import DEFAULT_HOP_BITS, HOP_BITS
 
@@ -285,7 +287,7 @@ def add_weights_argument(parser: argparse.ArgumentParser) -> None:
     """Add --weights, for several models."""
     parser.add_argument(
         "--weights",
-        type=argument(_weights, "numbers above 0, one for each model: 2,1"),
+        type=argument(_weights, f"{WEIGHT_EXPECTED} for each model, such as 2,1"),
         metavar="2,1",
         help="How many requests go to each of several MODELs, in any unit. The mean time of a "
         "request is minimised. Default: the same to all.",
@@ -294,7 +296,7 @@ def add_weights_argument(parser: argparse.ArgumentParser) -> None:
 
 def _weights(text: str) -> tuple[float, ...]:
     weights = tuple(map(float, text.split(",")))
-    if not all(0 < weight < math.inf for weight in weights):
+    if not all(map(is_weight, weights)):
         raise ValueError(text)
     return weights
 
@@ -303,6 +305,12 @@ def add_diff_arguments(parser: argparse.ArgumentParser) -> None:
     saved = "which `shoal plan --save` wrote."
     parser.add_argument("before", type=Path, metavar="A.json", help=f"The first plan, {saved}")
     parser.add_argument("after", type=Path, metavar="B.json", help=f"The second plan, {saved}")
+
+
+def note_other_model(screen: Screen, saved: SavedPlan | None, name: str) -> None:
+    """Tell the user if the plan of --plan was saved for a model of another name."""
+    if saved is not None and saved.model != name:
+        screen.note(f"{saved.source} was saved for {saved.model}, and is used for {name}")
 
 
 def objective_of(options: argparse.Namespace) -> Objective:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from planning.losses import RawLosses
     from planning.plan import Plan
     from planning.problem import PlanningProblem
+    from planning.sensitivity import LossSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,11 @@ class DescribedLosses:
             "own_sensitivities": scaled_own(self.raw.own, self.raw.margin),
             "experts": self.raw.experts,
         }
+
+    @property
+    def sources(self) -> tuple[LossSource, ...]:
+        """Where the losses come from; empty if nothing is known."""
+        return () if self.raw is None else (self.raw.source,)
 
     @property
     def hops(self) -> Mapping[int, float]:

@@ -18,9 +18,7 @@ from rich.markup import escape
 
 from cli.commands.described import read_described
 from cli.commands.model_names import locate
-from cli.commands.plan_arguments import (
-    request_of,
-)
+from cli.commands.plan_arguments import note_other_model, request_of
 from cli.commands.plan_losses import keep_described
 from cli.commands.plan_views import (
     show_difference,
@@ -41,6 +39,7 @@ if TYPE_CHECKING:
     from planning.plan import Plan
     from planning.problem import PlanningProblem
     from planning.saved import SavedPlan
+    from planning.sensitivity import LossSource
 
 EXPLAIN_LIMIT_S = 60.0
 """The time for all trials of an explanation together."""
@@ -73,7 +72,13 @@ def run_offline_plan(options: argparse.Namespace, screen: Screen) -> None:
             _run_dilemma(options, screen, problem, asdict(times_of(lab, spec)))
         else:
             name = model_name(model.absolute())
-            plan = _given_or_best(options, screen, problem, given)
+            note_other_model(screen, given, name)
+            if given is not None and given.draft is not None:
+                screen.note(
+                    f"{given.source} has a draft model, which is planned for the shoal's agents:"
+                    " it is left out here"
+                )
+            plan = _given_or_best(options, screen, problem, given, losses.sources)
             plan, measured_kl = keep_described(
                 options, screen, losses, problem, plan, partial(_solve, options, screen)
             )
@@ -101,13 +106,16 @@ def run_live_plan(options: argparse.Namespace, screen: Screen, client: Client) -
     """Run ``shoal plan MODEL`` with the coordinator's measurements. Raises CommandFailed."""
     from planning.plan import Plan, PlanError, verify
     from planning.problem import PlanningProblem
+    from planning.request import model_name
 
     if options.formulation == "dilemma":
         raise UsageError("--formulation dilemma needs --devices LAB.yaml")
     asked = (options.explain, options.plot, options.save, options.plan, options.simulate)
     request_of(options)  # Wrong arguments are told before a model is fetched.
     locate(options, client, screen, weights=False)
-    request = request_of(options, with_problem=any(asked)).to_dict()
+    wanted = request_of(options, with_problem=any(asked))
+    note_other_model(screen, wanted.plan, model_name(wanted.model))
+    request = wanted.to_dict()
     with screen.progress() as on_step:
         answer = client.operate("/shoal/v1/plan", request, on_step)
     wording = _Wording(
@@ -379,12 +387,22 @@ def _run_dilemma(
 
 
 def _given_or_best(
-    options: argparse.Namespace, screen: Screen, problem: PlanningProblem, given: SavedPlan | None
+    options: argparse.Namespace,
+    screen: Screen,
+    problem: PlanningProblem,
+    given: SavedPlan | None,
+    sources: Sequence[LossSource],
 ) -> Plan:
-    """The plan of --plan, else the best one."""
+    """The plan of --plan, else the best one. ``sources``: where the losses come from."""
+    from planning.losses import with_assumed
+    from planning.plan import InfeasiblePlan
+
     if given is not None:
         return _compared(options, screen, given.to_plan(problem), problem)
-    return _solve(options, screen, problem)
+    try:
+        return _solve(options, screen, problem)
+    except InfeasiblePlan as error:
+        raise with_assumed(error, sources) from None
 
 
 def _compared(

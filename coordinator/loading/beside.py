@@ -26,6 +26,7 @@ class Use:
         return replace(
             profile,
             memory_bytes=max(profile.memory_bytes - self.memory_bytes, 0),
+            memory_total_bytes=max(profile.memory_total_bytes - self.memory_bytes, 0),
             storage_bytes=max(profile.storage_bytes - self.storage_bytes, 0),
         )
 

@@ -76,6 +76,7 @@ from model.errors import ModelError
 from model.families import load_spec
 from model.tokenizer import Tokenizer
 from planning.errors import RequestInvalid
+from planning.joint.problem import not_even_alone
 from planning.plan import InfeasiblePlan, Plan, PlanError
 from planning.problem import PlanningProblem
 from planning.request import LoadRequest, model_name
@@ -191,10 +192,7 @@ class Operations:
         """Plan each model as if the others of ``asked`` were not there, then all of them."""
         self._crowded_out = frozenset(asked.names)
         try:
-            parts = [
-                await self._maker.plan(self._identified(request), asked=True, weights=weights)
-                for request in asked.each()
-            ]
+            parts = [await self._planned_alone(one, asked.names, weights) for one in asked.each()]
         finally:
             self._crowded_out = frozenset()
         parts = [
@@ -210,6 +208,17 @@ class Operations:
             )
 
         return await plan_together(asked, parts, measured, self._say_planning)
+
+    async def _planned_alone(
+        self, request: LoadRequest, names: Sequence[str], weights: bool
+    ) -> Planned:
+        """Plan one of the models with these names. Raises as ``plan``."""
+        try:
+            return await self._maker.plan(self._identified(request), asked=True, weights=weights)
+        except InfeasiblePlan as error:
+            name = model_name(request.model)
+            others = [other for other in names if other != name]
+            raise not_even_alone(error, name, others) from error
 
     async def _load_parts(
         self, parts: Sequence[Planned], tokenizers: Sequence[Tokenizer]

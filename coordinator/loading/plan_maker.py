@@ -41,6 +41,7 @@ from planning.build import DeviceInput, RequestInput, build_problem
 from planning.draft import missing_bytes, places_of, with_draft
 from planning.errors import RequestInvalid
 from planning.joint.beside import solve_beside
+from planning.losses import with_assumed
 from planning.plan import InfeasiblePlan, Plan, PlanError
 from planning.problem import PlanningProblem
 from planning.request import DEFAULT_CONTEXT_TOKENS, LoadRequest
@@ -153,7 +154,10 @@ class PlanMaker:
             problem = slowed(problem, slowness(problem))
             return problem if draft is None else with_draft(problem, draft.given, draft.places)
 
-        problem, plan = await self._solved(request, make, asked=asked, retries=measures)
+        try:
+            problem, plan = await self._solved(request, make, asked=asked, retries=measures)
+        except InfeasiblePlan as error:
+            raise with_assumed(error, [losses.source]) from None
         plan, measured_kl = await self._kept(
             request, checkpoint, members, problem, plan, losses, asked=asked
         )

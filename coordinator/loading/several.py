@@ -13,8 +13,10 @@ from planning.joint.plan import JointPlan, assess_joint, verify_joint
 from planning.joint.planner import solve_joint
 from planning.joint.problem import JointProblem
 from planning.joint.view import describe_joint
-from planning.plan import Proof
+from planning.losses import with_assumed
+from planning.plan import InfeasiblePlan, Proof
 from planning.request import MOST_TOGETHER, LoadRequest, model_name
+from planning.request_fields import WEIGHT_EXPECTED, is_weight
 from planning.sensitivity import tightened, whole_loss
 
 MAX_CHECKS = 8
@@ -46,10 +48,8 @@ class SeveralRequest:
                 raise RequestInvalid("check_quality is for one model: drop it", "check_quality")
         if len({request.plan is None for request in self.requests}) > 1:
             raise RequestInvalid("plan: give a plan of every model, or of none", "plan")
-        if len(self.weights) != len(self.requests) or not all(
-            1e-6 <= weight <= 1e6 for weight in self.weights
-        ):
-            raise RequestInvalid("weights: expected a number above 0 for each model", "weights")
+        if len(self.weights) != len(self.requests) or not all(map(is_weight, self.weights)):
+            raise _wrong_weights()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,12 +82,16 @@ class SeveralRequest:
             raise RequestInvalid("models: expected a list of requests", "models")
         weights = values.get("weights", [1.0] * len(models))
         if not isinstance(weights, list) or not all(type(one) in (int, float) for one in weights):
-            raise RequestInvalid("weights: expected a number above 0 for each model", "weights")
+            raise _wrong_weights()
         replaces = values.get("replaces", False)
         if not isinstance(replaces, bool):
             raise RequestInvalid("replaces: expected true or false", "replaces")
         requests = tuple(LoadRequest.from_dict(one) for one in models)
         return SeveralRequest(requests, tuple(map(float, weights)), replaces)
+
+
+def _wrong_weights() -> RequestInvalid:
+    return RequestInvalid(f"weights: expected {WEIGHT_EXPECTED} for each model", "weights")
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,10 +132,15 @@ async def plan_together(
     if all(part.request.plan is not None for part in parts):
         return _as_given(asked, parts)
     problems = [part.problem for part in parts]
-    for _ in range(MAX_CHECKS):
+    for attempt in range(MAX_CHECKS):
         problem = JointProblem(asked.names, tuple(problems), asked.weights)
         report("solving")
-        plan = await asyncio.to_thread(solve_joint, problem, time_limit_s=asked.time_limit_s)
+        try:
+            plan = await asyncio.to_thread(solve_joint, problem, time_limit_s=asked.time_limit_s)
+        except InfeasiblePlan as error:
+            if attempt:  # Its advice is about tighter budgets, which nobody gave.
+                break
+            raise with_assumed(error, [part.losses for part in parts]) from None
         found = []
         tight = False
         for m, part in enumerate(parts):

@@ -30,7 +30,7 @@ from planning.joint.plan import (
     value_at,
     verify_joint,
 )
-from planning.joint.problem import JointProblem, replanned
+from planning.joint.problem import JointProblem, not_even_alone, replanned
 from planning.joint.program import JointProgram
 from planning.joint.rounds import Rounds
 from planning.plan import InfeasiblePlan, Plan, PlanError, Proof, assess, keeps_budget, of_plan
@@ -114,8 +114,8 @@ def _alone(
         try:
             plan = solve(problem.left(m, fixed), time_limit_s=share_s, solver=solver)
         except InfeasiblePlan as error:
-            beside = " beside what is loaded" if fixed else ""
-            raise InfeasiblePlan(f"{name}{beside}: {error}", error.advice) from error
+            others = [problem.names[i] for i in problem.free if i != m]
+            raise not_even_alone(error, name, others, loaded=bool(fixed)) from error
         except PlanError as error:
             raise PlanError(f"{name}: {error}") from error
         found.append(replanned(problem.problems[m], plan))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from planning.plan import Plan, PlanError, assess, of_plan
+from planning.plan import InfeasiblePlan, Plan, PlanError, assess, of_plan
 from planning.problem import PlanningProblem
+from planning.request_fields import WEIGHT_EXPECTED, is_weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,8 @@ class JointProblem:
             raise ValueError("each model needs a name, a problem and a weight")
         if len(set(self.names)) < len(self.names):
             raise ValueError(f"a model is named twice: {', '.join(self.names)}")
-        if not all(0 < weight < math.inf for weight in self.weights):
-            raise ValueError(f"weights must be above 0, not {self.weights}")
+        if not all(map(is_weight, self.weights)):
+            raise ValueError(f"weights: expected {WEIGHT_EXPECTED} each, not {self.weights}")
         first = self.problems[0]
         for name, problem in zip(self.names, self.problems, strict=True):
             if device_names(problem) != device_names(first):
@@ -70,6 +71,18 @@ class JointProblem:
             tuple(self.weights[m] for m in some),
             tuple(self.fixed[m] for m in some),
         )
+
+
+def not_even_alone(
+    error: InfeasiblePlan, name: str, others: Sequence[str], *, loaded: bool = False
+) -> InfeasiblePlan:
+    """The error of a model without a plan, although the ``others`` take nothing yet.
+
+    Its advice is for this model alone, and says so. ``loaded``: further models take something.
+    """
+    without = f", even without {' and '.join(others)}" if others else ""
+    beside = " beside what is loaded" if loaded else ""
+    return InfeasiblePlan(f"{name}{without}{beside}: {error}", error.advice)
 
 
 def device_names(problem: PlanningProblem) -> tuple[str, ...]:

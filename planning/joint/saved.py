@@ -7,7 +7,6 @@ counts. Figures are recomputed when it is read.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from model.bounded import read_bytes
 from planning.joint.plan import JointPlan, assess_joint, verify_joint
 from planning.joint.problem import JointProblem
 from planning.plan import PlanError, Proof
+from planning.request_fields import WEIGHT_EXPECTED, is_weight
 from planning.saved import (
     MAX_FILE_BYTES,
     SavedPlan,
@@ -111,7 +111,7 @@ def parse_plans(text: str | bytes, source: str) -> SavedPlans:
     unknown = sorted(set(values) - set(_KEYS))
     if unknown:
         raise PlanError(f"{source}: {unknown[0]!r:.40}: known are {', '.join(_KEYS)}")
-    if values["shoal_plans"] != FORMAT:
+    if values["shoal_plans"] is True or values["shoal_plans"] != FORMAT:
         found = f"{values['shoal_plans']!r:.20}"
         raise PlanError(f"{source}: shoal_plans: {found}, this program reads {FORMAT}")
     plans = values.get("plans")
@@ -121,9 +121,9 @@ def parse_plans(text: str | bytes, source: str) -> SavedPlans:
     if (
         not isinstance(weights, list)
         or len(weights) != len(plans)
-        or not all(map(_above_0, weights))
+        or not all(map(_is_weight, weights))
     ):
-        raise PlanError(f"{source}: weights: expected a number above 0 for each plan")
+        raise PlanError(f"{source}: weights: expected {WEIGHT_EXPECTED} for each plan")
     saved = tuple(
         parse_plan(json.dumps(plan), f"{source}: plans[{index}]")
         for index, plan in enumerate(plans)
@@ -134,5 +134,5 @@ def parse_plans(text: str | bytes, source: str) -> SavedPlans:
     return SavedPlans(source, saved, tuple(map(float, weights)))
 
 
-def _above_0(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
+def _is_weight(value: Any) -> bool:
+    return type(value) in (int, float) and is_weight(value)

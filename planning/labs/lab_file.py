@@ -20,6 +20,8 @@ from wire.sizes import parse_size
 
 MAX_LAB_BYTES = 1 << 20
 """Enough for any testbed: hundreds of devices with all their links."""
+LEAST, MOST = 1e-12, 1e12
+"""Numbers above 0 are between these. With any others, times or their sums may be no numbers."""
 
 
 def read_lab(path: Path) -> Lab:
@@ -339,7 +341,7 @@ class _Reader:
         return name
 
     def _number(self, node: _Node, what: str, least: float | None = None) -> float:
-        """A finite number, at least ``least``, or above 0 if that is None."""
+        """A number from LEAST to MOST, and 0 as well if that is ``least``."""
         text = self._text(node)
         try:
             value = float(text)
@@ -348,6 +350,10 @@ class _Reader:
         if not math.isfinite(value) or value < 0 or (least is None and value == 0):
             expected = "a number above 0" if least is None else f"a number from {least:g} up"
             raise self._error(node, f"{what}: expected {expected}, found {text[:40]}")
+        if value and not LEAST <= value <= MOST:
+            raise self._error(
+                node, f"{what}: {text[:40]} is not between {LEAST:g} and {MOST:g}: is it a mistake?"
+            )
         return value
 
     def _count(self, node: _Node, what: str) -> int:

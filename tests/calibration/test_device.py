@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import shutil
+import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +18,7 @@ from backends.base import BackendError, BackendUnavailable
 from backends.registry import BACKENDS, backend_class
 from calibration import device
 from calibration.device import (
+    _storage_bytes,
     figure_keys,
     kept_profile,
     known_or_measured,
@@ -183,6 +187,49 @@ def test_what_a_child_cannot_do_is_said_as_here(tmp_path: Path) -> None:
         profile_in_child(backend="quantum", cache_dir=tmp_path)
     with pytest.raises(BackendError, match="cache directory /proc/x is not usable"):
         profile_in_child(backend=available_backend(), cache_dir=Path("/proc/x"))
+
+
+def test_a_measurement_that_is_ended_leaves_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = """
+import json, signal, sys
+settings = json.load(sys.stdin)
+open((settings.get("scratch") or settings["cache_dir"]) + "/.write-test-of-child", "w").close()
+signal.pause()
+"""
+
+    def cancel() -> None:
+        if any(tmp_path.rglob(".write-test-of-child")):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(device, "_CHILD", busy)
+    with pytest.raises(KeyboardInterrupt):
+        profile_in_child(backend="onnx_cpu", cache_dir=tmp_path, check=cancel)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_files_that_vanish_while_a_cache_is_counted_are_left_out(tmp_path: Path) -> None:
+    """As those of a calibration beside the agent's do."""
+    ended = threading.Event()
+
+    def comes_and_goes() -> None:
+        while not ended.is_set():
+            with TemporaryDirectory(dir=tmp_path) as name:
+                for number in range(50):
+                    Path(name, str(number)).touch()
+
+    (tmp_path / "stays").write_bytes(bytes(1000))
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(comes_and_goes)
+        try:
+            for _ in range(4000):  # One look in a thousand met a file that was gone.
+                assert _storage_bytes(tmp_path) >= 1000
+        finally:
+            ended.set()
+            sys.setswitchinterval(interval_s)
 
 
 def test_a_library_that_crashes_is_a_backend_that_is_not_there(

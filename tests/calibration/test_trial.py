@@ -136,6 +136,25 @@ def test_who_goes_away_ends_the_child(
     assert children[0].returncode == -signal.SIGKILL
 
 
+def test_a_child_that_is_ended_leaves_no_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busy = """
+import json, os, signal, sys
+os.mkdir(json.load(sys.stdin)["directory"] + "/.trial-of-child")
+signal.pause()
+"""
+
+    def cancel() -> None:
+        if any(tmp_path.rglob(".trial-of-child")):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trial, "_CHILD", busy)
+    with pytest.raises(KeyboardInterrupt):
+        trials(tmp_path).require_widths(SPEC, [8], cancel)
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_each_kind_of_block_once() -> None:
     other = replace(SPEC.layers[0], ffn=SPEC.layers[0].ffn + 8)
     spec = replace(SPEC, layers=(SPEC.layers[0], other, SPEC.layers[0], other))

@@ -151,9 +151,10 @@ def test_options_for_one_model_are_refused(
     ):
         assert plan(*models, lab, *arguments) == 2, arguments
         assert words in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        plan(*models, lab, "--weights=0,1")
-    assert "expected numbers above 0, one for each model" in capsys.readouterr().err
+    for weights in ("0,1", "1e308,1e308", "1e-7,1"):
+        with pytest.raises(SystemExit):
+            plan(*models, lab, f"--weights={weights}")
+        assert "expected a number from 1e-6 to 1e6 for each model" in capsys.readouterr().err
     assert plan(models[0], lab, "--weights=1") == 2
     assert "--weights is for several models" in capsys.readouterr().err
     assert plan(*[f"m{i}" for i in range(9)], lab) == 2

@@ -15,6 +15,7 @@ import pytest
 from cli.commands import plan_arguments, planning
 from cli.commands.plan_arguments import pins_of, request_of
 from cli.errors import CommandFailed, UsageError
+from cli.main import main
 from cli.render import Screen
 from model import costs
 from model.families import load_spec
@@ -251,6 +252,44 @@ def test_a_saved_plan_that_does_not_fit_is_refused(model: Path, lab: Path, tmp_p
     saved.write_text(saved.read_text().replace('"bits": "', '"bits": "8x9 '))
     with pytest.raises(CommandFailed, match=r"plan\.json: its stages have \d+ blocks"):
         plan(model, "--devices", lab, "--plan", saved)
+
+
+def test_what_of_a_saved_plan_is_not_taken_is_told(
+    capsys: pytest.CaptureFixture[str], model: Path, lab: Path, tmp_path: Path
+) -> None:
+    saved = tmp_path / "plan.json"
+    plan(model, "--devices", lab, "--save", saved)
+    capsys.readouterr()
+    plan(model, "--devices", lab, "--plan", saved)
+    assert "was saved for" not in capsys.readouterr().err
+    draft = '"draft": {"model": "/models/small", "bits": 4}, "model": "Qwen3-8B"'
+    saved.write_text(saved.read_text().replace('"model": "tiny"', draft))
+    plan(model, "--devices", lab, "--plan", saved)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"{saved} was saved for Qwen3-8B, and is used for tiny" in said
+    assert f"{saved} has a draft model, which is planned for the shoal's agents" in said
+
+
+def test_advice_on_widths_and_budgets_is_true_when_it_is_followed(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    lab = tmp_path / "one.yaml"
+    lab.write_text(
+        "devices: [{name: pi, memory: 1100M, storage: 8G, layer_ms: {decode: {4: 2, 8: 3}},"
+        " embed_ms: 1, head_ms: 1}]"
+    )
+
+    def said(*arguments: str) -> str:
+        shape = ["plan", "--shape=llama-1b", f"--devices={lab}", "--context=256", "--time-limit=5"]
+        return capsys.readouterr().err if main([*shape, *arguments]) else "it fits"
+
+    # With two widths there is a choice, and so the default budget.
+    assert "allow 4 bits (with --quality-budget none)" in said("--bits=8")
+    assert said("--bits=4,8", "--quality-budget=none") == "it fits"
+    error = said("--bits=4,8")
+    assert "raise the quality budget to 0.0528" in error
+    assert "These losses are assumed, and no budget that is given takes such" in error
+    assert "--quality-budget needs --sensitivities" in said("--bits=4,8", "--quality-budget=0.06")
 
 
 def test_weights_are_measured_where_there_are_some(

@@ -285,6 +285,8 @@ def test_the_room_that_deployments_take_is_that_of_plan_or_report(
     run(test)
     left = Use(1 << 20, 1 << 31).left_of(PROFILE)
     assert (left.memory_bytes, left.storage_bytes) == ((1 << 30) - (1 << 20), 0)
+    # What other models take is no memory that shoal might use as well.
+    assert left.memory_total_bytes == PROFILE.memory_total_bytes - (1 << 20)
 
 
 def test_broken_models_give_way_where_not_all_fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from paper.study import opt_350m
 from planning.labs.lab import ASSUMED_SUM_S, LabError, times_of
-from planning.labs.lab_file import parse_lab, read_lab
+from planning.labs.lab_file import LEAST, MOST, parse_lab, read_lab
 from planning.plan import verify
 from planning.planner import solve
 from planning.problem import DEFAULT_HOPS
@@ -142,6 +143,9 @@ def test_prefill_defaults_to_decode() -> None:
         ("mbit_per_s: 80}", "mbit_per_s: 0}", "20: mbit_per_s: expected a number above 0, found 0"),
         ("mbit_per_s: 80}", "mbit_per_s: .nan}", "20: mbit_per_s: expected a number, found '.nan'"),
         ("mbit_per_s: 80}", "mbit_per_s: 1e999}", "expected a number above 0, found 1e999"),
+        ("mbit_per_s: 80}", "mbit_per_s: 1e-320}", "20: mbit_per_s: 1e-320 is not between 1e-12"),
+        ("rtt_ms: 0.4", "rtt_ms: 1e308", "20: rtt_ms: 1e308 is not between 1e-12 and 1e+12"),
+        ("watts: 6", "call_ms: 1e300", "12: call_ms: 1e300 is not between 1e-12 and 1e+12"),
         ("to: pi-2", "to: pi-9", "20: to: unknown device pi-9: known are pi-1, pi-2, pi-3"),
         ("to: pi-2", "to: pi-1", "20: a link from pi-1 to itself: drop it"),
         ("to: pi-3,", "to: pi-2,", "21: the link from pi-1 to pi-2 is described twice (first in"),
@@ -207,6 +211,17 @@ def test_other_files_are_refused(text: str | bytes, message: str) -> None:
         parse_lab(text, "lab.yaml")
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("figures", [*itertools.product((LEAST, MOST), repeat=3)])
+def test_numbers_at_their_bounds_are_planned_with(figures: tuple[float, float, float]) -> None:
+    own, rtt, speed = (f"{figure:g}" for figure in figures)
+    text = LAB.replace("call_ms: 0.2", f"call_ms: {own}\n    sum_ms: {own}\n    watts: {own}")
+    text = text.replace("embed_ms: 0.1", f"embed_ms: {own}").replace("{4: 5,", f"{{4: {own},")
+    text = text.replace("rtt_ms: 1,", f"rtt_ms: {rtt},").replace("800}", f"{speed}}}")
+    problem = described_problem(parse_lab(text, "lab.yaml"), opt_350m(4), context_tokens=64)
+    pinned = replace(problem, pins={0: 0, problem.spec.head_block: 1})
+    assert solve(pinned, time_limit_s=5).stages
 
 
 def test_a_file_that_is_missing_or_huge(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ from model.quantize import BITS, Format
 from model.spec import ExpertSpec
 from model.tokenizer import Tokenizer
 from planning.losses import assumed, estimated, keep_measured
-from planning.plan import Plan, PlanError
+from planning.plan import InfeasiblePlan, Plan, PlanError
 from planning.planner import solve
 from planning.problem import PlanningProblem
 from planning.sensitivity import ASSUMED_KL_AT_4_BITS, DEFAULT_QUALITY_BUDGET
@@ -287,6 +287,23 @@ def test_a_plan_that_loses_more_than_predicted_is_made_again() -> None:
     assert bits.count(4) >= 1
     with pytest.raises(PlanError, match="above the budget"):
         asyncio.run(keep_measured(problem, solve(problem), measured, None))
+
+
+def test_a_budget_that_no_measured_plan_keeps_is_named_as_it_was_given() -> None:
+    """Plans with a tighter budget are made for it. Advice on that one would be too low."""
+    problem = tight()
+
+    async def measured(bits: tuple[int, ...]) -> float:
+        return 0.07
+
+    async def again(tighter: PlanningProblem) -> Plan:
+        return solve(replace(tighter, quality_budget=1e-9))
+
+    with pytest.raises(
+        PlanError, match=r"0\.07 with its hops, above the budget of 0\.05"
+    ) as caught:
+        asyncio.run(keep_measured(problem, solve(problem), measured, again))
+    assert not isinstance(caught.value, InfeasiblePlan)
 
 
 def test_sequences_together_are_as_one_at_a_time() -> None:

@@ -16,7 +16,7 @@ from model.spec import ModelSpec
 from planning.insight.unused import idle_reasons
 from planning.labs.lab import Lab, LabError
 from planning.labs.lab_file import parse_lab, read_lab
-from planning.plan import Plan, verify
+from planning.plan import InfeasiblePlan, Plan, verify
 from planning.planner import solve
 from planning.problem import PlanningProblem
 from tests.planning.described import described_problem
@@ -85,6 +85,16 @@ def test_a_stage_stays_on_the_chip(layers: int, tiny_opt: ModelSpec) -> None:
     coral_device = problem.devices[0]
     a_layer = coral_device.options[1][0].executed_bytes + problem.kv_bytes[1]
     assert coral_device.memory_bytes == coral_device.stage_bytes + layers * a_layer
+
+
+def test_more_of_the_boards_memory_is_no_advice_for_a_full_chip(tiny_opt: ModelSpec) -> None:
+    lab = coral(f"on_chip: {2 * on_chip_layer_bytes(tiny_opt.layers[0])}")
+    alone = replace(lab, devices=lab.devices[:1], links=())
+    problem = described_problem(alone, tiny_opt, context_tokens=256)
+    with pytest.raises(InfeasiblePlan) as caught:
+        solve(problem, time_limit_s=20)
+    assert caught.value.advice.whole_memory is None
+    assert caught.value.advice.more_devices is not None
 
 
 def test_without_a_chip_memory_is_the_only_limit(tiny_opt: ModelSpec) -> None:

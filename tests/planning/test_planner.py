@@ -700,6 +700,7 @@ def test_bits_that_no_device_runs_are_named_with_those_that_are() -> None:
         solve(make_problem(2, devices, bits=(3,)))
     assert str(caught.value) == (
         "no plan fits: no device can run embedding at 3 bit (a runs 4, 8; b runs 8): allow 8 bits"
+        " (with --quality-budget none)"
     )
 
 
@@ -730,8 +731,8 @@ def test_memory_that_is_short_is_counted_per_device() -> None:
     # Each of 1 MB holds one block of the four.
     assert advice.more_devices == ("pi-1", 2)
     assert str(caught.value) == (
-        "no plan fits: memory is short by 1.2 MB in all: allow 4 bits, or add 2 more devices like"
-        " pi-1"
+        "no plan fits: memory is short by 1.2 MB in all: allow 4 bits (with --quality-budget"
+        " none), or add 2 more devices like pi-1"
     )
 
 

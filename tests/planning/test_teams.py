@@ -8,8 +8,9 @@ import math
 import os
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -393,6 +394,88 @@ def test_falsified_teams_are_refused(falsify: Callable[[Plan], Plan], says: str)
     problem = shoal(FOUR_PIS)
     with pytest.raises(PlanError, match=says):
         verify(falsify(solve(problem)), problem)
+
+
+def leaves(value: Any, *way: str | int) -> Iterator[tuple[tuple[str | int, ...], Any]]:
+    """Every number, text and list in a plan as JSON, with the way to it."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, *way, key)
+        return
+    yield way, value
+    if isinstance(value, list):
+        for index, item in enumerate(value):
+            yield from leaves(item, *way, index)
+
+
+def other_values(value: Any) -> list[Any]:
+    """Values of the same type, or of one that None stands for."""
+    if value is None:
+        return [1, 1.0]
+    if isinstance(value, list):
+        return [value[:-1], [*value, *value[-1:]]]
+    if isinstance(value, float):
+        return [value * (1 + 1e-6) + 1e-12, 0.0]
+    return [f"{value}x"] if isinstance(value, str) else [value + 1, value - 1]
+
+
+def falsified(plain: Any, way: Sequence[str | int], value: Any) -> Any:
+    """A copy with another value at the end of the way."""
+    copied = json.loads(json.dumps(plain))
+    inner = copied
+    for key in way[:-1]:
+        inner = inner[key]
+    inner[way[-1]] = value
+    return copied
+
+
+def test_verify_refuses_every_other_figure_of_a_plan() -> None:
+    """Whatever fields a plan may have one day. Only what is said of its solver is believed."""
+    count = 2 + 2
+    problem = shoal(
+        {"a": 12.0, "b": 12.0, "c": 12.0},
+        layers=2,
+        others={
+            "objective": Objective("throughput", 100, 20, migration_weight=0.5),
+            "slots": 4,
+            "weight_errors": [{4: 0.01, 8: 0.001}] * count,
+            "sensitivities": [{4: 0.01, 8: 0.001}] * count,
+        },
+    )
+    timed = [
+        replace(
+            device,
+            load_bytes_per_s=1e8,
+            options=tuple(
+                tuple(replace(one, rows_s=(0.02, 0.03, 0.05)) for one in row)
+                for row in device.options
+            ),
+        )
+        for device in problem.devices
+    ]
+    problem = replace(problem, devices=tuple(timed))
+    spans = [[(0, end // 2), (end // 2, end)] for end in (8, 14_336, 128_256)]
+    with_both, team = with_team(
+        problem, (0, 1), [Share(*one) for one in zip(*spans, strict=True)], 16
+    )
+    plan = assess(with_both, [(team, 0, (4, 8)), (2, 2, (4, 8))], Proof("by hand", 1.0, 0.0))
+    verify(plan, problem)
+    plain = plan.to_dict()
+    believed = {("proof", "solver"), ("proof", "solve_s"), ("proof", "bound")}
+    accepted = set()
+    for way, value in leaves(plain):
+        for other in other_values(value):
+            try:
+                read = Plan.from_dict(falsified(plain, way, other))
+            except PlanError:
+                continue  # It cannot be read, and so not shown.
+            try:
+                verify(read, problem)
+            except PlanError:
+                continue
+            if read != plan:
+                accepted.add(way)
+    assert accepted == believed
 
 
 def test_a_member_over_its_memory_is_refused_although_the_team_has_room() -> None:

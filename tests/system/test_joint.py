@@ -123,7 +123,10 @@ def test_two_models_are_loaded_together(
     [
         ({"models": []}, "models: expected 2 to 8 requests"),
         ({"models": "ab"}, "models: expected a list of requests"),
-        ({"models": [], "weights": "a"}, "weights: expected a number above 0 for each model"),
+        (
+            {"models": [], "weights": "a"},
+            "weights: expected a number from 1e-6 to 1e6 for each model",
+        ),
         ({"models": [], "more": 1}, "more: known are models, weights, replaces"),
         ({"models": [], "replaces": 1}, "replaces: expected true or false"),
     ],
