@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import time
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -122,7 +121,15 @@ class Screen:
             transient=True,
         )
         tasks: dict[tuple[str, str], TaskID] = {}
-        begins_s = time.monotonic() + BAR_AFTER_S if self.err.is_interactive else math.inf
+        is_due = threading.Event()
+
+        def begin() -> None:
+            is_due.set()
+            if tasks:
+                bars.start()
+
+        # The next step of slow work may come late, or never.
+        timer = threading.Timer(BAR_AFTER_S, begin)
 
         def on_step(step: Mapping[str, Any]) -> None:
             # Each device has its bar, because several are measured at once. Links share one.
@@ -141,12 +148,17 @@ class Screen:
             bars.update(
                 tasks[key], description=label, completed=step["done"], total=total, amount=amount
             )
-            if not bars.live.is_started and time.monotonic() > begins_s:
+            if is_due.is_set():
                 bars.start()
 
+        if self.err.is_interactive:
+            timer.start()
         try:
             yield on_step
         finally:
+            timer.cancel()
+            if timer.is_alive():
+                timer.join()
             if bars.live.is_started:
                 bars.stop()
 

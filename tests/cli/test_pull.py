@@ -18,7 +18,6 @@ from pathlib import Path
 import pytest
 
 from cli import render
-from cli.render import BAR_AFTER_S
 from model.checkpoint import Checkpoint
 from model.hub import this_machine
 from tests.hub_server import COMMIT, PIECE, Hub, Repo, serve, sha256
@@ -156,7 +155,10 @@ def test_progress_is_shown_on_a_terminal(hub: Hub, monkeypatch: pytest.MonkeyPat
     hub.held_after = 8 * PIECE
     terminal = Terminal("pull", "org/large")
     assert hub.is_held.wait(60)
-    time.sleep(BAR_AFTER_S)  # A bar is only for work that is slow.
+    terminal.read_to("/1.0 MiB")  # Although no news comes.
+    hub.held_after = 12 * PIECE
+    hub.go_on.set()
+    hub.go_on.clear()
     terminal.read_to("KiB/1.0 MiB")
     hub.held_after = None
     hub.go_on.set()
