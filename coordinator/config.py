@@ -95,4 +95,7 @@ def usable(state_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"state directory {state_dir} is not usable: {error.strerror}") from error
+        within = f"{error.filename}: " if error.filename not in (None, str(state_dir)) else ""
+        raise ConfigError(
+            f"state directory {state_dir} is not usable: {within}{(error.strerror or '').lower()}"
+        ) from error

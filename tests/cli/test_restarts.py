@@ -100,6 +100,13 @@ def test_hardware_may_be_plugged_in_later(tmp_path: Path, capsys: Capture) -> No
     assert "no Edge TPU on USB" in capsys.readouterr().err
 
 
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "artifacts").touch()
+    arguments = ["coordinator", f"--state-dir={tmp_path}", "--port=0", "--http=127.0.0.1:0"]
+    assert main([*arguments, "--no-mdns"]) == MENDS_ITSELF
+    assert f"{tmp_path / 'artifacts'}: file exists" in " ".join(capsys.readouterr().err.split())
+
+
 def test_another_agent_may_be_about_to_end(tmp_path: Path, capsys: Capture) -> None:
     with claim(tmp_path):
         assert main(["agent", f"--state-dir={tmp_path}", "--insecure"]) == MENDS_ITSELF
