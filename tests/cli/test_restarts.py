@@ -100,11 +100,17 @@ def test_hardware_may_be_plugged_in_later(tmp_path: Path, capsys: Capture) -> No
     assert "no Edge TPU on USB" in capsys.readouterr().err
 
 
-def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, capsys: Capture) -> None:
-    (tmp_path / "artifacts").touch()
+@pytest.mark.parametrize(
+    ("make", "name", "said"),
+    [(Path.touch, "artifacts", "file exists"), (Path.mkdir, "local-key", "is a directory")],
+)
+def test_what_is_in_the_place_of_a_file_or_folder_is_named(
+    make: Callable[[Path], None], name: str, said: str, tmp_path: Path, capsys: Capture
+) -> None:
+    make(tmp_path / name)
     arguments = ["coordinator", f"--state-dir={tmp_path}", "--port=0", "--http=127.0.0.1:0"]
     assert main([*arguments, "--no-mdns"]) == MENDS_ITSELF
-    assert f"{tmp_path / 'artifacts'}: file exists" in " ".join(capsys.readouterr().err.split())
+    assert f"{tmp_path / name}: {said}" in " ".join(capsys.readouterr().err.split())
 
 
 def test_another_agent_may_be_about_to_end(tmp_path: Path, capsys: Capture) -> None:
