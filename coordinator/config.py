@@ -95,4 +95,8 @@ def usable(state_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"state directory {state_dir} is not usable: {error.strerror}") from error
+        named = error.filename2 or error.filename  # Of a rename, the file that is replaced.
+        within = f"{named}: " if named not in (None, str(state_dir)) else ""
+        raise ConfigError(
+            f"state directory {state_dir} is not usable: {within}{(error.strerror or '').lower()}"
+        ) from error

@@ -147,7 +147,8 @@ def run_import(options: argparse.Namespace, screen: Screen) -> None:
             _write(directory, files)
     screen.note(
         f"this machine's coordinator has the key {shown(identity.fingerprint)} now; start it, and "
-        "never the old one again; models must be at the same paths as there"
+        "never the old one again; models must be at the same paths as there, copied with their "
+        "times (rsync -a), or they are measured anew"
     )
 
 

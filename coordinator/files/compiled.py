@@ -241,15 +241,25 @@ class Workshop:
     ) -> None:
         """Fetch a file from the agent at the other end, unless the store has it.
 
-        The files ``beside`` it stay in the store.
-
-        Raises WireError, StorageFull, OSError.
+        The files ``beside`` it stay in the store. Raises WireError, StorageFull, OSError.
         """
         if await asyncio.to_thread(self._has, ref):
             return
         keep = {other.sha256 for other in beside}
+        # The bytes of an earlier attempt may be wrong. Then the file comes from its beginning.
+        if not await self._arrives(ref, connection, keep) and not await self._arrives(
+            ref, connection, keep
+        ):
+            raise ProtocolError(f"{connection.peer} sent a file of another hash")
+
+    async def _arrives(self, ref: FileRef, connection: AsyncConnection, keep: set[str]) -> bool:
+        """Fetch the rest of a file. False if earlier bytes were there and its hash differs.
+
+        Nothing of it is here then. Raises as ``_fetch``.
+        """
         upload = await asyncio.to_thread(self._store.begin, ref.sha256, ref.size_bytes, keep)
         with upload:
+            before = upload.offset
             if not upload.complete:
                 await connection.send(FetchBlock(ref.sha256, upload.offset))
             while not upload.complete:
@@ -259,8 +269,11 @@ class Workshop:
                 ):
                     raise ProtocolError(f"{connection.peer}: unexpected answer to a download")
                 await asyncio.to_thread(upload.write, payload)
-            if not await asyncio.to_thread(upload.finish):
-                raise ProtocolError(f"{connection.peer} sent a file of another hash")
+            if await asyncio.to_thread(upload.finish):
+                return True
+        if before == 0:
+            raise ProtocolError(f"{connection.peer} sent a file of another hash")
+        return False
 
 
 def _key(request: MakeFiles, version: str) -> str:

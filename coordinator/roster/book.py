@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from model.durable import hand_over, locked, replace_text
 from wire.claim import Claim, Fingerprint, shown
@@ -322,9 +322,8 @@ def _parsed(values: object) -> _Book:
         raise _Newer
     if values["version"] != VERSION:
         raise ValueError("not a version")
-    for kind, items in ((Device, values["devices"]), (OpenInvite, values["invites"])):
-        if any(item.keys() - {field.name for field in fields(kind)} for item in items):
-            raise _Newer
+    _require_known(Device, values["devices"])
+    _require_known(OpenInvite, values["invites"])
     book = _Book(
         tuple(Device(**item) for item in values["devices"]),
         tuple(OpenInvite(**item) for item in values["invites"]),
@@ -340,9 +339,15 @@ def _parsed(values: object) -> _Book:
         _require_time(invite.created_s)
         if invite.ends_s is not None:
             _require_time(invite.ends_s)
-        if not isinstance(invite.uses, int | None):
+        if type(invite.uses) not in (int, type(None)):
             raise TypeError("not an invite")
     return book
+
+
+def _require_known(kind: type[Device] | type[OpenInvite], items: Any) -> None:
+    names = {field.name for field in fields(kind)}
+    if any(item.keys() - names for item in items):
+        raise _Newer
 
 
 def _require_time(value: object) -> None:

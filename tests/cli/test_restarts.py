@@ -100,6 +100,19 @@ def test_hardware_may_be_plugged_in_later(tmp_path: Path, capsys: Capture) -> No
     assert "no Edge TPU on USB" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("make", "name", "said"),
+    [(Path.touch, "artifacts", "file exists"), (Path.mkdir, "local-key", "is a directory")],
+)
+def test_what_is_in_the_place_of_a_file_or_folder_is_named(
+    make: Callable[[Path], None], name: str, said: str, tmp_path: Path, capsys: Capture
+) -> None:
+    make(tmp_path / name)
+    arguments = ["coordinator", f"--state-dir={tmp_path}", "--port=0", "--http=127.0.0.1:0"]
+    assert main([*arguments, "--no-mdns"]) == MENDS_ITSELF
+    assert f"{tmp_path / name}: {said}" in " ".join(capsys.readouterr().err.split())
+
+
 def test_another_agent_may_be_about_to_end(tmp_path: Path, capsys: Capture) -> None:
     with claim(tmp_path):
         assert main(["agent", f"--state-dir={tmp_path}", "--insecure"]) == MENDS_ITSELF

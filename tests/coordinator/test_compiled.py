@@ -235,6 +235,32 @@ def test_files_are_made_once_from_blocks_that_the_agent_has(tmp_path: Path, make
     assert not list((tmp_path / "made").glob(".*"))
 
 
+@pytest.mark.parametrize("left", [700, len(BLOCKS[1])])
+def test_what_a_power_cut_made_of_a_file_is_not_its_senders_fault(
+    left: int, tmp_path: Path, makers: Makers
+) -> None:
+    """The part has its length, and zeros. It is fetched from its beginning."""
+
+    async def test(shoal: Shoal, control: AsyncConnection) -> None:
+        first, _ = ASKED.blocks
+        (shoal.artifacts / f"{first.sha256}.part").write_bytes(bytes(left))
+        connection = await shoal.files("coral")
+        await connection.send(ASKED)
+        if left < len(BLOCKS[1]):
+            wanted = await next_message(connection)
+            assert wanted == FetchBlock(first.sha256, left)
+            await send(connection, wanted, BLOCKS[1])
+        wanted = await next_message(connection)
+        assert wanted == FetchBlock(first.sha256, 0)
+        await send(connection, wanted, BLOCKS[1])
+        wanted = await next_message(connection)
+        assert isinstance(wanted, FetchBlock)
+        await send(connection, wanted, BLOCKS[2])
+        assert await next_message(connection) == FilesMade(0, refs(*MADE))
+
+    run(tmp_path, makers, test)
+
+
 def test_nobody_can(tmp_path: Path) -> None:
     async def test(shoal: Shoal, control: AsyncConnection) -> None:
         connection = await shoal.files("coral")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +19,7 @@ from wire.sizes import parse_size
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
+DOCKERFILE = DEPLOY / "Dockerfile"
 USER = 7420
 
 
@@ -125,3 +130,27 @@ def test_the_image_is_built_from_what_there_is() -> None:
         assert (ROOT / lock).exists()
     assert f"USER {USER}:{USER}" in text
     assert "HEALTHCHECK" in text
+
+
+def health_checks() -> list[list[str]]:
+    """The command of the image, and those of all workloads."""
+    (of_image,) = re.findall(
+        r"^HEALTHCHECK .*\\\n +CMD (.*)$", DOCKERFILE.read_text(), re.MULTILINE
+    )
+    probes = [pod_of(workload)["containers"][0]["livenessProbe"] for workload in WORKLOADS]
+    return [json.loads(of_image), *(probe["exec"]["command"] for probe in probes)]
+
+
+@pytest.mark.parametrize("command", health_checks())
+def test_a_hung_process_is_not_alive_because_the_clock_was_set_back(
+    command: list[str], tmp_path: Path
+) -> None:
+    """The file's time is then in the future. A process that works touches it again at once."""
+    file = tmp_path / "alive"
+    for age_s, code in ((5, 0), (100, 1), (-3600, 1)):
+        file.touch()
+        os.utime(file, (time.time() - age_s, time.time() - age_s))
+        environment = {**os.environ, "SHOAL_ALIVE_FILE": str(file)}
+        assert subprocess.run(command, env=environment, check=False).returncode == code
+    file.unlink()
+    assert subprocess.run(command, env=environment, capture_output=True, check=False).returncode
