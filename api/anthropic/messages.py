@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from api.anthropic.requests import chat_request
 from api.common import EventForm, describe, messages_error
@@ -30,7 +30,7 @@ class Messages(Api):
     """One request. Its stream begins and ends each block of the answer."""
 
     form = EventForm(_event, _error, "")
-    names: ClassVar = {"stop": "stop_sequences", "enable_thinking": "thinking"}
+    names: Mapping[str, str] = {"stop": "stop_sequences", "enable_thinking": "thinking"}
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         super().__init__(body)
