@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,6 +33,8 @@ if TYPE_CHECKING:
 
 OBJECTIVES = ("latency", "throughput", "request", "energy")
 TIME_LIMIT_S = 10.0
+_FACTORS, _AMOUNTS = (1e-6, 1e6), (1e-6, 1e18)
+"""With numbers outside of these, times or their sums may be no numbers."""
 
 
 def _list(convert: Callable[[str], Any], expected: str) -> Callable[[str], Any]:
@@ -58,7 +59,8 @@ def _amount(unit: Callable[[str], float]) -> Callable[[str], Any]:
 
         is_factor = text.startswith("x")
         value = float(text[1:]) if is_factor else unit(text)
-        if not 0 < value < math.inf:
+        least, most = _FACTORS if is_factor else _AMOUNTS
+        if not least <= value <= most:
             raise ValueError(text)
         return Amount(value, is_factor)
 

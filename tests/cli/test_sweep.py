@@ -143,6 +143,8 @@ def test_a_shape_without_files_is_enough_for_plans(
     [
         (("--bits=9",), 2, "--bits"),
         (("--links=0",), 2, "Mbit/s such as 10,100, or factors such as x0.5,x2"),
+        (("--links=1e-320",), 2, "Mbit/s such as 10,100, or factors such as x0.5,x2"),
+        (("--links=x1e308",), 2, "Mbit/s such as 10,100, or factors such as x0.5,x2"),
         (("--memory=big",), 2, "sizes such as 1G,512M"),
         (("--quality-budget=-1",), 2, "numbers from 0 up, or none"),
         (("--objective=beauty",), 2, "some of latency,throughput,request,energy"),
