@@ -44,7 +44,7 @@ def test_offsets_are_places_in_the_text_that_is_told() -> None:
         pieces.append(Piece(text, (token,), "", logprobs=scored([token])))
     outcome, api = Outcome(), Completions({})
     list(api.begin(job, [outcome]))
-    chunks = []
+    chunks: list[dict[str, Any]] = []
     parser = job.parser()
     for piece in [*pieces, Piece("", (), "stop")]:
         event = Event(0, tuple(parser.feed(piece.text)), piece, piece.finish)
