@@ -211,12 +211,12 @@ def test_a_hostile_grammar_is_refused_in_one_line(process: GrammarProcess, name:
 def test_a_request_that_takes_too_long_ends_the_process_in_time(tmp_path: Path) -> None:
     path = tmp_path / "tokens"
     path.write_bytes(TOKENS.encode())
-    process = GrammarProcess(path, max_cpu_s=60, max_wall_s=1.5)
+    process = GrammarProcess(path, max_cpu_s=60, max_wall_s=5)
     try:
         matcher = process.open(json_grammar({"type": "object"}))
         matcher.allowed()
         os.kill(process.child().pid, signal.SIGSTOP)
-        with pytest.raises(GrammarProcessLost, match=r"did not end within 1\.5 s"):
+        with pytest.raises(GrammarProcessLost, match=r"did not end within 5 s"):
             process.check(json_grammar({"type": "object"}))
         process.check(json_grammar({"type": "object"}))
         matcher.accept(ord("{"))

@@ -626,6 +626,7 @@ def test_a_plan_is_looked_for_even_when_the_limit_has_passed(
     """As on a slow machine: bounds take all the time there is, and no plan is made at once."""
     monkeypatch.setattr(base, "fill", lambda *_: [])
     monkeypatch.setattr(base, "pack", lambda *_, **__: Packed(None))
+    monkeypatch.setattr(planner, "_LAST_RESORT_S", 60.0)
     problem = replace(hard_problem(), objective=Objective(kind))
     found = search(problem, deadline_s=0.0, gap=0.01, last_resort_s=time.monotonic() + 60)
     assert found.choice is not None
