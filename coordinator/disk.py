@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 
 def fault(error: Exception) -> str:
-    """What is wrong with a kept file that raised ``error`` when it was read."""
+    """Say in words what is wrong with a kept file whose reading raised ``error``."""
     if isinstance(error, OSError):
         return (error.strerror or str(error)).lower()
     if isinstance(error, KeyError):
