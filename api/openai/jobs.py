@@ -102,11 +102,10 @@ def read_job(deployment: Deployment, body: Mapping[str, Any], *, chat: bool) -> 
     reading, prompts, texts = None, list[list[int]](), list[str]()
     if chat:
         reading, tokens = read_conversation(deployment, body)
+        room_for_answer(len(tokens), deployment.context_tokens, deployment.spec)
         prompts.append(tokens)
     else:
         prompts, texts = completion_prompts(deployment, body)
-    for prompt in prompts:
-        room_for_answer(len(prompt), deployment.context_tokens, deployment.spec)
     sampling = read_sampling(deployment, body, chat=chat)
     sampling, format_field = constrained(deployment, body, sampling, reading)
     return Job(

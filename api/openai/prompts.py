@@ -49,18 +49,29 @@ def completion_prompts(
     prompts: list[Any] = value if several and isinstance(value, list) else [value]
     if len(prompts) > MAX_CHOICES:
         raise RequestInvalid(f"prompt: at most {MAX_CHOICES} in one request", "prompt")
-    found = [_completion_prompt(deployment, prompt) for prompt in prompts]
+    found = []
+    for number, prompt in enumerate(prompts):
+        try:
+            found.append(_completion_prompt(deployment, prompt))
+        except RequestInvalid as error:
+            message = str(error)
+            if several:
+                message = f"prompt[{number}]: {message.removeprefix('prompt: ')}"
+            raise RequestInvalid(message, "prompt", error.code) from error
     return [tokens for tokens, _ in found], [text for _, text in found]
 
 
 def _completion_prompt(deployment: Deployment, prompt: Any) -> tuple[list[int], str]:
     if isinstance(prompt, str):
-        return encode(deployment, prompt, add_special=True), prompt
-    if isinstance(prompt, list) and all(type(token) is int for token in prompt):
+        tokens, text = encode(deployment, prompt, add_special=True), prompt
+    elif isinstance(prompt, list) and all(type(token) is int for token in prompt):
         if any(not 0 <= token < deployment.spec.vocab for token in prompt):
             raise RequestInvalid("prompt: token ids outside the vocabulary", "prompt")
-        return prompt, deployment.tokenizer.decode(prompt)
-    raise RequestInvalid("prompt: expected texts, or lists of token ids", "prompt")
+        tokens, text = prompt, deployment.tokenizer.decode(prompt)
+    else:
+        raise RequestInvalid("prompt: expected a text, or a list of token ids", "prompt")
+    room_for_answer(len(tokens), deployment.context_tokens, deployment.spec)
+    return tokens, text
 
 
 def chat_prompt(deployment: Deployment, body: Mapping[str, Any], tools: Tools) -> ChatPrompt:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,15 +14,18 @@ from api.openai import constraints
 from api.openai.api import Api
 from api.openai.fields import number
 from api.openai.jobs import read_stream_options
-from api.openai.prompts import read_variables
+from api.openai.prompts import completion_prompts, read_variables
 from api.openai.responses import Responses
 from api.openai.responses_input import chat_request as of_responses
 from api.openai.sampling import read_choices, read_logit_bias, read_sampling
 from api.openai.tools import read_tools
+from model.checkpoint import Checkpoint
+from model.tokenizer import Tokenizer
 from planning.errors import RequestInvalid
 from tests.api.test_messages import TOOL, USER, call, read
 from wire.messages import Sampling
 
+LLAMA = Path(__file__).parents[1] / "fixtures" / "llama"
 FORMAT = {"name": "n", "schema": {}}
 
 
@@ -244,6 +248,26 @@ def test_errors_name_the_fields_of_the_clients_api(
         raise RequestInvalid(message, field, "some_code")
     assert str(refused.value) == message.replace(field, named)
     assert (refused.value.param, refused.value.code) == (named, "some_code")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        (["a", "b" * 99], r"^prompt\[1\]: the prompt has \d+ tokens and the context 32"),
+        ([[1], []], r"^prompt\[1\]: the prompt is empty"),
+        ([[1], [9999]], r"^prompt\[1\]: token ids outside the vocabulary"),
+        (["a", [1.5]], r"^prompt\[1\]: expected a text, or a list of token ids"),
+        ([], "^the prompt is empty"),
+        ([1, "a"], "^prompt: expected a text, or a list of token ids"),
+        (None, "^prompt: expected a text, or a list of token ids"),
+    ],
+)
+def test_the_prompt_that_is_wrong_is_named(prompt: Any, words: str) -> None:
+    tokenizer, spec = Tokenizer.load(LLAMA), Checkpoint.open(LLAMA).spec
+    deployment: Any = SimpleNamespace(tokenizer=tokenizer, spec=spec, context_tokens=32)
+    with pytest.raises(RequestInvalid, match=words) as refused:
+        completion_prompts(deployment, {"prompt": prompt})
+    assert refused.value.param == "prompt"
 
 
 def test_many_tools_calls_and_results_take_no_longer_than_few() -> None:
