@@ -211,8 +211,7 @@ def _measured_disk(cache_dir: Path, scratch: Path) -> tuple[int, _Figure]:
     with _usable(cache_dir):
         storage_bytes = _storage_bytes(cache_dir)
         meter = LoadMeter(kernel=False)
-        rate, _ = measure_disk(scratch)
-        return storage_bytes, (rate, meter.conditions())
+        return storage_bytes, (measure_disk(scratch)[0], meter.conditions())
 
 
 @contextmanager
@@ -518,8 +517,7 @@ def memory_read_rate(threads: int) -> tuple[float, float]:
 
 
 def memory_copy_rate(threads: int) -> tuple[float, float]:
-    """Return bytes per second, read plus written, of threads that copy in main memory, and the
-    spread."""
+    """Return bytes per second, read plus written, of threads that copy, and the spread."""
     items = _buffer_items() // 2
     sources = np.array_split(np.ones(items, np.int64), threads)
     targets = np.array_split(np.zeros(items, np.int64), threads)
