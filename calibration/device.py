@@ -211,8 +211,7 @@ def _measured_disk(cache_dir: Path, scratch: Path) -> tuple[int, _Figure]:
     with _usable(cache_dir):
         storage_bytes = _storage_bytes(cache_dir)
         meter = LoadMeter(kernel=False)
-        rate = measure_disk_write(scratch)
-        return storage_bytes, (rate, meter.conditions())
+        return storage_bytes, (measure_disk(scratch)[0], meter.conditions())
 
 
 @contextmanager
@@ -502,11 +501,6 @@ def _call_s(bench: Bench) -> _Figure:
         return 0.0, None
 
 
-def measure_memory_read(threads: int) -> float:
-    """Return bytes per second that ``threads`` threads read together from main memory, at best."""
-    return memory_read_rate(threads)[0]
-
-
 def _memory_rate(kind: type[Backend], threads: int) -> tuple[float, float]:
     """Return ``memory_read_rate`` of the memory that holds the backend's stages."""
     rate = kind.memory_read_bytes_per_s()
@@ -514,7 +508,7 @@ def _memory_rate(kind: type[Backend], threads: int) -> tuple[float, float]:
 
 
 def memory_read_rate(threads: int) -> tuple[float, float]:
-    """Return the rate as ``measure_memory_read`` does, and the spread of its repeats."""
+    """Return bytes per second that threads read together from main memory, and the spread."""
     items = _buffer_items()
     parts = np.array_split(np.ones(items, np.int64), threads)
     # numpy releases the interpreter lock while it reduces.
@@ -522,13 +516,8 @@ def memory_read_rate(threads: int) -> tuple[float, float]:
     return items * 8 / best_s, spread
 
 
-def measure_memory_copy(threads: int) -> float:
-    """Return bytes per second, read plus written, of ``threads`` threads copying in main memory."""
-    return memory_copy_rate(threads)[0]
-
-
 def memory_copy_rate(threads: int) -> tuple[float, float]:
-    """Return the rate as ``measure_memory_copy`` does, and the spread of its repeats."""
+    """Return bytes per second, read plus written, of threads that copy, and the spread."""
     items = _buffer_items() // 2
     sources = np.array_split(np.ones(items, np.int64), threads)
     targets = np.array_split(np.zeros(items, np.int64), threads)
@@ -538,14 +527,6 @@ def memory_copy_rate(threads: int) -> tuple[float, float]:
 
 def _slowness(rate: float) -> float:
     return 1 / rate
-
-
-def measure_disk_write(directory: Path) -> float:
-    """Return bytes per second of a short file in ``directory``, written through to the disk.
-
-    Raises OSError if it cannot be written.
-    """
-    return measure_disk(directory)[0]
 
 
 def measure_disk(directory: Path) -> tuple[float, float | None]:

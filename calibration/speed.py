@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 
 from backends.base import Backend, BackendError, Stage, StageOptions
-from calibration.device import measure_memory_read
+from calibration.device import memory_read_rate
 from calibration.layers import chunk_tokens, random_artifacts
 from model.costs import kv_bytes
 from model.experts import STACKED
@@ -214,7 +214,7 @@ class Trial:
     def round(self) -> None:
         """Measure the bandwidth, a prompt, and some tokens at each context."""
         rate = self._backend.memory_read_bytes_per_s()
-        self._bandwidths.append(rate or measure_memory_read(self._options.threads))
+        self._bandwidths.append(rate or memory_read_rate(self._options.threads)[0])
         self.prefill()
         for context in self._options.contexts:
             self.decode(context)

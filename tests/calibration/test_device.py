@@ -22,8 +22,8 @@ from calibration.device import (
     figure_keys,
     kept_profile,
     known_or_measured,
-    measure_disk_write,
-    measure_memory_read,
+    measure_disk,
+    memory_read_rate,
     profile_device,
     profile_in_child,
 )
@@ -92,11 +92,11 @@ def test_an_unknown_backend_is_refused(tmp_path: Path) -> None:
 
 
 def test_more_threads_than_cores_are_measured_too() -> None:
-    assert measure_memory_read(3) > 1e8
+    assert memory_read_rate(3)[0] > 1e8
 
 
 def test_the_disk_measurement_leaves_nothing(tmp_path: Path) -> None:
-    assert measure_disk_write(tmp_path) > 0
+    assert measure_disk(tmp_path)[0] > 0
     assert list(tmp_path.iterdir()) == []
 
 

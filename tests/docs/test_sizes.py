@@ -66,7 +66,6 @@ LARGE = {
     "coordinator/roster/members.py": "One device's connection, and the table of all of them.",
     "coordinator/loading/operations.py": "One operation a method, each a few steps long.",
     "coordinator/loading/state.py": "One table of states and events.",
-    "calibration/device.py": "A profile's figures, measured here or in a child, or kept of before.",
     "agent/daemon.py": "One handler for each request of a coordinator.",
     "agent/relay.py": "The way of a row through a stage: one lock guards all of it.",
     "backends/onnx_cpu.py": "One stage: loading, passes, caches.",
