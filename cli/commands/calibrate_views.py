@@ -32,9 +32,11 @@ def show_survey(screen: Screen, survey: DeviceSurvey) -> None:
     for backend in survey.backends:
         if backend.reason is not None:
             table.add_row(backend.name, escape(backend.reason))
+        else:
+            table.add_row(backend.name, escape(backend.version))
         for bits, rate in backend.flops.items():
             table.add_row(
-                f"{backend.name} {backend.version}, {bits} bits as executed",
+                f"{backend.name}, {bits} bits as executed",
                 f"{rate / 1e9:.1f} GFLOP/s (best call {backend.best_flops[bits] / 1e9:.1f})"
                 + _marked(backend.conditions.get(bits)),
             )

@@ -156,6 +156,7 @@ def test_progress_is_shown_on_a_terminal(hub: Hub, monkeypatch: pytest.MonkeyPat
     terminal = Terminal("pull", "org/large")
     assert hub.is_held.wait(60)
     terminal.read_to("/1.0 MiB")  # Although no news comes.
+    terminal.read_to("0:00:03")  # From now on, there is a rate.
     hub.held_after = 12 * PIECE
     hub.go_on.set()
     hub.go_on.clear()

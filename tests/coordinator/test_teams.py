@@ -313,7 +313,7 @@ def run(tmp_path: Path) -> Run:
 async def shown_model(shoal: Shoal) -> dict[str, Any]:
     """Return the model in the JSON of `shoal ps`."""
     routes = AdminRoutes("test", shoal.roster, shoal.operations, shoal.models, shoal.story)
-    answer = json.loads(bytes((await routes.ps(Request({"type": "http"}))).body))
+    answer = json.loads(bytes((await routes.ps(Request({"type": "http", "query_string": b""}))).body))
     model: dict[str, Any] = answer["model"]
     return model
 

@@ -127,7 +127,8 @@ def test_the_largest_number_in_the_document_is_the_largest_that_is_read(
         if "chat" in path:
             body = {"messages": [{"role": "user", "content": "a"}]}
             body["logprobs"] = field == "top_logprobs"
-        body |= {"max_tokens": 1, field: value}
+        limit = "max_completion_tokens" if field == "max_completion_tokens" else "max_tokens"
+        body |= {limit: 1, field: value}
         if field == "best_of":
             body["n"] = value
         answer = httpx.post(scripted.url + path, json=body, timeout=60)
