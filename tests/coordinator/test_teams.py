@@ -313,7 +313,8 @@ def run(tmp_path: Path) -> Run:
 async def shown_model(shoal: Shoal) -> dict[str, Any]:
     """Return the model in the JSON of `shoal ps`."""
     routes = AdminRoutes("test", shoal.roster, shoal.operations, shoal.models, shoal.story)
-    answer = json.loads(bytes((await routes.ps(Request({"type": "http", "query_string": b""}))).body))
+    request = Request({"type": "http", "query_string": b""})
+    answer = json.loads(bytes((await routes.ps(request)).body))
     model: dict[str, Any] = answer["model"]
     return model
 
