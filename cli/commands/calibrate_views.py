@@ -33,7 +33,7 @@ def show_survey(screen: Screen, survey: DeviceSurvey) -> None:
         if backend.reason is not None:
             table.add_row(backend.name, escape(backend.reason))
         else:
-            table.add_row(backend.name, escape(backend.version))
+            table.add_row(backend.name, escape(backend.version or ""))
         for bits, rate in backend.flops.items():
             table.add_row(
                 f"{backend.name}, {bits} bits as executed",
