@@ -331,7 +331,8 @@ def run_rm(options: argparse.Namespace, screen: Screen) -> None:
         known = ", ".join(sorted({ref for item in repo.revisions for ref in item.refs}))
         raise CommandFailed(f"{name.repo} is here without the revision {name.revision}: {known}")
     _require_unused(options, Path(repo.repo_path))
-    strategy = cache.delete_revisions(*commits)
+    # A copy of the repository may have the same commits, which the whole cache would remove, too.
+    strategy = replace(cache, repos=frozenset((repo,))).delete_revisions(*commits)
     size = format_size(strategy.expected_freed_size)
     if not options.yes:
         if not sys.stdin.isatty():

@@ -148,6 +148,18 @@ def test_one_revision_is_removed_and_the_other_stays(hub: Hub, tmp_path: Path) -
     assert Checkpoint.open(Path(row["path"])).tensors
 
 
+def test_a_copy_of_a_repository_stays_when_the_other_is_removed(hub: Hub, tmp_path: Path) -> None:
+    """A copy that was pushed has the same commits."""
+    hub.repos["org/tiny"] = hub.repos["org/copy"] = Repo(fixture())
+    for name in ("org/tiny", "org/copy"):
+        last_json(shoal("pull", name, "--json"))
+    last_json(shoal("rm", "org/copy", "--yes", "--json", NOWHERE))
+    assert not (tmp_path / "hub" / "models--org--copy").exists()
+    (row,) = last_json(shoal("models", "--json", NOWHERE))["models"]
+    assert "models--org--tiny" in row["path"]
+    assert Checkpoint.open(Path(row["path"])).tensors
+
+
 def test_progress_is_shown_on_a_terminal(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     for limit in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
         monkeypatch.setenv(limit, "120")  # The server waits for this test, which may be slow.
