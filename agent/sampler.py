@@ -8,10 +8,11 @@ weights find the group, and the weights of that group find the token.
 Top-k needs only the k highest logits. At least k of all logits reach the k-th highest of the
 groups' maxima, and few more do. The exact choice is made among these.
 
-Top-p draws from the whole distribution, and adds up the probability that ranks before the token. If
-that reaches top_p, this token and all that rank behind it are dropped, and another one is drawn
-from the others. Each draw is proportional to the weights, so the result is, too. Tokens below min_p
-weigh nothing, but count in the sum that top_p is a part of.
+Top-p draws from the whole distribution, and adds up the probabilities of the token and of those
+that rank behind it. If they are at most 1 - top_p, all these are dropped, and another token is
+drawn from the others. Most sums are known to be more after a part of the vocabulary. Each draw is
+proportional to the weights, so the result is, too. Tokens below min_p weigh nothing, but count in
+the sum that top_p is a part of.
 """
 
 from __future__ import annotations
