@@ -165,9 +165,12 @@ class StageLoader:
             self._wanted = frozenset()
 
     def stop_damaged(self, stage: LoadedStage, path: Path) -> None:
-        """Stop a stage that runs from a damaged file, and have the coordinator load it again."""
-        stage.stop()
-        self._had_damage = True
+        """Have the coordinator load a stage again that runs from a damaged file, and stop it.
+
+        The coordinator is told first. A stage that stops waits for its running pass, and refuses
+        sequences meanwhile: their answers would end instead of beginning again.
+        """
+        self._had_damage = stage.is_damaged = True
         reason = f"a file of its stage was damaged in its cache ({path.name})"
         log.warning("%s is damaged: the stage stops, and the file is removed", path)
         try:
@@ -176,6 +179,7 @@ class StageLoader:
             reason = str(error)
         with contextlib.suppress(WireError):  # The coordinator sees the agent's loss.
             self._report(StageDamaged(stage.epoch, reason))
+        stage.stop()
 
     def _fetch(self, files: Sequence[FileRef], source: Source, came: set[Path]) -> tuple[int, int]:
         """Make files present beside those of loaded stages.

@@ -45,11 +45,15 @@ class LoadedStage:
     """Admits the previous device of the ring. None unless there is a relay."""
     watch: Watch | None = None
     """Hashes the remaining files of the stage, until it is done."""
+    is_damaged: bool = False
+    """Whether one of its files is damaged. Then it is never kept for another coordinator."""
 
     @property
     def works(self) -> bool:
         """Whether new sequences can run, as far as this device knows."""
         relay, team = self.relay, self.team
+        if self.is_damaged:
+            return False
         return (relay is None or relay.works) and (team is None or team.works)
 
     @property

@@ -32,6 +32,7 @@ from wire.messages import (
     LoadStage,
     Sampling,
     SequenceFailed,
+    StageDamaged,
     StageLoaded,
     StartSequence,
     TokenSampled,
@@ -50,6 +51,8 @@ class WholeBackend(Backend):
     """The reference, for a whole model. Its passes wait while ``gate`` is closed."""
 
     gate = threading.Event()
+    begun = threading.Event()
+    """Whether a pass has come to the gate."""
 
     @classmethod
     def probe(cls) -> Capabilities:
@@ -62,6 +65,7 @@ class WholeBackend(Backend):
         return stage
 
     def _wait(self) -> None:
+        self.begun.set()
         assert self.gate.wait(ANSWER_S)
 
 
@@ -177,6 +181,27 @@ def test_a_stage_that_was_stopped_for_damage_is_not_kept(shoal: Shoal) -> None:
     (stage,) = agent._stages
     agent._loader.stop_damaged(stage, agent._cache.path("0" * 64))
     assert shoal.lose(keeps=True).kept == ()
+
+
+def test_damage_is_told_before_anything_fails_by_it(shoal: Shoal) -> None:
+    """Else a request would end by the failure, while the coordinator knows of no damage yet."""
+    agent = shoal.agent
+    (stage,) = agent._stages
+    WholeBackend.gate.clear()
+    WholeBackend.begun.clear()
+    shoal.start(5)
+    assert WholeBackend.begun.wait(ANSWER_S)
+    path = agent._cache.path("0" * 64)
+    stopping = threading.Thread(target=agent._loader.stop_damaged, args=(stage, path))
+    stopping.start()  # It waits for the pass.
+    shoal.start(6)
+    try:
+        told = shoal.coordinator.answer()
+        assert isinstance(told, StageDamaged), told
+        assert not stage.works
+    finally:
+        WholeBackend.gate.set()
+        stopping.join(ANSWER_S)
 
 
 def test_a_pass_that_does_not_end_is_told_and_the_agent_joins_again_after_it(shoal: Shoal) -> None:
