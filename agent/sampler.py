@@ -51,6 +51,8 @@ The second computation uses float64.
 SMALLEST_TEMPERATURE = 1e-37
 """A normal float32, because the thread of a stage may read denormals as zero."""
 
+NEAR = 20.0
+"""Float32 holds the exponentials of logits up to this, and their sums, as well as smaller ones."""
 
 SMALLEST_LOGPROB = -9999.0
 """Stands for impossible tokens, as in OpenAI's answers, because JSON has no infinity."""
@@ -224,11 +226,12 @@ def draw(logits: npt.NDArray[Real], best: int, sampling: Sampling, position: int
     """
     weights = _weights(logits, logits[best], sampling.temperature)
     flat = weights.reshape(-1)
-    index, limit, doubt = best, 0.0, 0.0
+    highest_weight = float(flat[best])
+    limit, doubt = 0.0, 0.0
     cumulative = weights.sum(axis=0).cumsum(dtype=np.float64)
     total = cumulative[-1]
-    if sampling.min_p > 0:  # The highest logit weighs 1.
-        np.multiply(weights, weights >= sampling.min_p, out=weights)
+    if sampling.min_p > 0:
+        np.multiply(weights, weights >= sampling.min_p * highest_weight, out=weights)
         cumulative = weights.sum(axis=0).cumsum(dtype=np.float64)
     for attempt in count():
         if attempt:
@@ -243,7 +246,7 @@ def draw(logits: npt.NDArray[Real], best: int, sampling: Sampling, position: int
         if attempt == 0:
             limit = sampling.top_p * total
             doubt = DOUBT * total if logits.dtype == np.float32 else 0.0
-            if limit <= 1 - doubt:  # The highest logit weighs 1, which suffices.
+            if limit <= highest_weight - doubt:  # It suffices alone.
                 return best
         enough = cumulative[-1] - limit  # Then the tokens before it are less than top_p.
         behind = _weight_behind(weights, index, enough + doubt)
@@ -259,7 +262,10 @@ def draw(logits: npt.NDArray[Real], best: int, sampling: Sampling, position: int
 
 
 def _weights(logits: npt.NDArray[Real], best: Real, temperature: float) -> npt.NDArray[Real]:
-    """Return probabilities over that of the highest logit, [rows, groups], padded with 0."""
+    """Return numbers in proportion to the probabilities, [rows, groups], padded with 0.
+
+    The largest is 1, unless the highest logit, ``best``, is near 0. Then its exponential is.
+    """
     groups = min(GROUPS, len(logits))
     shape = -(-len(logits) // groups), groups
     if logits.dtype == np.float32:
@@ -269,11 +275,13 @@ def _weights(logits: npt.NDArray[Real], best: Real, temperature: float) -> npt.N
     flat = weights.reshape(-1)
     flat[len(logits) :] = 0
     own = flat[: len(logits)]
+    temperature = max(temperature, SMALLEST_TEMPERATURE)
     with np.errstate(over="ignore"):  # A tiny temperature leaves only the likeliest token.
-        np.subtract(logits, best, out=own)
+        if abs(best) > NEAR * temperature:
+            logits = np.subtract(logits, best, out=own)
         if temperature != 1:
-            own /= logits.dtype.type(max(temperature, SMALLEST_TEMPERATURE))
-    np.exp(own, out=own)
+            logits = np.divide(logits, logits.dtype.type(temperature), out=own)
+    np.exp(logits, out=own)
     return weights
 
 

@@ -142,6 +142,7 @@ def test_equal_huge_and_impossible_logits_are_drawn_from_exactly(
         "one possible": np.where(ids == vocab - 1, 0.0, -infinity),
         "ties of three": np.log(1 + ids // 3),
         "high": 80 + np.log(1 + ids % 4),
+        "low": np.log(1 + ids % 4) - 120,
     }
     for name, values in cases.items():
         logits = values.astype(np.float32)
@@ -199,6 +200,19 @@ def test_tokens_of_a_seed_stay_the_same_from_version_to_version() -> None:
         "top_k": [4973, 4962, 4975, 4970, 4985],
         "top_p": [4488, 4464, 4659, 4834, 4998],
     }
+
+
+@pytest.mark.parametrize("vocab", [1000, EXACT_COUNT + 1])
+def test_logits_may_be_near_0_or_far_from_it(vocab: int) -> None:
+    """Only their differences count, wherever the highest one is."""
+    steps = np.random.default_rng(8).integers(-16, 0, vocab, endpoint=True)
+    steps[77] = 0
+    logits = (steps / 4).astype(np.float32)
+    settings = [*SETTINGS, replace(sampling(), min_p=0.1), replace(sampling(top_p=0.6), min_p=0.3)]
+    for one in settings:
+        expected = draws(logits, one, 60).tolist()
+        for shift in (-500, -19, 14, 19, 21, 90):
+            assert draws(logits + np.float32(shift), one, 60).tolist() == expected, (one, shift)
 
 
 @pytest.mark.parametrize(
