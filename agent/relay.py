@@ -523,9 +523,11 @@ class Relay:
                 drafting.checked, drafting.by_model = guesses, True
 
     def _lose_drafter(self, error: Exception) -> None:
-        """Go on without the draft model, which failed."""
+        """Free the draft model, which failed, and go on without it."""
         log.warning("the draft model failed: answers go on without it: %s", error)
         self._drafts_by = None
+        if self._drafter is not None:
+            self._drafter.close()
 
     # ---- one pass -------------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ class Breakable(Stage):
 
     def __init__(self, stage: Stage) -> None:
         self.broken: Exception | None = None
+        self.closed = False
         self.rows = 0
         self._stage = stage
 
@@ -58,6 +59,7 @@ class Breakable(Stage):
         return self._stage.memory_bytes
 
     def close(self) -> None:
+        self.closed = True
         self._stage.close()
 
 
@@ -230,6 +232,7 @@ def test_a_model_that_fails_is_left_and_the_answer_goes_on(ring: Ring, failure: 
     messages = messages_of(last, 2)
     assert tokens_of(messages) == CONTINUATION
     assert by_model(messages) == (0, 0)
+    assert stage.closed  # Others may need its memory.
 
 
 @pytest.mark.parametrize("failure", FAILURES)

@@ -127,6 +127,28 @@ def test_a_team_that_is_asked_for_is_loaded(four: Cluster, model: Path) -> None:
     assert answers(four, 30) == expected
 
 
+def test_a_draft_model_guesses_for_a_team(four: Cluster, model: Path, tmp_path: Path) -> None:
+    four.load(model, *EXACT, "--no-teams")
+    expected = answers(four, 60)
+    small = Path(shutil.copytree(model, tmp_path / "small"))
+    four.know(small)
+    loaded = four.load(model, *EXACT, "--team=pi-1,pi-2", f"--draft={small}", "--draft-bits=8")
+    assert loaded["draft"]["device"] == teams(four)[0][0]
+
+    def guesses() -> int:
+        return int(four.get("/shoal/v1/ps")["model"]["draft"]["drafted_tokens"])
+
+    # It guesses for a sequence that is alone, once it is known to pay.
+    wait_for(
+        lambda: (
+            tokens_of(four, PROMPTS[0], 60, threading.Event()) == expected[0] and guesses() > 0
+        ),
+        120,
+        "a guess by the draft model",
+    )
+    assert answers(four, 60) == expected
+
+
 @pytest.mark.parametrize(
     ("victim", "how"),
     [("pi-1", signal.SIGKILL), ("pi-2", signal.SIGKILL), ("pi-2", signal.SIGSTOP)],
