@@ -22,19 +22,14 @@ def _event(event: dict[str, Any]) -> str:
     return f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
 
 
-def _error(error: Exception) -> str:
-    body = describe(error)[1]
-    return _event({"type": "error", **{key: body[key] for key in ("code", "message", "param")}})
-
-
 class Responses(Api):
     """One request. Its stream has a numbered event for each step of each item."""
 
-    form = EventForm(_event, _error, "")
     names = NAMES
 
     def __init__(self, body: Mapping[str, Any]) -> None:
         super().__init__(body)
+        self.form = EventForm(_event, self._error, "")
         self._id = f"resp_{secrets.token_hex(16)}"
         self._created = int(time.time())
         self._job: Job | None = None
@@ -121,6 +116,12 @@ class Responses(Api):
     def _numbered(self, kind: str, **fields: Any) -> dict[str, Any]:
         self._number += 1
         return {"type": kind, "sequence_number": self._number - 1, **fields}
+
+    def _error(self, error: Exception) -> str:
+        body = describe(error)[1]
+        return _event(
+            self._numbered("error", **{key: body[key] for key in ("code", "message", "param")})
+        )
 
     def _placed(self, kind: str, **fields: Any) -> dict[str, Any]:
         return self._numbered(kind, output_index=len(self._items), **fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -203,6 +204,23 @@ def test_each_of_several_answers_tells_its_own_tokens() -> None:
             assert (told[index]["prompt_tokens"], told[index]["tokens"]) == (prompts[index], [7, 8])
 
     asyncio.run(run())
+
+
+def test_an_error_in_the_stream_of_a_response_has_the_next_number() -> None:
+    """The schema wants one, and clients sort by it."""
+    one, outcome = job(HERMES, chat=True, parallel=True), Outcome()
+    api = Responses({"stream": True})
+    begun = list(api.begin(one, [outcome]))
+    name, data, *_ = api.form.error(RequestInvalid("no", "input")).splitlines()
+    assert name == "event: error"
+    event = json.loads(data.removeprefix("data: "))
+    assert event == {
+        "type": "error",
+        "sequence_number": len(begun),
+        "code": event["code"],
+        "message": "no",
+        "param": "input",
+    }
 
 
 FAILED = "the answer's format allows no token here"

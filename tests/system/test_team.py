@@ -140,9 +140,7 @@ def test_a_draft_model_guesses_for_a_team(four: Cluster, model: Path, tmp_path: 
 
     # It guesses for a sequence that is alone, once it is known to pay.
     wait_for(
-        lambda: (
-            tokens_of(four, PROMPTS[0], 60, threading.Event()) == expected[0] and guesses() > 0
-        ),
+        lambda: tokens_of(four, PROMPTS[0], 60, threading.Event()) == expected[0] and guesses() > 0,
         120,
         "a guess by the draft model",
     )
