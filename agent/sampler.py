@@ -248,9 +248,11 @@ def draw(logits: npt.NDArray[Real], best: int, sampling: Sampling, position: int
             doubt = DOUBT * total if logits.dtype == np.float32 else 0.0
             if limit <= highest_weight - doubt:  # It suffices alone.
                 return best
+        if index == best:
+            break
         enough = cumulative[-1] - limit  # Then the tokens before it are less than top_p.
         behind = _weight_behind(weights, index, enough + doubt)
-        if index == best or behind > enough + doubt:
+        if behind > enough + doubt:
             break
         if behind > enough - doubt and doubt:
             raise _InDoubt
