@@ -184,9 +184,11 @@ def highest(logits: Logits, count: int) -> Ids:
     """Return the ids of the ``count`` highest logits, 0 < count < vocab, by rising id."""
     rows = len(logits) // GROUPS
     if count <= GROUPS and rows > 1:
-        maxima = logits[: rows * GROUPS].reshape(rows, GROUPS).max(axis=0)
+        maxima = np.maximum.reduce(logits[: rows * GROUPS].reshape(rows, GROUPS))
         floor = np.partition(maxima, -count)[-count]
-        found = np.flatnonzero(np.greater_equal(logits, floor, out=_memory.mask(len(logits))))
+        mask = _memory.mask(len(logits))
+        np.greater_equal(logits, floor, out=mask)
+        (found,) = mask.nonzero()
     else:
         found = np.arange(len(logits))
     values = logits[found]
@@ -228,17 +230,17 @@ def draw(logits: npt.NDArray[Real], best: int, sampling: Sampling, position: int
     flat = weights.reshape(-1)
     highest_weight = float(flat[best])
     limit, doubt = 0.0, 0.0
-    cumulative = weights.sum(axis=0).cumsum(dtype=np.float64)
+    cumulative = _cumulative(weights)
     total = cumulative[-1]
     if sampling.min_p > 0:
         np.multiply(weights, weights >= sampling.min_p * highest_weight, out=weights)
-        cumulative = weights.sum(axis=0).cumsum(dtype=np.float64)
+        cumulative = _cumulative(weights)
     for attempt in count():
         if attempt:
-            cumulative = weights.sum(axis=0).cumsum(dtype=np.float64)
+            cumulative = _cumulative(weights)
         target = _uniform(sampling.seed, position, attempt) * cumulative[-1]
         group = _invert(cumulative, target)
-        within = weights[:, group].cumsum(dtype=np.float64)
+        within = np.add.accumulate(weights[:, group].astype(np.float64))
         row = _invert(within, target - (cumulative[group - 1] if group else 0.0))
         index = row * len(cumulative) + group
         if sampling.top_p >= 1:
@@ -277,6 +279,9 @@ def _weights(logits: npt.NDArray[Real], best: Real, temperature: float) -> npt.N
     flat = weights.reshape(-1)
     flat[len(logits) :] = 0
     own = flat[: len(logits)]
+    if temperature == 1 and abs(best) <= NEAR:
+        np.exp(logits, out=own)
+        return weights
     temperature = max(temperature, SMALLEST_TEMPERATURE)
     with np.errstate(over="ignore"):  # A tiny temperature leaves only the likeliest token.
         if abs(best) > NEAR * temperature:
@@ -285,6 +290,14 @@ def _weights(logits: npt.NDArray[Real], best: Real, temperature: float) -> npt.N
             logits = np.divide(logits, logits.dtype.type(temperature), out=own)
     np.exp(logits, out=own)
     return weights
+
+
+def _cumulative(weights: npt.NDArray[Real]) -> npt.NDArray[np.float64]:
+    """Return the cumulative sums of the groups.
+
+    Methods and mixed types make NumPy call more code. Behind a pass, code is out of the caches.
+    """
+    return np.add.accumulate(np.add.reduce(weights).astype(np.float64))
 
 
 def _weight_behind(weights: npt.NDArray[Real], index: int, enough: float) -> float:
@@ -299,13 +312,16 @@ def _weight_behind(weights: npt.NDArray[Real], index: int, enough: float) -> flo
     found = 0.0
     for first, end in pairwise(sorted({0, rows // 4, rows // 2, rows})):
         # With one number, np.minimum takes almost three times as long.
-        part = np.clip(weights[first:end], 0, weight, out=lower[first:end]).sum(axis=0)
+        sums = np.add.reduce(np.clip(weights[first:end], 0, weight, out=lower[first:end]))
         begin, end = first * groups, end * groups
-        here = min(max(index, begin), end)
-        np.greater_equal(flat[begin:here], weight, out=mask[begin:here])
-        np.greater(flat[here:end], weight, out=mask[here:end])
+        if begin < index:  # Equal ones before it rank before it.
+            here = min(index, end)
+            np.greater_equal(flat[begin:here], weight, out=mask[begin:here])
+        if index < end:
+            here = max(index, begin)
+            np.greater(flat[here:end], weight, out=mask[here:end])
         ranked = int(np.count_nonzero(mask[begin:end]))
-        found += float(part.sum(dtype=np.float64)) - ranked * float(weight)
+        found += float(np.add.reduce(sums.astype(np.float64))) - ranked * float(weight)
         if found > enough:
             break
     return found
