@@ -105,14 +105,15 @@ class PlanMaker:
         how = partial(self._plan, weights=weights, slowness=slowness, measures=measures)
         try:
             return await how(request, asked=asked)
-        except InfeasiblePlan as error:
+        except PlanError as error:
             if request.draft is None or not asked:
                 raise
             try:
                 without = await how(replace(request, draft=None), asked=False)
             except PlanError:
                 raise error from None
-            raise InfeasiblePlan(await self._lacking(request, without), error.advice) from error
+            advice = error.advice if isinstance(error, InfeasiblePlan) else None
+            raise InfeasiblePlan(await self._lacking(request, without), advice) from error
 
     async def _plan(
         self,
@@ -235,10 +236,13 @@ class PlanMaker:
         why = f"{device}, which would run the first stage, " + (
             f"lacks {short}" if short else "cannot run it"
         )
+        lacking = (
+            f"no device has room for the first stage and the draft model {draft.model} beside it"
+        )
+        if request.plan is not None:
+            lacking = f"{request.plan.source} has no room for the draft model {draft.model}"
         return (
-            "no device has room for the first stage and the draft model "
-            f"{draft.model} beside it: {why}. "
-            "Name a smaller --draft or fewer --draft-bits, or load without one"
+            f"{lacking}: {why}. Name a smaller --draft or fewer --draft-bits, or load without one"
         )
 
     def opened(

@@ -16,6 +16,7 @@ from model import costs
 from model.checkpoint import Checkpoint
 from model.quantize import Format
 from tests.system.cluster import FIXTURES, Cluster, last_json, streamed_tokens, wait_for
+from tests.team import write_plan
 from wire import limits
 
 NAMES = ("pi-1", "pi-2", "pi-3")
@@ -179,7 +180,7 @@ def sizes(model: Path) -> tuple[int, int]:
 
 
 def test_a_draft_model_without_room_is_refused_and_lost_ones_come_back(
-    cluster: Cluster, models: tuple[Path, Path]
+    cluster: Cluster, models: tuple[Path, Path], tmp_path: Path
 ) -> None:
     model, small = models
     half, with_draft = sizes(model)
@@ -195,6 +196,12 @@ def test_a_draft_model_without_room_is_refused_and_lost_ones_come_back(
     words = " ".join(refused.stderr.split())
     assert "no device has room for the first stage and the draft model small beside it" in words
     assert "lacks" in words
+    # A saved plan that would fit without the draft model is refused for the same reason.
+    saved = write_plan(tmp_path, model, [(("pi-2",), 2, ()), (("pi-3",), 3, ())])
+    refused = cluster.run("load", str(model), *options, f"--plan={saved}")
+    assert refused.returncode != 0
+    words = " ".join(refused.stderr.split())
+    assert "has no room for the draft model small: pi-2, which would run the first stage, " in words
     start(cluster, "pi-1", "--memory=1G")
     cluster.wait_for_agents(*NAMES)
     # Without the wish about the last layer, pi-1 would have the whole model.
