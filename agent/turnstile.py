@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 SHORTER = 2.0
 """A pass is interrupted by those that take at most its own time divided by this."""
@@ -43,7 +44,8 @@ class Ticket:
 class Turnstile:
     """Shared by all stages of a device. Each stage has one pass at a time at most."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self._lock = threading.Lock()
         """Guards the following fields."""
         self._running: Ticket | None = None
@@ -115,7 +117,7 @@ class Turnstile:
             self._free()
             began_s = self._started_s
         ticket.ready.wait()
-        return time.perf_counter() - began_s
+        return self._clock() - began_s
 
     def give_way(self, ticket: Ticket) -> None:
         """Let the next stage compute in the middle of a pass that waits for another device.
@@ -135,7 +137,7 @@ class Turnstile:
 
     def _charge(self, ticket: Ticket) -> None:
         """Add to the time of the running stage what it has computed since it was asked last."""
-        now_s = time.perf_counter()
+        now_s = self._clock()
         ticket.so_far_s += now_s - self._started_s
         ticket.due_s += (now_s - self._started_s) / ticket.weight
         self._started_s = now_s
@@ -166,4 +168,4 @@ class Turnstile:
     def _begin(self, ticket: Ticket) -> None:
         self._running, self._is_held = ticket, False
         self._now_s = ticket.due_s
-        self._started_s = time.perf_counter()
+        self._started_s = self._clock()

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from agent import turnstile as turnstile_module
 from agent.relay import Relay
 from agent.turnstile import Ticket, Turnstile
 from backends import onnx_cpu
@@ -31,23 +30,6 @@ from tests.agent.test_relay import (
 from wire.messages import Message, SequenceFailed, StartSequence, TokenSampled
 
 
-class Clock:
-    """Time that passes only when a test says so."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now_s
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    monkeypatch.setattr(turnstile_module, "time", clock)
-    return clock
-
-
 def ticket(last_s: float, weight: float = 1.0) -> Ticket:
     """A stage whose passes take so long."""
     made = Ticket(weight)
@@ -56,12 +38,15 @@ def ticket(last_s: float, weight: float = 1.0) -> Ticket:
 
 
 class Passes:
-    """Runs stages at a turnstile, each in a thread, and notes the parts that they compute."""
+    """Runs stages at a turnstile, each in a thread, and notes the parts that they compute.
 
-    def __init__(self, clock: Clock) -> None:
-        self.turnstile = Turnstile()
+    Its clock tells the time of these parts only.
+    """
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.turnstile = Turnstile(lambda: self.now_s)
         self.order: list[str] = []
-        self._clock = clock
         self._threads: list[threading.Thread] = []
 
     def run(self, name: str, own: Ticket, parts: int, part_s: float, passes: int = 1) -> None:
@@ -71,7 +56,7 @@ class Passes:
             for part in range(parts):
                 if part:
                     self.turnstile.pause(own)
-                self._clock.now_s += part_s
+                self.now_s += part_s
                 self.order.append(name)
             self.turnstile.leave(own, returns=True)
         self.turnstile.cede(own)
@@ -92,8 +77,8 @@ class Passes:
         assert not self.turnstile.is_taken
 
 
-def test_a_short_pass_runs_in_the_middle_of_a_long_one(clock: Clock) -> None:
-    passes, gate = Passes(clock), Ticket()
+def test_a_short_pass_runs_in_the_middle_of_a_long_one() -> None:
+    passes, gate = Passes(), Ticket()
     passes.turnstile.enter(gate)
     passes.queue("long", ticket(8.0), 4, 2.0)
     passes.queue("short", ticket(1.0), 1, 1.0)
@@ -102,8 +87,8 @@ def test_a_short_pass_runs_in_the_middle_of_a_long_one(clock: Clock) -> None:
     assert passes.order == ["long", "short", "long", "long", "long"]
 
 
-def test_passes_of_one_length_do_not_interrupt_each_other(clock: Clock) -> None:
-    passes, gate = Passes(clock), Ticket()
+def test_passes_of_one_length_do_not_interrupt_each_other() -> None:
+    passes, gate = Passes(), Ticket()
     passes.turnstile.enter(gate)
     passes.queue("one", ticket(8.0), 4, 2.0)
     passes.queue("other", ticket(7.0), 4, 2.0)
@@ -114,8 +99,8 @@ def test_passes_of_one_length_do_not_interrupt_each_other(clock: Clock) -> None:
     assert passes.order == ["one", "short", *["one"] * 3, *["other"] * 4]
 
 
-def test_a_paused_pass_and_its_interrupter_take_turns(clock: Clock) -> None:
-    passes, gate = Passes(clock), Ticket()
+def test_a_paused_pass_and_its_interrupter_take_turns() -> None:
+    passes, gate = Passes(), Ticket()
     passes.turnstile.enter(gate)
     passes.queue("long", ticket(8.0), 4, 2.0)
     passes.queue("short", ticket(1.0), 1, 1.0, passes=100)
@@ -127,8 +112,8 @@ def test_a_paused_pass_and_its_interrupter_take_turns(clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0, 3.0])
-def test_weights_hold_over_many_interrupted_passes(clock: Clock, weight: float) -> None:
-    passes, gate = Passes(clock), Ticket()
+def test_weights_hold_over_many_interrupted_passes(weight: float) -> None:
+    passes, gate = Passes(), Ticket()
     passes.turnstile.enter(gate)
     passes.queue("long", ticket(8.0), 8, 1.0, passes=50)
     passes.queue("short", ticket(1.0, weight), 1, 1.0, passes=1200)
@@ -141,8 +126,8 @@ def test_weights_hold_over_many_interrupted_passes(clock: Clock, weight: float) 
     assert counts["short"] == pytest.approx(weight * counts["long"], rel=0.1)
 
 
-def test_a_stage_that_has_given_way_does_not_pause(clock: Clock) -> None:
-    passes, gate = Passes(clock), Ticket()
+def test_a_stage_that_has_given_way_does_not_pause() -> None:
+    passes, gate = Passes(), Ticket()
     passes.turnstile.enter(gate)
     passes.queue("short", ticket(1.0), 1, 1.0)
     passes.turnstile.give_way(gate)
