@@ -93,20 +93,20 @@ class Compared:
 
     present: the present plan with the present figures.
     slow: how many times longer than measured devices take.
-    beside: plans of models that were planned together with this one, and answer. They go together,
-    and ``choice`` is about all of them.
+    beside: models that were planned together with this one, and answer, each with the best plan and
+    the present one. They go together, and ``choice`` is about all of them.
     """
 
     planned: Planned
     present: Plan
     choice: Choice
     slow: Mapping[Member, float]
-    beside: tuple[tuple[Deployment, Planned], ...] = ()
+    beside: tuple[tuple[Deployment, Planned, Plan], ...] = ()
 
     def moves_of(self, deployment: Deployment) -> list[tuple[Deployment, Planned]]:
         """Return the models whose blocks go elsewhere, with their plans. ``deployment`` is the one
         that was compared."""
-        both = ((deployment, self.planned), *self.beside)
+        both = ((deployment, self.planned), *((one, to) for one, to, _ in self.beside))
         if not self.beside:
             return list(both)
         return [
@@ -345,8 +345,10 @@ class Operations:
         else:
             together, choice = await compared_together(group, parts, self._say_planning)
             parts = list(together)
-        present = revalued(deployment.plan, planned.problem)
-        beside = tuple(zip(group[1:], parts[1:], strict=True))
+        present, *others = (
+            revalued(one.plan, part.problem) for one, part in zip(group, parts, strict=True)
+        )
+        beside = tuple(zip(group[1:], parts[1:], others, strict=True))
         return Compared(parts[0], present, choice, slow_now, beside)
 
     def answering_with(self, deployment: Deployment) -> tuple[Deployment, ...]:

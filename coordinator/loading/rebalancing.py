@@ -3,7 +3,7 @@
 Each few seconds the loop looks at the figures. If they have changed, it plans the model again.
 coordinator.loading.rebalance has the rule that says when to move. After a move, the measured tokens
 are compared with those before it. If they take longer, the model moves back, and the rule remembers
-the plan.
+the plan. Models that were planned together move, are compared and move back together.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import asyncio
 import contextlib
 import logging
 import math
+import operator
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from coordinator.errors import CoordinatorError, Moved
@@ -22,6 +23,7 @@ from coordinator.loading.models import Models
 from coordinator.loading.operations import Compared, Operations
 from coordinator.loading.paces import planned_s, token_s
 from coordinator.loading.rebalance import (
+    HORIZON_S,
     Key,
     Memory,
     is_worse,
@@ -57,14 +59,16 @@ FAILURES = (CoordinatorError, ModelError, PlanError, RequestInvalid, OSError)
 class _Move:
     """A move that was begun.
 
-    key: of the plan that was chosen.
-    before_s: measured seconds of a token before it, by the sequences in flight.
-    back: the plan before it, or None if the model does not move back.
+    key: of the plans that were chosen.
+    moved: the epoch of each model that moves before it, and its plan's key.
+    before_s: measured seconds of a token before it, by model and sequences in flight.
+    back: how the models that move were planned before. Empty if they do not move back.
     """
 
     key: Key
-    before_s: Mapping[int, float]
-    back: Planned | None
+    moved: Mapping[str, tuple[int, Key]]
+    before_s: Mapping[str, Mapping[int, float]]
+    back: Mapping[str, Planned]
 
 
 @dataclass(slots=True)
@@ -73,8 +77,7 @@ class _Watched:
 
     links: what its links cost when the loop saw them first.
     basis: the figures from which ``compared`` was made.
-    begun: the move that ends this deployment, once it has begun.
-    trial: the move that led to this deployment, until its tokens have been compared.
+    trial: a move of it, or of those that were planned with it, until tokens have been compared.
     proved_s: when links that it does not use were measured again for a better plan.
     """
 
@@ -82,7 +85,6 @@ class _Watched:
     memory: Memory
     links: LinkCosts
     trial: _Move | None = None
-    begun: _Move | None = None
     basis: object = None
     compared: Compared | None = None
     plan_from_s: float = -math.inf
@@ -149,11 +151,12 @@ class Rebalancer:
         watched.memory, verdict = judge(watched.memory, compared.choice, self._clock())
         if verdict.moves and await self._are_links_proved(watched, compared):
             since_s = watched.memory.better_since_s or -math.inf
-            before_s = self._tempo.token_s(deployment.epoch, since_s)
+            before_s = {one.name: self._tempo.token_s(one.epoch, since_s) for one in group}
             log.warning("%s moves to a better plan: %s", deployment.name, verdict.why)
-            move = _Move(compared.choice.key, before_s, _way_back(compared))
-            reason = Moved(f"{MOVES}: {verdict.why}")
-            await self._move(watched, compared.moves_of(deployment), move, reason)
+            moves, reason = compared.moves_of(deployment), Moved(f"{MOVES}: {verdict.why}")
+            back = _way_back(compared, moves)
+            move = _Move(compared.choice.key, _moved(moves), before_s, back)
+            await self._move(watched, moves, move, reason)
 
     async def _are_links_proved(self, watched: _Watched, compared: Compared) -> bool:
         """Measure the links that a move begins to use. Returns whether their figures are new.
@@ -189,9 +192,7 @@ class Rebalancer:
         if before is not None and self._models.is_replaced(before.deployment):
             found.links = {one: min(costs[one], before.links.get(one, math.inf)) for one in costs}
             found.memory = before.memory.moved(now_s)
-            begun = before.begun
-            if begun is not None and begun.back is not None and _key(deployment) == begun.key:
-                found.trial = begun
+            found.trial = before.trial
             self._remeasuring.left(before.deployment, before.links, deployment)
         self._watched[deployment.name] = found
         return found
@@ -271,24 +272,63 @@ class Rebalancer:
         ]
 
     async def _is_moved_back(self, watched: _Watched, trial: _Move) -> bool:
-        """Compare the tokens of a move with those before. Returns whether the model moves back."""
-        deployment = watched.deployment
+        """Compare the tokens of a move with those before. Returns whether the models move back."""
+        serving = {one.name: one for one in self._models.all_serving}
+        if not trial.moved.keys() <= serving.keys():
+            return False  # They are being placed.
+        now = {name: serving[name] for name in trial.moved}
+        if any(
+            now[name].epoch == epoch or _key(now[name]) != key
+            for name, (epoch, key) in trial.moved.items()
+        ):
+            watched.trial = None  # Something else has come of it.
+            return False
         try:
-            before_s, after_s = in_common(trial.before_s, self._tempo.token_s(deployment.epoch))
+            before_s, after_s = self._tempos(watched, trial, serving)
         except LookupError:
             return False  # Too few tokens have come.
         watched.trial = None
         took = f"{before_s * 1e3:.3g} ms a token before, {after_s * 1e3:.3g} ms after"
-        if not is_worse(before_s, after_s) or trial.back is None:
+        if not is_worse(before_s, after_s) or not trial.back:
             watched.memory = watched.memory.kept()
-            self._story.tell("move kept", deployment.name, took)
+            self._story.tell("move kept", watched.deployment.name, took)
             return False
         watched.memory = watched.memory.rolled_back(trial.key, self._clock())
-        log.warning("%s moves back: %s", deployment.name, took)
-        move = _Move(frozenset(trial.back.plan.placements), {}, None)
-        reason = Moved(f"the model moves back: {took}")
-        await self._move(watched, [(deployment, trial.back)], move, reason)
+        log.warning("%s moves back: %s", " and ".join(now), took)
+        moves = [(one, trial.back[name]) for name, one in now.items()]
+        move, who = _Move(trial.key, {}, {}, {}), "the model moves"
+        if len(moves) > 1:
+            who = "the models move"
+        await self._move(watched, moves, move, Moved(f"{who} back: {took}"))
         return True
+
+    def _tempos(
+        self, watched: _Watched, trial: _Move, serving: Mapping[str, Deployment]
+    ) -> tuple[float, float]:
+        """Return the seconds of a token before a move and after it.
+
+        Of several models it is the mean by their weights. A model that is asked nothing any more is
+        waited for a while. Raises LookupError if too few tokens have come.
+        """
+        moved_s = watched.memory.moved_s or -math.inf
+        pairs, missing = dict[str, tuple[float, float]](), False
+        for name, known_s in trial.before_s.items():
+            one = serving.get(name)
+            if one is None or not known_s:
+                continue
+            since_s = -math.inf if name in trial.moved else moved_s
+            try:
+                pairs[name] = in_common(known_s, self._tempo.token_s(one.epoch, since_s))
+            except LookupError:
+                missing = True
+        if not pairs or (missing and self._clock() - moved_s < HORIZON_S):
+            raise LookupError
+        weights = [serving[name].request.together.get(name, 1.0) for name in pairs]
+        before_s, after_s = (
+            math.fsum(map(operator.mul, weights, each)) / math.fsum(weights)
+            for each in zip(*pairs.values(), strict=True)
+        )
+        return before_s, after_s
 
     async def _prepare(self, moves: Sequence[tuple[Deployment, Planned]]) -> bool:
         for deployment, planned in moves:
@@ -304,7 +344,7 @@ class Rebalancer:
     ) -> None:
         """Move to a plan, or let the keeper carry it out where memory is short."""
         deployment, mover = watched.deployment, self._operations.mover
-        watched.begun = move
+        watched.trial = move if move.back else None
 
         def may_go_on() -> bool:
             return self._may_go_on(deployment)
@@ -317,6 +357,7 @@ class Rebalancer:
                     await run_while(may_go_on, mover.move_together(moves, reason))
                 else:  # Some of them would be at their new places, and the others not.
                     await mover.move_together(moves, reason)
+                if not all(self._answers(one) for one, _ in moves):
                     watched.memory = watched.memory.moved(self._clock())
         except FAILURES as error:
             log.warning("%s is not moved: %s", deployment.name, error)
@@ -336,15 +377,25 @@ def _timings(member: Member, deployment: Deployment) -> object:
     return {width: tuple(timings) for width, timings in known.items()}
 
 
-def _way_back(compared: Compared) -> Planned | None:
-    """Return how to move back to the present plan, or None if no measured figure says whether to.
+def _moved(moves: Iterable[tuple[Deployment, Planned]]) -> dict[str, tuple[int, Key]]:
+    """Return the epoch of each model before it moves, and the key of its new plan."""
+    return {one.name: (one.epoch, frozenset(to.plan.placements)) for one, to in moves}
+
+
+def _way_back(
+    compared: Compared, moves: Iterable[tuple[Deployment, Planned]]
+) -> dict[str, Planned]:
+    """Return how to move back, by model. It is empty if no measured figure says whether to.
 
     A plan of less energy may be slower, and so may one of more throughput. What the user asked for
     is taken as it is.
     """
-    request = compared.planned.request
-    if compared.beside:  # One model may be slower so that others are faster.
-        return None
-    if compared.choice.is_wished or request.objective.kind not in ("latency", "request"):
-        return None
-    return replace(compared.planned, plan=compared.present)
+    planned = [compared.planned, *(to for _, to, _ in compared.beside)]
+    if compared.choice.is_wished or any(
+        one.request.objective.kind not in ("latency", "request") for one in planned
+    ):
+        return {}
+    present = {one.name: plan for one, _, plan in compared.beside}
+    return {
+        one.name: replace(to, plan=present.get(one.name, compared.present)) for one, to in moves
+    }

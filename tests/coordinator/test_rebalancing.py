@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import shutil
 from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from planning.plan import Plan
 from tests.coordinator import test_teams
 from tests.coordinator.test_teams import (
     BLOCKS,
+    MODEL,
     SPEC,
     Parts,
     PlansGiven,
@@ -34,6 +36,7 @@ from tests.coordinator.test_teams import (
     plan_of,
     planned,
 )
+from tests.coordinator.test_two_models import FIRST, load
 from wire.messages import (
     FiguresChanged,
     MeasureLink,
@@ -53,6 +56,8 @@ class Compares(PlansGiven):
 
     gain = 0.0
     other: Plan
+    beside: Mapping[str, Plan] = MappingProxyType({})
+    """The better plans of models that were planned together with the first one."""
     looked = 0
     without: Collection[Member] = ()
     stuck: asyncio.Event | None = None
@@ -79,11 +84,22 @@ class Compares(PlansGiven):
         if self.planning is not None:
             self.planning.set()
             await asyncio.Event().wait()
-        wanted = planned(self.other, [member.name for member in self._roster.members])
-        key = frozenset(self.other.placements)
-        gain = self.gain if key != frozenset(deployment.plan.placements) else 0.0
-        choice = Choice(key, 1.0, 1.0 - gain, None, None, 2.0)
-        return Compared(wanted, deployment.plan, choice, {})
+        joined = [member.name for member in self._roster.members]
+        group = self.answering_with(deployment)
+        others = [self.other, *(self.beside[one.name] for one in group[1:])]
+        key = frozenset((number, *other.placements) for number, other in enumerate(others))
+        stays = all(
+            one.plan.placements == other.placements
+            for one, other in zip(group, others, strict=True)
+        )
+        choice = Choice(key, 1.0, 1.0 if stays else 1.0 - self.gain, None, None, 2.0)
+        wanted, *beside = [
+            replace(planned(other, joined), request=one.request)
+            for one, other in zip(group, others, strict=True)
+        ]
+        present = [one.plan for one in group[1:]]
+        pairs = tuple(zip(group[1:], beside, present, strict=True))
+        return Compared(wanted, deployment.plan, choice, {}, pairs)
 
 
 @dataclass
@@ -114,9 +130,9 @@ class World:
             await self.loop.look()
             await self.shoal.until(lambda: self.shoal.models.serving is not None)
 
-    async def tokens(self, name: str, seconds: float, count: int = FEWEST) -> None:
-        """Have the last stage sample tokens that take so long."""
-        deployment = self.served
+    async def tokens(self, name: str, seconds: float, count: int = FEWEST, model: str = "") -> None:
+        """Have the last stage sample tokens that take so long, by default of the newest model."""
+        deployment = self.of(model) if model else self.served
         for _ in range(count):
             self.index += 1
             token = TokenSampled(deployment.epoch, 1, self.index, 5, "", int(seconds * 1e6))
@@ -127,6 +143,17 @@ class World:
     def served(self) -> Deployment:
         assert self.shoal.models.serving is not None
         return self.shoal.models.serving
+
+    def of(self, model: str) -> Deployment:
+        (found,) = (one for one in self.shoal.models.all_serving if one.name == model)
+        return found
+
+    def find(self, better: Mapping[str, tuple[Parts, ...]]) -> None:
+        """Have a better plan of models that were planned together."""
+        plans = {name: plan_of(parts) for name, parts in better.items()}
+        # The loop compares them by way of the first one by name.
+        self.operations.other = plans.pop(min(plans))
+        self.operations.beside, self.operations.gain = plans, 0.5
 
     def told(self, *kinds: str) -> list[str]:
         return [event.kind for event in self.shoal.story.after() if event.kind in kinds]
@@ -301,6 +328,70 @@ def test_a_plan_that_measures_worse_is_left_and_remembered(run: Callable[[Test],
         assert moved_back_s[1] - moved_back_s[0] >= REFUSED_S
         texts = [event.text for event in world.shoal.story.after() if event.kind == "moved"]
         assert texts[1] == "to d: the model moves back: 100 ms a token before, 200 ms after"
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("weight", "after_s", "moves_back"),
+    [(1.0, (0.06, 0.2), True), (9.0, (0.06, 0.2), False), (1.0, (0.06, 0.1), False)],
+    ids=["worse together", "worse for the lighter one", "better"],
+)
+def test_models_that_were_planned_together_move_back_together(
+    run: Callable[[Test], None],
+    tmp_path: Path,
+    weight: float,
+    after_s: tuple[float, float],
+    moves_back: bool,
+) -> None:
+    other = Path(shutil.copytree(MODEL, tmp_path / "models" / "other"))
+    together = {FIRST: weight, "other": 1.0}
+
+    async def test(world: World) -> None:
+        await load(world.shoal, MODEL, ALONE, together=together)
+        await load(world.shoal, other, BETTER, together=together)
+        before = [world.of(name).epoch for name in together]
+        world.find({FIRST: BETTER, "other": ALONE})
+        await world.look(LOOK_S)
+        for name, device in zip(together, "dc", strict=True):
+            await world.tokens(device, 0.1, model=name)
+        await world.look(STEADY_S + 2 * LOOK_S)
+        assert [world.of(name).where for name in together] == ["c", "d"]
+        moved = [world.of(name).epoch for name in together]
+        assert not set(moved) & set(before)
+        for name, device, seconds in zip(together, "cd", after_s, strict=True):
+            await world.tokens(device, seconds, model=name)
+        await world.look(2 * LOOK_S)
+        where = [world.of(name).where for name in together]
+        assert where == (["d", "c"] if moves_back else ["c", "d"])
+        assert world.told("move kept") == [] if moves_back else ["move kept"]
+        await world.look(PAUSE_S)  # It was tried, and is left alone.
+        assert [world.of(name).where for name in together] == where
+
+    run(test)
+
+
+def test_a_model_that_stays_counts_where_another_one_moves(
+    run: Callable[[Test], None], tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(MODEL, tmp_path / "models" / "other"))
+    together = {FIRST: 1.0, "other": 1.0}
+
+    async def test(world: World) -> None:
+        await load(world.shoal, MODEL, ALONE, together=together)
+        await load(world.shoal, other, BETTER, together=together)
+        world.find({FIRST: ALONE, "other": ALONE})
+        await world.look(LOOK_S)
+        for name, device in zip(together, "dc", strict=True):
+            await world.tokens(device, 0.1, model=name)
+        await world.look(STEADY_S + 2 * LOOK_S)
+        assert [world.of(name).where for name in together] == ["d", "d"]
+        await world.tokens("d", 0.08, model="other")
+        await world.look(2 * LOOK_S)
+        assert world.of("other").where == "d"  # The one that stayed has told nothing yet.
+        await world.tokens("d", 0.2, model=FIRST)
+        await world.look(2 * LOOK_S)
+        assert [world.of(name).where for name in together] == ["d", "c"]
 
     run(test)
 
