@@ -23,6 +23,8 @@ from planning.prompt import NO_TIME, Passage, best_chunk_tokens, prompt_s
 from planning.together import pass_s, row_s
 from wire.profile import TIMED_ROWS
 
+Layout = tuple[tuple[Any, ...], ...]
+
 FORMAT = 1
 OPTIMALITY_GAP = 1e-6
 """A plan with a proved gap up to this is called optimal."""
@@ -264,10 +266,24 @@ class Plan:
             for block, bits in enumerate(stage.bits, stage.first)
         )
 
-    def changes(self, later: Plan) -> tuple[Placement, ...]:
-        """Placements of ``later`` that this plan does not have: a switch would load them."""
-        here = set(self.placements)
-        return tuple(item for item in later.placements if item not in here)
+    @property
+    def layout(self) -> Layout:
+        """The stages as devices load them. Plans with one layout are the same to load.
+
+        Of each stage: its first block, widths, devices and their shares, and the widths of its sums
+        and of its hop.
+        """
+        return tuple(
+            (
+                stage.first,
+                stage.bits,
+                stage.devices,
+                tuple(member.share for member in stage.members),
+                stage.sum_bits,
+                stage.hop_bits,
+            )
+            for stage in self.stages
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, as JSON has them. ``from_dict`` is the inverse."""

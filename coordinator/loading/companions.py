@@ -111,9 +111,7 @@ async def compared_together(
         for row in losses
     )
     choice = Choice(
-        frozenset(
-            (one.name, *plan.placements) for one, plan in zip(group, then.plans, strict=True)
-        ),
+        tuple((one.name, plan.layout) for one, plan in zip(group, then.plans, strict=True)),
         mean(problem.shares, paces_of(present)),
         mean(problem.shares, paces_of(then)),
         loss_now,
@@ -122,6 +120,11 @@ async def compared_together(
         is_wished=any(map(lacks_draft, group, together.parts)),
     )
     return together.parts, choice
+
+
+def is_changed(deployment: Deployment, planned: Planned) -> bool:
+    """Whether a deployment has to be loaded anew to be as planned."""
+    return deployment.plan.layout != planned.plan.layout or lacks_draft(deployment, planned)
 
 
 def lacks_draft(deployment: Deployment, planned: Planned) -> bool:

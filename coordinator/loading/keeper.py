@@ -15,7 +15,7 @@ from functools import partial
 
 from coordinator.errors import AgentDamaged, AgentLost, CoordinatorError, Moved, NotLoaded
 from coordinator.loading import state as states
-from coordinator.loading.companions import PlannedAgain, companions
+from coordinator.loading.companions import PlannedAgain, companions, is_changed
 from coordinator.loading.deployment import Deployment, unload, unload_forgotten
 from coordinator.loading.doubts import Doubts
 from coordinator.loading.idling import Idling
@@ -446,7 +446,11 @@ class Keeper:
         if again.waiting:
             raise NoRoom(why) from error
         reason = Moved(f"the model moves: {name} needs room")
+        parts = {name: again.parts[name]}
         for one in answering:
-            self._models.apply(one, MoveBegan(reason, again.parts[one]))
-        await self._leave(answering)
-        return await self._deploy_together(name, group, again)
+            deployment, planned = states.deployment_of(self._models[one]), again.parts[one]
+            if deployment is None or is_changed(deployment, planned):
+                parts[one] = planned
+                self._models.apply(one, MoveBegan(reason, planned))
+        await self._leave([one for one in parts if one != name])
+        return await self._deploy_together(name, group, PlannedAgain(parts, {}))

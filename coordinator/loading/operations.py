@@ -22,6 +22,7 @@ from coordinator.loading.companions import (
     PlannedAgain,
     companions,
     compared_together,
+    is_changed,
     lacks_draft,
     plan_again,
 )
@@ -109,11 +110,7 @@ class Compared:
         both = ((deployment, self.planned), *((one, to) for one, to, _ in self.beside))
         if not self.beside:
             return list(both)
-        return [
-            (one, to)
-            for one, to in both
-            if one.plan.placements != to.plan.placements or lacks_draft(one, to)
-        ]
+        return [(one, to) for one, to in both if is_changed(one, to)]
 
 
 class Operations:
@@ -338,7 +335,7 @@ class Operations:
                 planned.plan,
                 deployment.load_s,
                 is_wished=planned.request.plan is not None
-                or _breaks_pins(deployment, planned.request),
+                or _breaks_wishes(deployment, planned.request),
                 others=[record.plan for record in self._beside(planned.request)],
                 lacks_draft=lacks_draft(deployment, planned),
             )
@@ -690,9 +687,10 @@ class Operations:
         self._models.apply(model_name(request.model), StepBegan(phase))
 
 
-def _breaks_pins(deployment: Deployment, request: LoadRequest) -> bool:
-    """Whether a block is not on the device that the request wants for it."""
-    return any(
+def _breaks_wishes(deployment: Deployment, request: LoadRequest) -> bool:
+    """Whether a block is not on the device that the request wants for it, or a team is missing."""
+    teams = [{member.device for member in team} for team in deployment.teams]
+    return any(set(wanted) not in teams for wanted in request.teams) or any(
         block in range(stage.first, stage.last) and device not in {one.device for one in team}
         for stage, team in zip(deployment.plan.stages, deployment.teams, strict=True)
         for block, device in request.pins.items()

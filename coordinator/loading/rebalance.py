@@ -45,9 +45,8 @@ WORSE = 1.1
 REFUSED_S = 1800.0
 """A plan that measured worse is left alone for so long, and for twice as long the next time."""
 
-Key = frozenset[Any]
-"""The device and the bits of each block, or those of each model. Two plans with the same key are
-the same to load."""
+Key = tuple[Any, ...]
+"""The layout of a plan, or of those of all models. Plans with one key are the same to load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,13 +217,13 @@ def choice_of(
     """
     now = revalued(present, problem)
     return Choice(
-        frozenset(other.placements),
+        other.layout,
         _without_loading(now, others),
         _without_loading(other, others),
         now.total_sensitivity,
         other.total_sensitivity,
         other.load_s + load_s,
-        lacks_draft or (is_wished and frozenset(present.placements) != frozenset(other.placements)),
+        lacks_draft or (is_wished and present.layout != other.layout),
     )
 
 

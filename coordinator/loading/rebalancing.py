@@ -368,7 +368,7 @@ MOVES = "the model moves to a better plan"
 
 
 def _key(deployment: Deployment) -> Key:
-    return frozenset(deployment.plan.placements)
+    return deployment.plan.layout
 
 
 def _timings(member: Member, deployment: Deployment) -> object:
@@ -379,7 +379,7 @@ def _timings(member: Member, deployment: Deployment) -> object:
 
 def _moved(moves: Iterable[tuple[Deployment, Planned]]) -> dict[str, tuple[int, Key]]:
     """Return the epoch of each model before it moves, and the key of its new plan."""
-    return {one.name: (one.epoch, frozenset(to.plan.placements)) for one, to in moves}
+    return {one.name: (one.epoch, to.plan.layout) for one, to in moves}
 
 
 def _way_back(

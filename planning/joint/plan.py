@@ -139,7 +139,7 @@ def verify_joint(plan: JointPlan, problem: JointProblem) -> None:
             verify(one, own)
         except PlanError as error:
             raise PlanError(f"{name}: {error}") from error
-        if stays is not None and one.placements != stays.placements:
+        if stays is not None and one.layout != stays.layout:
             raise PlanError(f"{name} is loaded already, and its blocks would move")
     check_shared_limits(problem.names, plan.plans)
     actual = assess_joint(problem, plan.plans, plan.proof)

@@ -17,6 +17,7 @@ from coordinator.loading.rebalance import (
     STEADY_S,
     WORSE,
     Choice,
+    Key,
     Memory,
     choice_of,
     is_worse,
@@ -24,17 +25,18 @@ from coordinator.loading.rebalance import (
     revalued,
     slowed,
 )
-from planning.plan import Placement, Plan, PlanError, Proof, assess
+from planning.plan import Plan, PlanError, Proof, assess
 from planning.planner import solve
 from planning.problem import Objective, PlanningProblem
 from tests.planning.test_advice import problem_of
+from tests.planning.test_teams import shoal
 from wire.profile import LinkProfile
 
-FAST, SLOW = frozenset({Placement(0, "fast", 8)}), frozenset({Placement(0, "slow", 8)})
+FAST, SLOW = ("fast",), ("slow",)
 LOOK_S = 5.0
 
 
-def choice(gain: float = 0.5, move_s: float = 3.0, key: frozenset[Placement] = FAST) -> Choice:
+def choice(gain: float = 0.5, move_s: float = 3.0, key: Key = FAST) -> Choice:
     return Choice(key, 1.0, 1.0 - gain, None, None, move_s)
 
 
@@ -145,8 +147,10 @@ def test_a_device_that_became_slow_makes_another_plan_better() -> None:
     problem = problem_of(bits=(8,))
     present = split(problem)
     throttled = slowed(problem, {"pi-2": 1 / 0.3})
-    compared = choice_of(throttled, present, solve(throttled), load_s=2.0)
-    assert {placed.device for placed in compared.key} == {"pi-1"}
+    other = solve(throttled)
+    assert [stage.device for stage in other.stages] == ["pi-1"]
+    compared = choice_of(throttled, present, other, load_s=2.0)
+    assert compared.key == other.layout
     assert compared.is_better
     assert compared.move_s == 2.0
     assert compared.now > present.value
@@ -197,6 +201,19 @@ def test_what_the_user_asked_for_is_taken_though_it_is_slower() -> None:
     assert choice_of(problem, present, solve(problem), is_wished=True).is_wished
     # It is there already.
     assert not choice_of(problem, present, present, is_wished=True).is_wished
+
+
+def test_a_team_is_another_plan_than_its_lead_alone() -> None:
+    """Both have the same blocks on the same first device, at the same bits."""
+    problem = shoal({"pi-1": 10.0, "pi-2": 10.0})
+    alone, team = solve(replace(problem, no_teams=True)), solve(problem)
+    assert [stage.devices for stage in team.stages] == [("pi-1", "pi-2")]
+    assert [stage.devices for stage in alone.stages] == [("pi-1",)]
+    assert alone.placements == team.placements
+    assert alone.layout != team.layout
+    assert choice_of(problem, alone, team, is_wished=True).is_wished
+    keys = [choice_of(problem, team, to).key for to in (alone, team)]
+    assert keys[0] != keys[1]
 
 
 def test_after_two_failures_the_pause_between_moves_doubles() -> None:

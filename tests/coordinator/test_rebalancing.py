@@ -87,10 +87,9 @@ class Compares(PlansGiven):
         joined = [member.name for member in self._roster.members]
         group = self.answering_with(deployment)
         others = [self.other, *(self.beside[one.name] for one in group[1:])]
-        key = frozenset((number, *other.placements) for number, other in enumerate(others))
+        key = tuple(other.layout for other in others)
         stays = all(
-            one.plan.placements == other.placements
-            for one, other in zip(group, others, strict=True)
+            one.plan.layout == other.layout for one, other in zip(group, others, strict=True)
         )
         choice = Choice(key, 1.0, 1.0 if stays else 1.0 - self.gain, None, None, 2.0)
         wanted, *beside = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import pytest
 
 from coordinator.errors import NotLoaded
 from coordinator.loading.beside import Use, use_of
+from coordinator.loading.companions import PlannedAgain
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.paces import token_s
 from coordinator.loading.record import DeploymentRecord
@@ -21,7 +22,7 @@ from coordinator.loading.several import PlannedTogether, SeveralRequest
 from coordinator.loading.state import Replacing, Serving, State
 from model.errors import ModelError
 from planning.plan import InfeasiblePlan, PlanError
-from planning.request import LoadRequest
+from planning.request import LoadRequest, model_name
 from tests.coordinator.test_teams import (
     BLOCKS,
     MODEL,
@@ -313,6 +314,48 @@ def test_broken_models_give_way_where_not_all_fit(
         await shoal.until(lambda: shoal.models.all_serving and len(besides) >= 3)
         assert [count for _, count in besides[:3]] == ["1", "0", "1"]
         assert besides[0][0] == besides[1][0] != besides[2][0]
+
+    run(test)
+
+
+def test_a_model_gets_room_by_others_and_those_that_stay_answer_on(
+    run: Run, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    third = Path(shutil.copytree(MODEL, tmp_path / "models" / "third"))
+    together = {FIRST: 1.0, "other": 1.0, "third": 1.0}
+
+    async def test(shoal: Shoal) -> None:
+        where = {"a": MODEL, "b": other, "d": third}
+        _, second, stays = [
+            await load(shoal, model, (((name,), BLOCKS),), together=together)
+            for name, model in where.items()
+        ]
+
+        async def place(request: LoadRequest, *given: object) -> object:
+            raise InfeasiblePlan("too little memory")
+
+        async def plan_again(requests: Sequence[LoadRequest]) -> PlannedAgain:
+            parts = {
+                name: planned(plan_of((((device,), BLOCKS),)), ["a", "b", "c", "d"][1:])
+                for name, device in ((FIRST, "b"), ("other", "c"), ("third", "d"))
+            }
+            known = {model_name(one.model): one for one in requests}
+            return PlannedAgain(
+                {name: replace(part, request=known[name]) for name, part in parts.items()}, {}
+            )
+
+        monkeypatch.setattr(shoal.operations, "place", place)
+        monkeypatch.setattr(shoal.operations, "plan_again", plan_again)
+        shoal.kill("a")
+        await shoal.until(lambda: isinstance(shoal.models[FIRST], Replacing))
+        await shoal.until(lambda: len(shoal.models.all_serving) == 3)
+        found = {one.name: one for one in shoal.models.all_serving}
+        assert {name: one.where for name, one in found.items()} == {
+            FIRST: "b", "other": "c", "third": "d",
+        }  # fmt: skip
+        assert found["third"] is stays
+        assert found["other"].epoch != second.epoch
+        assert not [one for one in shoal.of(UnloadStage) if one[1].epoch == stays.epoch]
 
     run(test)
 

@@ -16,7 +16,7 @@ from planning.joint.advice import JointInfeasible
 from planning.joint.beside import solve_beside
 from planning.joint.compare import better_of, one_after_the_other, shared_devices
 from planning.joint.forecast import simulated_s
-from planning.joint.plan import JointPlan, paces_of, value_at, verify_joint
+from planning.joint.plan import JointPlan, assess_joint, paces_of, value_at, verify_joint
 from planning.joint.planner import solve_at, solve_joint
 from planning.joint.problem import JointProblem, lessened, replanned
 from planning.joint.rounds import in_turn
@@ -28,6 +28,7 @@ from planning.problem import Objective
 from planning.time_limit import now_s
 from tests.planning.exhaustive_joint import exhaustive_at, random_joint
 from tests.planning.test_planner import make_device, make_problem
+from tests.planning.test_teams import shoal
 
 KINDS = [
     # models, devices, teams, seeds
@@ -147,6 +148,17 @@ def test_a_loaded_model_stays_and_the_other_is_planned_beside_it() -> None:
     moved = replace(plan, plans=(plan.plans[1], plan.plans[0]))
     with pytest.raises(PlanError, match="A is loaded already, and its blocks would move"):
         verify_joint(moved, beside)
+
+
+def test_a_loaded_model_whose_team_changes_does_not_stay() -> None:
+    """Its blocks have the same first device and the same bits."""
+    both = shoal({"pi-1": 10.0, "pi-2": 10.0})
+    team, alone = solve(both), solve(replace(both, no_teams=True))
+    assert team.placements == alone.placements
+    problem = JointProblem(("A",), (both,), (1.0,), (team,))
+    verify_joint(assess_joint(problem, [team], team.proof), problem)
+    with pytest.raises(PlanError, match="A is loaded already, and its blocks would move"):
+        verify_joint(assess_joint(problem, [alone], alone.proof), problem)
 
 
 @pytest.mark.parametrize("seed", range(0, 40, 2))

@@ -232,14 +232,6 @@ def test_hop_formats_are_checked(bits: int, loss: float) -> None:
         HopFormat(bits, loss)
 
 
-def test_changes_between_plans() -> None:
-    before = assess(problem(), SPLIT, PROOF)
-    after = assess(problem(), [(0, 0, (8, 8, 4)), (1, 3, (8, 4))], PROOF)
-    changed = [(item.block, item.device, item.bits) for item in before.changes(after)]
-    assert changed == [(2, "a", 4), (4, "b", 4)]
-    assert before.changes(before) == ()
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from coordinator.files.artifacts import HEADER_BYTES
-from tests.system.cluster import FIXTURES, Cluster, streamed_tokens, wait_for
+from tests.system.cluster import FIXTURES, Cluster, last_json, streamed_tokens, wait_for
 from tests.team import StagePlan, write_plan
 
 NAMES = ("pi-1", "pi-2", "pi-3", "pi-4")
@@ -125,6 +125,23 @@ def test_a_team_that_is_asked_for_is_loaded(four: Cluster, model: Path) -> None:
     (team,) = [team for team in teams(four) if len(team) > 1]
     assert sorted(team) == ["pi-1", "pi-2"]
     assert answers(four, 30) == expected
+
+
+def test_a_team_that_was_asked_for_is_taken_up_again(four: Cluster, model: Path) -> None:
+    """Its lead has the same blocks alone. On one machine a team saves no time."""
+    others = ("--exclude=pi-3", "--exclude=pi-4")
+    four.load(model, *EXACT, "--team=pi-1,pi-2", *others)
+    (team,) = [team for team in teams(four) if len(team) > 1]
+    lost = team[1]
+    four.kill(lost)
+    four.processes[lost].wait(60)
+    wait_for(lambda: teams(four) == [[team[0]]], 60, "the lead alone")
+    four.start_agent(lost)
+    four.wait_for_agents(*NAMES)
+    answer = last_json(four.run("rebalance", "--json"))
+    assert answer["moves"], answer
+    assert "it is what was asked for" in answer["why"]
+    assert sorted(itertools.chain.from_iterable(teams(four))) == ["pi-1", "pi-2"]
 
 
 def test_a_draft_model_guesses_for_a_team(four: Cluster, model: Path, tmp_path: Path) -> None:
