@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
@@ -67,7 +68,7 @@ class Remeasuring:
 
     def link_costs(self, deployment: Deployment) -> LinkCosts:
         """Return the present costs of a deployment's links."""
-        costs = {link: link_cost(self._roster, link) for link in _ring(deployment.leads)}
+        costs = {link: link_cost(self._roster, link) for link in _links(deployment.teams)}
         return {link: cost for link, cost in costs.items() if cost is not None}
 
     def new_links(self, moves: Iterable[tuple[Deployment, Planned]]) -> list[Link] | None:
@@ -81,12 +82,12 @@ class Remeasuring:
             devices = [name for stage in planned.plan.stages for name in stage.devices]
             if not all(planned.devices[name] in here for name in devices):
                 return None
-            leads = [
-                here[planned.devices[stage.members[0].device if stage.members else stage.device]]
+            teams = [
+                [here[planned.devices[name]] for name in stage.devices]
                 for stage in planned.plan.stages
             ]
-            used = set(_ring(before.leads))
-            found |= dict.fromkeys(link for link in _ring(leads) if link not in used)
+            used = set(_links(before.teams))
+            found |= dict.fromkeys(link for link in _links(teams) if link not in used)
         return list(found)
 
     async def prove(self, deployment: Deployment, links: Iterable[Link]) -> list[Link]:
@@ -247,13 +248,12 @@ class Remeasuring:
         return all(one.slots.is_idle for one in self._models.all_serving)
 
 
-def _ring(leads: Sequence[Member]) -> list[Link]:
-    """The links of a ring of stages, none for a single one."""
-    return [
-        (one, other)
-        for one, other in zip(leads, [*leads[1:], *leads[:1]], strict=True)
-        if one is not other
-    ]
+def _links(teams: Sequence[Sequence[Member]]) -> list[Link]:
+    """The links of a ring of stages, those of its leads, and the links inside of each team."""
+    leads = [team[0] for team in teams]
+    ring = zip(leads, [*leads[1:], *leads[:1]], strict=True)
+    found = itertools.chain(ring, *(itertools.permutations(team, 2) for team in teams))
+    return list(dict.fromkeys((one, other) for one, other in found if one is not other))
 
 
 async def run_while(holds: Callable[[], bool], work: Coroutine[Any, Any, Result]) -> Result | None:

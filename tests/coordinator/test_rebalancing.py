@@ -48,6 +48,7 @@ from wire.messages import (
 ALONE: tuple[Parts, ...] = ((("d",), BLOCKS),)
 BETTER: tuple[Parts, ...] = ((("c",), BLOCKS),)
 SPLIT: tuple[Parts, ...] = ((("c",), 2), (("d",), BLOCKS))
+TEAM: tuple[Parts, ...] = ((("d", "c"), BLOCKS),)
 NAMES = ("c", "d")
 
 
@@ -209,12 +210,15 @@ def test_the_model_moves_once_to_a_plan_that_stays_better(run: Callable[[Test], 
     run(test)
 
 
-def test_links_that_a_move_begins_to_use_are_measured_before(run: Callable[[Test], None]) -> None:
+@pytest.mark.parametrize(("parts", "where"), [(SPLIT, "c, d"), (TEAM, "d+c")])
+def test_links_that_a_move_begins_to_use_are_measured_before(
+    run: Callable[[Test], None], parts: tuple[Parts, ...], where: str
+) -> None:
     """Nobody uses them, so their figures may be from before the cause of the move."""
 
     async def test(world: World) -> None:
         world.operations.gain = 0.5
-        world.operations.other = plan_of(SPLIT)
+        world.operations.other = plan_of(parts)
         ends = {"c": "d", "d": "c"}
         world.shoal.told.clear()
         async with world.served.slots.one((1, 2)):  # An answer runs.
@@ -228,7 +232,7 @@ def test_links_that_a_move_begins_to_use_are_measured_before(run: Callable[[Test
             await world.look(LOOK_S)
         # The plan was made again, from the new figures.
         assert world.operations.looked == before + 1
-        assert world.served.where == "c, d"
+        assert world.served.where == where
         assert len(world.shoal.of(MeasureLink)) == 2
 
     run(test)
