@@ -113,9 +113,10 @@ def _not_loading(error: ImportError) -> str:
 
 
 def run_plan(options: argparse.Namespace, screen: Screen) -> None:
-    from cli.commands import planning
+    from cli.commands import plan_arguments, planning
     from cli.commands.model_names import model_to_plan
 
+    plan_arguments.require_used(options)
     given = [*options.models, *(options.shape or ())]
     if not given:
         raise UsageError("give a MODEL, or --shape NAME with --devices LAB.yaml")

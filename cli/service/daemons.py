@@ -258,6 +258,7 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
     add_watts_argument(parser, "The objective energy needs it.")
     parser.add_argument(
         "--backend",
+        type=argument_types.backend,
         default="onnx_cpu",
         metavar="NAME",
         help="The backend that computes. --list-backends shows all. Default: %(default)s.",
