@@ -204,7 +204,8 @@ def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check-quality",
         action="store_true",
-        help="Measure the plan's divergence, and plan again until it keeps --quality-budget.",
+        help="Measure the plan's divergence, and plan again until it keeps --quality-budget, which "
+        "must be given.",
     )
 
 

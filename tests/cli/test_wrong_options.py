@@ -26,6 +26,8 @@ WRONG = [
     (["plan", LLAMA, LAB, "--plot=none/plan.svg"], "there is no folder none: make it"),
     (["plan", LLAMA, NOBODY, "--save=none/plan.json"], "there is no folder none: make it"),
     (["plan", LLAMA, NOBODY, "--save=."], "'.' is a folder: name a file in it"),
+    (["coordinator", "export", "none/x.tar"], "there is no folder none: make it"),
+    (["plan", LLAMA, LAB, "--scheme-text=none"], "--scheme-text none: no such file or directory"),
     (["plan", LLAMA, LAB, "--repair=2c"], "--repair goes with --formulation dilemma"),
     (["plan", LLAMA, LAB, "--seed=3"], "--seed goes with --simulate N"),
     (["calibrate", "--bits=4"], "--bits is about layers: name a --model or a --shape"),
