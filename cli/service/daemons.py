@@ -640,7 +640,7 @@ def _add_state_dir(parser: argparse.ArgumentParser, kind: str) -> None:
         type=Path,
         metavar="DIR",
         help="Where blocks and measurements are kept. "
-        f"Default: $STATE_DIRECTORY, else ~/.local/state/shoal/{kind}.",
+        f"Default: $STATE_DIRECTORY, else shoal/{kind} in $XDG_STATE_HOME or ~/.local/state.",
     )
 
 
