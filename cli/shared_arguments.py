@@ -122,11 +122,15 @@ def add_memory_argument(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_book_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --state-dir, for what a coordinator on this machine keeps."""
+def add_book_argument(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add --state-dir, for what a coordinator on this machine keeps.
+
+    default: argparse.SUPPRESS where the option may stand before the action as well.
+    """
     parser.add_argument(
         "--state-dir",
         type=Path,
+        default=default,
         metavar="DIR",
         help="The coordinator's state directory. Default: $STATE_DIRECTORY, else that of the "
         "coordinator installed here, else the user's.",

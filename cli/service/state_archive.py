@@ -98,7 +98,7 @@ def add_archive_actions(actions: argparse._SubParsersAction[argparse.ArgumentPar
                 help="Do it although devices have joined the coordinator of this machine. They "
                 "need new tokens then.",
             )
-        add_book_argument(action)
+        add_book_argument(action, argparse.SUPPRESS)
         action.set_defaults(run=run, config=None)
 
 
