@@ -249,8 +249,8 @@ def add_quality_arguments(parser: argparse.ArgumentParser, *, with_plan: bool) -
         "--max-weight-error",
         type=_bound,
         metavar="DELTA",
-        help="Bound the weight error max|w - w_b| / 2^bits of each block instead, as the DILEMMA "
-        "paper does. none bounds neither.",
+        help="Bound the weight error max|w - w_b| / 2^bits of each block, as the DILEMMA paper "
+        "does, in place of the KL divergence of all blocks. none bounds neither.",
     )
     add_adapter_argument(parser)
     add_scheme_argument(parser)
