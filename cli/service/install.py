@@ -202,6 +202,8 @@ def run_uninstall(options: argparse.Namespace, screen: Screen) -> None:
 def plan_install(options: argparse.Namespace, root: Path) -> Work:
     """Plan an installation. Raises UsageError, CommandFailed."""
     kind: str = options.kind
+    if options.state_dir is not None:
+        raise UsageError(f"--state-dir: a service keeps its state in {STATE / kind}")
     work = Work()
     command = _command(options)
     unit = f"shoal-{kind}.service"

@@ -124,6 +124,14 @@ def test_an_option_before_the_action_is_a_setting_as_well(tmp_path: Path) -> Non
     assert settings == {"http": "0.0.0.0:7421", "http_host": "b"}
 
 
+def test_a_service_has_its_state_where_its_unit_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["agent", "--state-dir=/x", "install", f"--root={tmp_path}"]) == errors.EXIT_USAGE
+    assert "a service keeps its state in /var/lib/shoal/agent" in capsys.readouterr().err
+    assert files(tmp_path) == {}
+
+
 def test_a_dry_run_shows_all_and_the_token_to_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
