@@ -42,6 +42,8 @@ usage() {
 uninstall() {
     for kind in agent coordinator; do
         if [ -e "$UNITS/shoal-$kind.service" ]; then
+            [ -x "$PREFIX/bin/shoal" ] ||
+                fail "$PREFIX/bin/shoal is missing: install it again with \`sudo sh install.sh $kind\`, then remove it"
             "$PREFIX/bin/shoal" "$kind" uninstall "$@"
         fi
     done

@@ -108,7 +108,7 @@ def claim(state_dir: Path) -> TextIO:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = os.fdopen(open_lock(state_dir / "lock"), "w", encoding="ascii")
     except OSError as error:
-        raise ConfigError(f"state directory {state_dir} is not usable: {error}") from error
+        raise _unusable(state_dir, error) from error
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -118,6 +118,13 @@ def claim(state_dir: Path) -> TextIO:
             "stop it, or give this one its own with --state-dir"
         ) from error
     return lock
+
+
+def _unusable(state_dir: Path, error: OSError) -> ConfigError:
+    named = error.filename2 or error.filename  # Of a rename, the file that is replaced.
+    within = f"{named}: " if named not in (None, str(state_dir)) else ""
+    reason = (error.strerror or str(error)).lower()
+    return ConfigError(f"state directory {state_dir} is not usable: {within}{reason}")
 
 
 def device_identity(state_dir: Path) -> str:
@@ -133,7 +140,7 @@ def device_identity(state_dir: Path) -> str:
             replace_text(path, secrets.token_hex(8) + "\n")
         identity = path.read_text(encoding="ascii", errors="replace").strip()
     except OSError as error:
-        raise ConfigError(f"state directory {state_dir} is not usable: {error}") from error
+        raise _unusable(state_dir, error) from error
     if not re.fullmatch(r"[0-9a-f]{16}", identity):
         raise SettingWrong(
             f"{path} is damaged: write this device's id into it, which `shoal devices --json` "

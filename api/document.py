@@ -16,6 +16,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from api.openai.encoders import MOST_ANSWERS, MOST_TEXTS
+from api.openai.fields import IGNORED
+from api.openai.responses_input import INCLUDED, SAME
 from api.openai.sampling import (
     MAX_CHOICES,
     MAX_STOP_CHARACTERS,
@@ -226,6 +228,99 @@ COMPLETION: dict[str, Schema] = {
     "best_of": _integer(1, MAX_CHOICES),
 }
 
+_ALL = {**COMMON, **CHAT}
+_IGNORED = {field: COMMON[field] for field in sorted(IGNORED)}
+
+RESPONSE: dict[str, Schema] = {
+    **{field: _ALL[field] for field in SAME},
+    "input": {"anyOf": [_TEXT, _list(_OBJECT, minItems=1)]},
+    "instructions": _or_null(_TEXT),
+    "max_output_tokens": _integer(1, MAX_TOKENS),
+    "tools": _or_null(_list(_OBJECT)),
+    "tool_choice": _ALL["tool_choice"],
+    "reasoning": _or_null(_OBJECT),
+    "text": _or_null(_OBJECT),
+    "store": _FLAG,
+    "include": _or_null(_list({"enum": list(INCLUDED)})),
+    "top_logprobs": _integer(0, 0),
+    # Fields that would need something stored, with the only value that is taken.
+    "previous_response_id": {"type": "null"},
+    "conversation": {"type": "null"},
+    "background": _or_null({"const": False}),
+    "prompt": {"type": "null"},
+    "truncation": _one_of("disabled"),
+    "max_tool_calls": {"type": "null"},
+    "context_management": _or_null(_list({}, maxItems=0)),
+}
+
+_TEXTS: Schema = {"anyOf": [_TEXT, _list(_PART)]}
+
+
+def _block(kind: str, properties: Mapping[str, Schema], *required: str) -> Schema:
+    """Return the schema of a block of Anthropic's."""
+    found = {"type": {"const": kind}, **properties, "cache_control": {}}
+    return {"type": "object", "properties": found, "required": ["type", *required]}
+
+
+_BLOCK: Schema = {
+    "anyOf": [
+        _PART,
+        _block("tool_use", {"id": _TEXT, "name": _TEXT, "input": _OBJECT}, "id", "name", "input"),
+        _block(
+            "tool_result",
+            {"tool_use_id": _TEXT, "content": _or_null(_TEXTS), "is_error": _FLAG},
+            "tool_use_id",
+        ),
+        _block("thinking", {"thinking": _TEXT, "signature": _or_null(_TEXT)}, "thinking"),
+    ]
+}
+MESSAGES: dict[str, Schema] = {
+    **{
+        field: _ALL[field]
+        for field in (
+            *("model", "temperature", "top_p", "top_k", "min_p", "seed", "stream", "metadata"),
+            *("service_tier", "cache_prompt", "chat_template_kwargs"),
+        )
+    },
+    "max_tokens": {"type": "integer", "minimum": 1, "maximum": MAX_TOKENS},
+    "messages": _list(
+        {
+            "type": "object",
+            "properties": {
+                "role": {"enum": ["user", "assistant", "system"]},
+                "content": {"anyOf": [_TEXT, _list(_BLOCK)]},
+            },
+            "required": ["role", "content"],
+        },
+        minItems=1,
+    ),
+    "system": _or_null(_TEXTS),
+    "stop_sequences": _or_null(_list(_STOP_TEXT, maxItems=MAX_STOP_STRINGS)),
+    "tools": _or_null(_list(_OBJECT)),
+    "tool_choice": _or_null(
+        {
+            "type": "object",
+            "properties": {
+                "type": {"enum": ["auto", "any", "tool", "none"]},
+                "name": _or_null(_TEXT),
+                "disable_parallel_tool_use": _FLAG,
+            },
+            "required": ["type"],
+        }
+    ),
+    "thinking": _or_null(
+        {
+            "type": "object",
+            "properties": {"type": {"enum": ["enabled", "disabled", "adaptive"]}},
+            "required": ["type"],
+        }
+    ),
+    "cache_control": {},
+    "container": {"type": "null"},
+    "mcp_servers": _or_null(_list({}, maxItems=0)),
+    "context_management": {"type": "null"},
+}
+
 _USAGE = _open({"prompt_tokens": _WHOLE, "completion_tokens": _WHOLE, "total_tokens": _WHOLE})
 _FINISH = {"enum": ["stop", "length", "tool_calls"]}
 
@@ -239,7 +334,7 @@ _OF_ENCODERS: dict[str, Schema] = {
         ]
     },
     "truncate": _FLAG,
-    "user": _TEXT,
+    **_IGNORED,
 }
 _COUNTED: dict[str, Schema] = {
     "model": _TEXT,
@@ -292,22 +387,7 @@ _SCHEMAS: dict[str, Schema] = {
             "usage": _USAGE,
         }
     ),
-    "ResponseRequest": {
-        "type": "object",
-        "properties": {
-            "model": _TEXT,
-            "input": {"anyOf": [_TEXT, _list(_OBJECT, minItems=1)]},
-            "instructions": _or_null(_TEXT),
-            "max_output_tokens": _integer(1, MAX_TOKENS),
-            "stream": _FLAG,
-            "temperature": _number(0, MAX_TEMPERATURE),
-            "top_p": _number(0, 1),
-            "tools": _or_null(_list(_OBJECT)),
-            "reasoning": _or_null(_OBJECT),
-            "text": _or_null(_OBJECT),
-        },
-        "required": ["input"],
-    },
+    "ResponseRequest": _closed(RESPONSE, "input"),
     "Response": _open(
         {
             "id": _TEXT,
@@ -318,30 +398,8 @@ _SCHEMAS: dict[str, Schema] = {
             "usage": _open({"input_tokens": _WHOLE, "output_tokens": _WHOLE}),
         }
     ),
-    "MessagesRequest": {
-        "type": "object",
-        "properties": {
-            "model": _TEXT,
-            "max_tokens": {"type": "integer", "minimum": 1, "maximum": MAX_TOKENS},
-            "messages": _list(
-                {
-                    "type": "object",
-                    "properties": {
-                        "role": {"enum": ["user", "assistant"]},
-                        "content": {"anyOf": [_TEXT, _list(_PART)]},
-                    },
-                    "required": ["role", "content"],
-                },
-                minItems=1,
-            ),
-            "system": {"anyOf": [_TEXT, _list(_PART)]},
-            "stream": _FLAG,
-            "temperature": _number(0, MAX_TEMPERATURE),
-            "stop_sequences": _list(_STOP_TEXT, maxItems=MAX_STOP_STRINGS),
-            "tools": _list(_OBJECT),
-        },
-        "required": ["max_tokens", "messages"],
-    },
+    "MessagesRequest": _closed(MESSAGES, "max_tokens", "messages"),
+    "CountRequest": _closed(MESSAGES, "messages"),
     "Message": _open(
         {
             "id": _TEXT,
@@ -356,12 +414,13 @@ _SCHEMAS: dict[str, Schema] = {
     "TokenizeRequest": {
         "type": "object",
         "properties": {
-            "model": _TEXT,
+            **COMMON,
+            **CHAT,
             "content": _TEXT,
             "prompt": _TEXT,
-            "messages": _list(_MESSAGE, minItems=1),
             "add_special": _FLAG,
             "add_special_tokens": _FLAG,
+            "parse_special": _or_null({"const": True}),
             "with_pieces": _FLAG,
             "return_token_strs": _FLAG,
         },
@@ -369,7 +428,7 @@ _SCHEMAS: dict[str, Schema] = {
     "Tokens": _open({"tokens": _list({}), "count": _WHOLE, "max_model_len": _WHOLE}),
     "DetokenizeRequest": _closed({"model": _TEXT, "tokens": _TOKENS}, "tokens"),
     "DetokenizedText": _open({"content": _TEXT, "prompt": _TEXT}),
-    "TemplateRequest": _closed({"model": _TEXT, **CHAT}, "messages"),
+    "TemplateRequest": _closed({**COMMON, **CHAT}, "messages"),
     "Prompt": _open({"prompt": _TEXT}),
     "Count": _open({"input_tokens": _WHOLE}),
     "EmbeddingRequest": _closed(
@@ -405,7 +464,7 @@ _SCHEMAS: dict[str, Schema] = {
             "context": _TEXT,
             "top": _integer(1, MOST_ANSWERS),
             "may_lack": _FLAG,
-            "user": _TEXT,
+            **_IGNORED,
         },
         "question",
         "context",
@@ -425,7 +484,6 @@ _SCHEMAS: dict[str, Schema] = {
             **_COUNTED,
         }
     ),
-    "Anything": {"type": "object"},
 }
 
 _PATHS: dict[str, tuple[str, str, str, str]] = {
@@ -457,7 +515,7 @@ _PATHS: dict[str, tuple[str, str, str, str]] = {
     ),
     "/v1/messages/count_tokens": (
         "Count the tokens of a request to /v1/messages.",
-        "Anything",
+        "CountRequest",
         "Count",
         "",
     ),

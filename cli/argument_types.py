@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from model.schemes import BITS
@@ -155,6 +157,37 @@ def _origins(text: str) -> list[str]:
     return origins
 
 
+def backend(text: str) -> str:
+    """The name of a backend, whether it can run here or not."""
+    from backends.registry import BACKENDS
+
+    return one_of(sorted(BACKENDS))(text)
+
+
+def new_file(text: str) -> Path:
+    """A file to write at the end. A wrong folder is told before long work begins."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a folder: name a file in it")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {path.parent}: make it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: permission denied")
+    return path
+
+
+def ending_in(suffix: str) -> Callable[[str], Path]:
+    """A converter to a new file whose name says its format."""
+
+    def convert(text: str) -> Path:
+        if Path(text).suffix.lower() != suffix:
+            raise argparse.ArgumentTypeError(f"{text!r}: end the name in {suffix}")
+        return new_file(text)
+
+    return convert
+
+
+svg_file = ending_in(".svg")
 count = argument(_positive, "a whole number above 0")
 guesses = argument(_guesses, f"a whole number from 0 to {limits.DRAFT_TOKENS}")
 bits = argument(_known_bits, "widths out of " + ",".join(map(str, BITS)))

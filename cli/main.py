@@ -113,9 +113,10 @@ def _not_loading(error: ImportError) -> str:
 
 
 def run_plan(options: argparse.Namespace, screen: Screen) -> None:
-    from cli.commands import planning
+    from cli.commands import plan_arguments, planning
     from cli.commands.model_names import model_to_plan
 
+    plan_arguments.require_used(options)
     given = [*options.models, *(options.shape or ())]
     if not given:
         raise UsageError("give a MODEL, or --shape NAME with --devices LAB.yaml")
@@ -463,7 +464,8 @@ def _devices(parser: argparse.ArgumentParser) -> Page:
 MODEL_HELP = "A model's folder or GGUF file, or its name on the hub as ORG/NAME."
 
 
-def _add_bits(parser: argparse.ArgumentParser) -> None:
+def _add_bits(parser: argparse.ArgumentParser, others: str = "") -> None:
+    """Add --bits. ``others`` says which defaults the command has beside the usual one."""
     from cli import argument_types
     from planning.request import DEFAULT_BITS
 
@@ -472,7 +474,7 @@ def _add_bits(parser: argparse.ArgumentParser) -> None:
         type=argument_types.bits,
         metavar="4,8,16",
         help="The bits per weight that a block may have. "
-        f"Default: {','.join(map(str, DEFAULT_BITS))}.",
+        f"Default: {','.join(map(str, DEFAULT_BITS))}.{others}",
     )
 
 
@@ -483,7 +485,8 @@ def _add_models(sub: argparse.ArgumentParser, *, count: str) -> None:
     several = " Several are planned together."
     sub.add_argument("models", metavar="MODEL", nargs=count, help=MODEL_HELP + several)
     plan_arguments.add_weights_argument(sub)
-    _add_bits(sub)
+    of_labs = " With --devices: those of the lab file." if count == "*" else ""
+    _add_bits(sub, f" For a model that encodes: 8.{of_labs}")
     plan_arguments.add_quality_arguments(sub, with_plan=True)
     plan_arguments.add_hop_argument(sub, with_budget=True)
     plan_arguments.add_objective_arguments(sub)

@@ -52,8 +52,11 @@ def scheme_text_of(options: argparse.Namespace) -> str | None:
     try:
         with options.scheme_text.open(encoding="utf-8") as file:
             text: str = file.read(MAX_TEXT)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--scheme-text {options.scheme_text}: cannot be read: {error}") from error
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise UsageError(f"--scheme-text {options.scheme_text}: {reason}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--scheme-text {options.scheme_text}: not UTF-8 text") from error
     if not text.strip():
         raise UsageError(f"--scheme-text {options.scheme_text}: the file holds no text")
     return text
@@ -119,14 +122,18 @@ def add_memory_argument(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_book_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --state-dir, for the list of devices and tokens of a coordinator on this machine."""
+def add_book_argument(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """Add --state-dir, for what a coordinator on this machine keeps.
+
+    default: argparse.SUPPRESS where the option may stand before the action as well.
+    """
     parser.add_argument(
         "--state-dir",
         type=Path,
+        default=default,
         metavar="DIR",
-        help="The coordinator's state directory. Default: that of the coordinator installed here, "
-        "else the user's.",
+        help="The coordinator's state directory. Default: $STATE_DIRECTORY, else that of the "
+        "coordinator installed here, else the user's.",
     )
 
 

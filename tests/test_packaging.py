@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import packages_distributions
@@ -10,6 +11,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+from cli.doctor.checks import NEEDED
+from cli.doctor.coordinator import COORDINATOR_NEEDED
+from cli.service.settings import parse_toml
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
@@ -138,3 +143,15 @@ def test_make_says_what_it_installs_and_shows_that_it_goes_on(tmp_path: Path) ->
     told = lines[lines.index(resolving) - 1]
     assert told.startswith("echo ")
     assert "about a minute" in told
+
+
+def test_the_doctor_looks_for_what_the_package_needs() -> None:
+    project = parse_toml((ROOT / "pyproject.toml").read_text(), ROOT)["project"]
+
+    def named(lines: list[str]) -> set[str]:
+        return {re.split(r"[^\w-]", line)[0] for line in lines if ";" not in line}
+
+    assert {"shoal-llm", *named(project["dependencies"])} == set(NEEDED)
+    coordinators = named(project["optional-dependencies"]["coordinator"])
+    # Without llguidance, requests for a format are refused with what to install.
+    assert coordinators - {"llguidance"} == set(COORDINATOR_NEEDED) - set(NEEDED)

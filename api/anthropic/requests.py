@@ -9,13 +9,13 @@ from typing import Any
 from api.openai.fields import SAYS_NOTHING, flag, only
 from planning.errors import RequestInvalid
 
-_SAME = (
+SAME = (
     *("model", "temperature", "top_p", "top_k", "stream", "metadata", "service_tier"),
     *("cache_prompt", "chat_template_kwargs", "seed", "min_p"),
 )
 """The fields that mean the same in a request for a chat."""
 
-_OTHER = (
+OTHER = (
     *("messages", "system", "max_tokens", "stop_sequences", "tools", "tool_choice", "thinking"),
     "cache_control",
 )
@@ -24,7 +24,7 @@ _OTHER = (
 _COMMON = ("type", "cache_control")
 """The fields that every block may have."""
 
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "container": (None,),
     "mcp_servers": (None, []),
     "context_management": (None,),
@@ -37,12 +37,12 @@ def chat_request(body: Mapping[str, Any], *, counts: bool = False) -> dict[str, 
     counts: the request only counts tokens, and needs no max_tokens.
     """
     for field, value in body.items():
-        if field in _NEUTRAL:
-            if value not in _NEUTRAL[field]:
+        if field in NEUTRAL:
+            if value not in NEUTRAL[field]:
                 raise RequestInvalid(f"{field} is not supported by this server", field)
-        elif field not in _SAME and field not in _OTHER:
+        elif field not in SAME and field not in OTHER:
             raise RequestInvalid(f"unknown field {field!r}", field)
-    chat = {field: body[field] for field in _SAME if field in body}
+    chat = {field: body[field] for field in SAME if field in body}
     if not counts:
         if type(body.get("max_tokens")) is not int:
             raise RequestInvalid("max_tokens: expected a whole number", "max_tokens")

@@ -29,7 +29,7 @@ NAMES = {
 
 NO_LOGPROBS = "log-probabilities are told by /v1/chat/completions only"
 
-_SAME = (
+SAME = (
     *("model", "temperature", "top_p", "parallel_tool_calls", "stream", "user", "metadata"),
     *("service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"),
     *("seed", "top_k", "min_p", "repetition_penalty", "cache_prompt", "stop"),
@@ -38,12 +38,12 @@ _SAME = (
 )
 """The fields that mean the same in a request for a chat."""
 
-_OTHER = (
+OTHER = (
     *("input", "instructions", "max_output_tokens", "tools", "tool_choice", "text", "reasoning"),
     *("store", "include", "top_logprobs"),
 )
 
-_INCLUDED = ("reasoning.encrypted_content",)
+INCLUDED = ("reasoning.encrypted_content",)
 """These may be wished for beside the text. Thoughts come as they are, so nothing is encrypted."""
 
 _ITEM = ("type", "id", "status")
@@ -56,11 +56,11 @@ def chat_request(body: Mapping[str, Any]) -> dict[str, Any]:
         if field in NEUTRAL:
             if value not in NEUTRAL[field]:
                 raise RequestInvalid(f"{field} is not supported: nothing is stored here", field)
-        elif field not in _SAME and field not in _OTHER:
+        elif field not in SAME and field not in OTHER:
             raise RequestInvalid(f"unknown field {field!r}", field)
     if body.get("top_logprobs") not in (None, 0):
         raise RequestInvalid(f"top_logprobs: {NO_LOGPROBS}", "top_logprobs")
-    chat = {field: body[field] for field in _SAME if field in body}
+    chat = {field: body[field] for field in SAME if field in body}
     chat["messages"] = _messages(body)
     if body.get("max_output_tokens") is not None:
         chat["max_completion_tokens"] = body["max_output_tokens"]
@@ -78,9 +78,9 @@ def chat_request(body: Mapping[str, Any]) -> dict[str, Any]:
         chat["reasoning_effort"] = reasoning.get("effort")
     include = body.get("include")
     if include is not None and not (
-        isinstance(include, list) and all(item in _INCLUDED for item in include)
+        isinstance(include, list) and all(item in INCLUDED for item in include)
     ):
-        names = " and ".join(_INCLUDED)
+        names = " and ".join(INCLUDED)
         raise RequestInvalid(f"include: only {names} is known; {NO_LOGPROBS}", "include")
     return chat
 

@@ -26,8 +26,8 @@ from planning.errors import RequestInvalid
 
 Work = Callable[[Deployment, Mapping[str, Any]], dict[str, Any]]
 
-_CONTENT_FIELDS = frozenset({"content", "add_special", "parse_special", "with_pieces"})
-_PROMPT_FIELDS = frozenset({"prompt", "add_special_tokens", "return_token_strs"})
+CONTENT_FIELDS = frozenset({"content", "add_special", "parse_special", "with_pieces"})
+PROMPT_FIELDS = frozenset({"prompt", "add_special_tokens", "return_token_strs"})
 
 
 class ModelUnknown(CoordinatorError):
@@ -107,7 +107,7 @@ def tokenize(deployment: Deployment, body: Mapping[str, Any]) -> dict[str, Any]:
         text = chat_prompt(deployment, body, read_tools(body)).text
         add_special = False
     else:
-        _check_unknown(body, _CONTENT_FIELDS if kinds == ["content"] else _PROMPT_FIELDS)
+        _check_unknown(body, CONTENT_FIELDS if kinds == ["content"] else PROMPT_FIELDS)
         text = body[kinds[0]]
         if not isinstance(text, str):
             raise RequestInvalid(f"{kinds[0]}: expected text", kinds[0])

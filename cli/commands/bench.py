@@ -47,6 +47,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backend",
+        type=argument_types.backend,
         default="onnx_cpu",
         metavar="NAME",
         help="The backend to run. `shoal agent --list-backends` shows all. Default: %(default)s.",

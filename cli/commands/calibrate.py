@@ -51,6 +51,16 @@ EXAMPLES = (
 DEFAULT_BITS = (4, 8, 16)
 DEFAULT_CHECKED_PLANS = 8
 
+_OF_QUALITY = (
+    *("text", "adapter", "scheme", "scheme_text", "group_size", "max_tokens", "check_plans"),
+    "url",
+)
+_OF_DEVICE = ("sustain", "watts", "full", "again")
+_OF_LAYERS = ("bits", "full")
+_OF_COORDINATOR = ("url",)
+_HERE = ("backend", "threads", "state_dir")
+"""Options that change nothing in another mode."""
+
 _sustained_s = argument(between(1, 3600, "s"), "seconds between 1 and 3600, such as 60s")
 _plans = argument(whole, "a whole number, 0 for none")
 
@@ -77,6 +87,7 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--backend",
+        type=argument_types.backend,
         metavar="NAME",
         help="The backend to measure. Default: every backend that runs here.",
     )
@@ -102,7 +113,7 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--plot",
-        type=Path,
+        type=argument_types.svg_file,
         metavar="FILE.svg",
         help="Draw a roofline, or with --quality a heat map.",
     )
@@ -113,6 +124,7 @@ def add_calibrate_arguments(parser: argparse.ArgumentParser) -> None:
         help="Where results are kept. Default: where this machine's agent keeps them.",
     )
     _add_quality_arguments(parser.add_argument_group("sensitivity to fewer bits"))
+    parser.set_defaults(parser=parser)
 
 
 def _add_quality_arguments(quality: argparse._ActionsContainer) -> None:
@@ -165,10 +177,7 @@ def run_calibrate(options: argparse.Namespace, screen: Screen) -> None:
     from backends.base import BackendError
     from model.errors import ModelError
 
-    if options.plot is not None and options.plot.suffix.lower() != ".svg":
-        raise UsageError(f"--plot {options.plot}: only SVG is drawn; end the name in .svg")
-    if options.on is not None and not options.quality:
-        raise UsageError("--on NAME goes with --quality: a device measures itself when it joins")
+    _require_used(options)
     if options.model is not None:
         options.given_model = str(options.model)
         find = model_here if options.quality else config_here
@@ -190,6 +199,23 @@ def run_calibrate(options: argparse.Namespace, screen: Screen) -> None:
             _device(options, screen, target)
     except (BackendError, ModelError) as error:
         raise CommandFailed(str(error)) from error
+
+
+def _require_used(options: argparse.Namespace) -> None:
+    """Raise UsageError for an option that would change nothing."""
+    if options.on is not None and not options.quality:
+        raise UsageError("--on NAME goes with --quality: a device measures itself when it joins")
+    has_layers = options.model is not None or options.shape is not None
+    for names, is_used, rule in (
+        (_OF_QUALITY, options.quality, "goes with --quality"),
+        (_OF_DEVICE, not options.quality, "does not go with --quality"),
+        (_OF_LAYERS, has_layers, "is about layers: name a --model or a --shape"),
+        (_OF_COORDINATOR, options.on is not None, "goes with --on NAME"),
+        (_HERE, options.on is None, "does not go with --on: the agent has its own"),
+    ):
+        for name in () if is_used else names:
+            if getattr(options, name) != options.parser.get_default(name):
+                raise UsageError(f"--{name.replace('_', '-')} {rule}")
 
 
 # ---- the device and its layers -----------------------------------------------------------------

@@ -74,7 +74,7 @@ class Conversation:
 def require_terminal() -> None:
     """Raise UsageError if there is nobody to chat with."""
     if not sys.stdin.isatty():
-        raise UsageError("give a PROMPT, or run this on a terminal to chat")
+        raise UsageError("a chat needs a terminal: without one, `shoal run MODEL PROMPT` answers")
 
 
 def chat(client: Client, screen: Screen, conversation: Conversation) -> None:

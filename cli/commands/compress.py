@@ -19,7 +19,7 @@ from cli.commands.evaluate_arguments import (
     add_seed_argument,
     wishes_of,
 )
-from cli.errors import CommandFailed
+from cli.errors import CommandFailed, Unavailable
 from cli.parser import add_url_argument
 from cli.render import Screen
 from cli.shared_arguments import (
@@ -211,7 +211,7 @@ def run_compress(options: argparse.Namespace, screen: Screen) -> None:
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise
-        raise CommandFailed(
+        raise Unavailable(
             "this installation lacks torch: pip install 'shoal-llm[torch]' to use `shoal compress`"
         ) from error
 

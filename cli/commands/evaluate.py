@@ -52,10 +52,6 @@ def run_eval(options: argparse.Namespace, screen: Screen) -> None:
     from model.errors import ModelError
     from planning.plan import PlanError
 
-    for name, end in (("plot", ".svg"), ("csv", ".csv"), ("out", ".jsonl")):
-        path = getattr(options, name)
-        if path is not None and path.suffix.lower() != end:
-            raise UsageError(f"--{name} {path}: end the name in {end}")
     try:
         if options.format == "glue":
             _evaluate_labelled(options, screen)

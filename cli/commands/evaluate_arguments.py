@@ -117,6 +117,7 @@ def add_compute_arguments(group: argparse._ActionsContainer) -> None:
     """Add what computes on this machine."""
     group.add_argument(
         "--backend",
+        type=argument_types.backend,
         default="onnx_cpu",
         metavar="NAME",
         help="What computes on this machine. Default: %(default)s.",
@@ -198,12 +199,19 @@ def _add_result_arguments(group: argparse._ActionsContainer) -> None:
     add_judge_arguments(group)
     group.add_argument(
         "--out",
-        type=Path,
+        type=argument_types.ending_in(".jsonl"),
         metavar="FILE.jsonl",
         help="Keep every answer and loss as it comes. The same command goes on where it stopped.",
     )
-    group.add_argument("--csv", type=Path, metavar="FILE.csv", help="Write the figures.")
-    group.add_argument("--plot", type=Path, metavar="FILE.svg", help="Draw the figures.")
+    group.add_argument(
+        "--csv",
+        type=argument_types.ending_in(".csv"),
+        metavar="FILE.csv",
+        help="Write the figures.",
+    )
+    group.add_argument(
+        "--plot", type=argument_types.svg_file, metavar="FILE.svg", help="Draw the figures."
+    )
 
 
 def add_judge_arguments(group: argparse._ActionsContainer) -> None:

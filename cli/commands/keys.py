@@ -12,6 +12,7 @@ from api.key_book import CLASSES, BadKey, KeyBook
 from cli.client import SERVICE_STATE
 from cli.errors import CommandFailed
 from cli.render import Screen, titled_table
+from cli.shared_arguments import add_book_argument
 from wire.service import default_state_dir
 
 ABOUT = (
@@ -56,13 +57,7 @@ def add_key_arguments(parser: argparse.ArgumentParser) -> None:
                 help="The class of requests with this key: realtime ones go first, bulk ones make "
                 "way. A request may say a less urgent class. Default: each says its class.",
             )
-        action.add_argument(
-            "--state-dir",
-            type=Path,
-            metavar="DIR",
-            help="The coordinator's state directory. Default: $STATE_DIRECTORY, else "
-            f"{SERVICE_STATE} if a coordinator is installed, else the user's.",
-        )
+        add_book_argument(action)
         # It may stand on either side of the action.
         action.add_argument(
             "--json",

@@ -319,7 +319,9 @@ def run_rm(options: argparse.Namespace, screen: Screen) -> None:
     cache = _scanned()
     repo = next((repo for repo in _repos(cache) if repo.repo_id == name.repo), None)
     if cache is None or repo is None:
-        raise CommandFailed(f"{name.repo} is not in {cache_directory()}: `shoal models` lists it")
+        raise CommandFailed(
+            f"{name.repo} is not in {cache_directory()}: `shoal models` lists what is"
+        )
     commits = [
         revision.commit_hash
         for revision in repo.revisions

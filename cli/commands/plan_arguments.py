@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 _PIN = re.compile(r"(embedding|head|layers?=(\d{1,4})(?:-(\d{1,4}))?):(.+)", re.ASCII)
 
+_REPAIRS = ("2c", "2d", "2e", "2f", "cm")
+
 _weight = argument(at_least_0, "a number >= 0")
 _bound = argument(
     lambda text: math.inf if text == "none" else at_least_0(text), "a number >= 0, or none"
@@ -67,9 +69,14 @@ def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="Show where the time goes, and what each change would give.",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE.svg", help="Draw the plan.")
     parser.add_argument(
-        "--save", type=Path, metavar="FILE", help="Write the plan to a file for --plan."
+        "--plot", type=argument_types.svg_file, metavar="FILE.svg", help="Draw the plan."
+    )
+    parser.add_argument(
+        "--save",
+        type=argument_types.new_file,
+        metavar="FILE",
+        help="Write the plan to a file for --plan.",
     )
     parser.add_argument(
         "--simulate",
@@ -80,9 +87,8 @@ def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed",
         type=int,
-        default=0,
         metavar="N",
-        help="The seed of --simulate. Default: %(default)s.",
+        help="The seed of --simulate. Default: 0.",
     )
     parser.add_argument(
         "--formulation",
@@ -94,10 +100,22 @@ def add_planning_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repair",
         type=_repairs,
-        default=("2c", "2d", "2e", "2f", "cm"),
-        metavar="2c,2d,2e,2f,cm",
+        metavar=",".join(_REPAIRS),
         help="Which faults of the paper's program to repair, or none. Default: all.",
     )
+
+
+def require_used(options: argparse.Namespace) -> None:
+    """Raise UsageError for an option of ``shoal plan`` that would change nothing."""
+    if options.repair is not None and options.formulation != "dilemma":
+        raise UsageError("--repair goes with --formulation dilemma")
+    if options.seed is not None and options.simulate is None:
+        raise UsageError("--seed goes with --simulate N")
+
+
+def repairs_of(options: argparse.Namespace) -> tuple[str, ...]:
+    """The faults of the paper's program to repair."""
+    return _REPAIRS if options.repair is None else tuple(options.repair)
 
 
 def add_objective_arguments(parser: argparse.ArgumentParser) -> None:
@@ -186,7 +204,8 @@ def _add_placement_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check-quality",
         action="store_true",
-        help="Measure the plan's divergence, and plan again until it keeps --quality-budget.",
+        help="Measure the plan's divergence, and plan again until it keeps --quality-budget, which "
+        "must be given.",
     )
 
 
@@ -230,8 +249,8 @@ def add_quality_arguments(parser: argparse.ArgumentParser, *, with_plan: bool) -
         "--max-weight-error",
         type=_bound,
         metavar="DELTA",
-        help="Bound the weight error max|w - w_b| / 2^bits of each block instead, as the DILEMMA "
-        "paper does. none bounds neither.",
+        help="Bound the weight error max|w - w_b| / 2^bits of each block, as the DILEMMA paper "
+        "does, in place of the KL divergence of all blocks. none bounds neither.",
     )
     add_adapter_argument(parser)
     add_scheme_argument(parser)
@@ -546,8 +565,8 @@ def _team(text: str) -> tuple[str, ...]:
 
 
 def _repairs(text: str) -> tuple[str, ...]:
-    known = ("2c", "2d", "2e", "2f", "cm")
     parts = () if text == "none" else tuple(text.split(","))
-    if any(part not in known for part in parts):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {','.join(known)}, or none")
+    if any(part not in _REPAIRS for part in parts):
+        some = ",".join(_REPAIRS)
+        raise argparse.ArgumentTypeError(f"{text!r}: expected some of {some}, or none")
     return parts

@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from cli.commands.described import read_described
 from cli.commands.model_names import locate
-from cli.commands.plan_arguments import note_other_model, request_of
+from cli.commands.plan_arguments import note_other_model, repairs_of, request_of
 from cli.commands.plan_losses import keep_described
 from cli.commands.plan_views import (
     show_difference,
@@ -268,7 +268,7 @@ def _show_plan(
                 plan,
                 problem,
                 options.simulate,
-                seed=options.seed,
+                seed=options.seed or 0,
                 solve_limit_s=SOLVE_AGAIN_LIMIT_S,
                 on_run=lambda done, total: on_step(_step("drawing links", "", done, total)),
             )
@@ -354,7 +354,7 @@ def _run_dilemma(
         if asked:
             raise UsageError(f"{name} does not go with --formulation dilemma: drop one of them")
     instance = dilemma.measured_instance(problem)
-    repairs = dilemma.Repairs.of(options.repair)
+    repairs = dilemma.Repairs.of(repairs_of(options))
     with screen.progress() as on_step:
         on_step(_step("plan", "", 0, 0))
         solution = dilemma.solve(instance, repairs, time_limit_s=options.time_limit)
@@ -362,7 +362,7 @@ def _run_dilemma(
         screen.json(
             {
                 "formulation": "dilemma",
-                "repairs": list(options.repair),
+                "repairs": list(repairs_of(options)),
                 "figures": "predicted from described devices",
                 "times": times,
                 "objective_ms": solution.objective_s * 1e3,
@@ -383,7 +383,7 @@ def _run_dilemma(
             }
         )
     else:
-        show_dilemma(screen, problem.spec, instance, solution, options.repair, times)
+        show_dilemma(screen, problem.spec, instance, solution, repairs_of(options), times)
 
 
 def _given_or_best(

@@ -62,7 +62,12 @@ def add_testbed_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_argument(
         "--name", default=DEFAULT_NAME, help="The testbed's name. Default: %(default)s."
     )
-    shared.add_argument("--json", action="store_true", help="Print JSON instead of tables.")
+    shared.add_argument(  # It may stand on either side of the action.
+        "--json",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="Print JSON instead of tables.",
+    )
 
     def action(name: str, summary: str, examples: str) -> argparse.ArgumentParser:
         return actions.add_parser(

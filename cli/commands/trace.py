@@ -5,15 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from rich.markup import escape
 
-from cli.argument_types import count
+from cli.argument_types import count, new_file, svg_file
 from cli.commands.trace_views import chrome_trace, hops_of, picture, summary
-from cli.errors import UsageError
 from cli.parser import add_url_argument
 from cli.render import Screen, titled_table
 
@@ -38,7 +36,9 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="REQUEST",
         help="The id of a request. Default: the last one that ran.",
     )
-    parser.add_argument("--svg", type=Path, metavar="FILE.svg", help="Draw its passes and hops.")
+    parser.add_argument(
+        "--svg", type=svg_file, metavar="FILE.svg", help="Draw its passes and hops."
+    )
     parser.add_argument(
         "--tokens",
         type=count,
@@ -48,7 +48,7 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--chrome",
-        type=Path,
+        type=new_file,
         metavar="FILE.json",
         help="Write the whole trace for Chrome's and Perfetto's viewers.",
     )
@@ -58,8 +58,6 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
 def run_trace(options: argparse.Namespace, screen: Screen) -> None:
     from cli.client import Client, default_url
 
-    if options.svg is not None and options.svg.suffix.lower() != ".svg":
-        raise UsageError(f"--svg {options.svg}: only SVG is drawn; end the name in .svg")
     with Client(options.url or default_url()) as client:
         trace = client.get(f"/shoal/v1/trace?request={quote(options.request, safe='')}")
     if options.svg is not None:

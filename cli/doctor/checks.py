@@ -38,7 +38,7 @@ State = Literal["ok", "note", "warning", "failed"]
 PROBE_TIMEOUT_S = 60.0
 """A backend's library takes seconds to import on a board with a slow card."""
 
-NEEDED = ("shoal-llm", "msgpack", "numpy", "psutil", "rich", "zeroconf")
+NEEDED = ("shoal-llm", "cryptography", "msgpack", "numpy", "psutil", "rich", "zeroconf")
 
 FEATURES = {
     "flags": ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8"),

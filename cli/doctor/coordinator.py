@@ -16,6 +16,7 @@ from wire.transport import reason
 COORDINATOR_NEEDED = (
     *NEEDED,
     "httpx",
+    "huggingface-hub",
     "jinja2",
     "prometheus-client",
     "pulp",

@@ -258,6 +258,7 @@ def add_agent_arguments(parser: argparse.ArgumentParser) -> None:
     add_watts_argument(parser, "The objective energy needs it.")
     parser.add_argument(
         "--backend",
+        type=argument_types.backend,
         default="onnx_cpu",
         metavar="NAME",
         help="The backend that computes. --list-backends shows all. Default: %(default)s.",
@@ -639,7 +640,7 @@ def _add_state_dir(parser: argparse.ArgumentParser, kind: str) -> None:
         type=Path,
         metavar="DIR",
         help="Where blocks and measurements are kept. "
-        f"Default: $STATE_DIRECTORY, else ~/.local/state/shoal/{kind}.",
+        f"Default: $STATE_DIRECTORY, else shoal/{kind} in $XDG_STATE_HOME or ~/.local/state.",
     )
 
 

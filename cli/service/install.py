@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import pwd
@@ -40,6 +41,9 @@ TMPFILES = Path("/etc/tmpfiles.d/shoal.conf")
 CONFIG = Path("/etc/shoal")
 TOKEN = CONFIG / "token"
 STATE = Path("/var/lib/shoal")
+_GIVEN = "given_"
+"""The beginning of an attribute with a setting that is given behind ``install``."""
+
 _EXAMPLE = {
     "agent": "--token-file -  # asks for the token",
     "coordinator": "--http 0.0.0.0:7421",
@@ -96,7 +100,7 @@ def add_service_actions(parser: argparse.ArgumentParser) -> None:
         f"  shoal {kind} install --root image/  # for packagers\n",
     )
     for action in settings.values():
-        install._add_action(action)  # The same options, with the same checks.
+        install._add_action(_as_setting(action))
     install.add_argument(
         "--cpu-weight",
         type=int,
@@ -134,12 +138,27 @@ def add_service_actions(parser: argparse.ArgumentParser) -> None:
             help="Treat DIR as the root of the system. Start and stop nothing.",
         )
         # It changes the settings file, and does not obey it.
-        sub.set_defaults(run=run, kind=kind, parser=parser, config=None)
+        sub.set_defaults(run=run, kind=kind, parser=parser, config=None, settings=settings)
     if is_coordinator:
         # It needs packages that a machine with an agent alone does not have.
         from cli.service.state_archive import add_archive_actions
 
         add_archive_actions(actions)
+
+
+def _as_setting(action: argparse.Action) -> argparse.Action:
+    """The same option with the same checks, whose value is None unless it is given.
+
+    So a default that is given replaces what the settings file says.
+    """
+    copied = copy.copy(action)
+    copied.dest = f"{_GIVEN}{action.dest}"
+    copied.default = None
+    # Help texts have % signs, and name the default of the service.
+    copied.help = (str(action.help) % {"default": action.default}).replace("%", "%%")
+    if action.nargs != 0 and action.metavar is None and action.choices is None:
+        copied.metavar = action.dest.upper()
+    return copied
 
 
 def run_install(options: argparse.Namespace, screen: Screen) -> None:
@@ -183,6 +202,8 @@ def run_uninstall(options: argparse.Namespace, screen: Screen) -> None:
 def plan_install(options: argparse.Namespace, root: Path) -> Work:
     """Plan an installation. Raises UsageError, CommandFailed."""
     kind: str = options.kind
+    if options.state_dir is not None:
+        raise UsageError(f"--state-dir: a service keeps its state in {STATE / kind}")
     work = Work()
     command = _command(options)
     unit = f"shoal-{kind}.service"
@@ -194,14 +215,14 @@ def plan_install(options: argparse.Namespace, root: Path) -> Work:
     work.files.append(File(TMPFILES, template("shoal.tmpfiles")))
 
     given = _given(options)
-    given.pop("token_file", None)
+    token_file = given.pop("token_file", None)
     if kind == "agent":
-        token = _token(options)
+        token = _token(token_file)
         if token is not None:
             work.files.append(File(TOKEN, token + "\n", 0o600))
         if token is not None or _below(root, TOKEN).exists():
             given["token_file"] = str(TOKEN)
-    elif options.token_file is not None:
+    elif token_file is not None:
         raise UsageError(
             "--token-file: an installed coordinator needs no token: `sudo shoal token create` "
             "makes one for each device"
@@ -322,12 +343,13 @@ def _toml(value: object) -> str:
 
 
 def _given(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings given on the command line, with sizes such as 3G."""
+    """The settings given behind ``install`` or before it, with sizes such as 3G."""
     given = {}
-    for name, action in settings_of(options.parser).items():
-        value = getattr(options, name, action.default)
-        if value == action.default:
+    for name, action in options.settings.items():
+        value, before = getattr(options, f"{_GIVEN}{name}"), getattr(options, name)
+        if value is None and before == action.default:
             continue
+        value = before if value is None else value
         if isinstance(value, int) and action.metavar == "SIZE":
             value = _exact_size(value)
         given[name] = value
@@ -341,10 +363,10 @@ def _exact_size(size_bytes: int) -> str:
     return str(size_bytes)
 
 
-def _token(options: argparse.Namespace) -> str | None:
+def _token(token_file: Path | None) -> str | None:
     """The token to write, or None to keep the present one. Raises UsageError."""
     try:
-        invite = given_invite(options.token_file)
+        invite = given_invite(token_file)
     except TokenError as error:
         raise UsageError(str(error)) from error
     return None if invite is None else invite.text

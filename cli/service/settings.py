@@ -76,6 +76,8 @@ def _converted(path: Path, name: str, value: object, action: argparse.Action) ->
         return tuple(_one(path, name, item, action) for item in value)
     if isinstance(action, Several):
         return (_one(path, name, value, action),)
+    if isinstance(action, argparse._ExtendAction) and isinstance(value, list):
+        return [part for item in value for part in _one(path, name, item, action)]
     return _one(path, name, value, action)
 
 
@@ -88,6 +90,9 @@ def _one(path: Path, name: str, value: object, action: argparse.Action) -> Any:
         raise UsageError(f"{path}: {name}: expected a text or a number")
     convert = action.type if callable(action.type) else str
     try:
-        return convert(str(value))
+        converted = convert(str(value))
     except (argparse.ArgumentTypeError, ValueError) as error:
         raise UsageError(f"{path}: {name}: {error}") from error
+    if action.choices is not None and converted not in action.choices:
+        raise UsageError(f"{path}: {name}: {value!r}: expected one of {', '.join(action.choices)}")
+    return converted

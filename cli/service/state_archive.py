@@ -22,10 +22,12 @@ from pathlib import Path
 
 from api.key_book import FILE as KEYS_FILE
 from api.key_book import LOCAL_FILE
+from cli.argument_types import new_file
 from cli.errors import CommandFailed, UsageError
 from cli.render import Screen
 from cli.service.running import FILE as RUNNING_FILE
 from cli.service.running import running_in
+from cli.shared_arguments import add_book_argument
 from coordinator.claim import claim
 from coordinator.config import ConfigError
 from coordinator.roster.book import FILE as BOOK_FILE
@@ -83,7 +85,12 @@ def add_archive_actions(actions: argparse._SubParsersAction[argparse.ArgumentPar
         action = actions.add_parser(
             name, help=summary, description=f"{summary}\n\n{about}", epilog=f"examples:\n{examples}"
         )
-        action.add_argument("file", type=Path, metavar="FILE", help="The file. - is a pipe.")
+        action.add_argument(
+            "file",
+            type=Path if name == "import" else new_file,
+            metavar="FILE",
+            help="The file. - is a pipe.",
+        )
         if name == "import":
             action.add_argument(
                 "--replace",
@@ -91,13 +98,7 @@ def add_archive_actions(actions: argparse._SubParsersAction[argparse.ArgumentPar
                 help="Do it although devices have joined the coordinator of this machine. They "
                 "need new tokens then.",
             )
-        action.add_argument(
-            "--state-dir",
-            type=Path,
-            metavar="DIR",
-            help="The coordinator's state directory. Default: that of the coordinator installed "
-            "here, else the user's.",
-        )
+        add_book_argument(action, argparse.SUPPRESS)
         action.set_defaults(run=run, config=None)
 
 

@@ -92,7 +92,6 @@ def test_a_backend_that_rounds_cannot_be_exact() -> None:
         (("--shape=nothing",), "known are"),
         (("--bits=7",), "only 2, 3"),
         (("--context=99999999",), "ask for fewer"),
-        (("--backend=abacus",), "abacus"),
     ],
 )
 def test_what_cannot_be_measured_is_said(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from cli.errors import EXIT_UNAVAILABLE
 from cli.main import main
 from model.checkpoint import Checkpoint
 from tests.cli.test_imports import run_without
@@ -240,5 +241,5 @@ def test_wrong_wishes_are_told_in_one_line(
 
 def test_without_torch_it_says_what_to_install(tmp_path: Path) -> None:
     completed = run_without(["torch"], *asked(tmp_path / "out"))
-    assert completed.returncode == 1
+    assert completed.returncode == EXIT_UNAVAILABLE
     assert "pip install 'shoal-llm[torch]'" in completed.stderr

@@ -132,10 +132,11 @@ def test_without_sacrebleu_one_line_says_so() -> None:
         (("--bits=4", "--format=text", "--metrics=answers"), 2, "a plain text has no questions"),
         (("--plan=nowhere.json",), 1, "nowhere.json: no such file"),
         (("--bits=4", "--judge=nonsense"), 1, "--judge nonsense: expected http://HOST/v1"),
-        (("--bits=4", "--backend=abacus"), 1, "backend abacus is not available"),
+        (("--bits=4", "--backend=abacus"), 2, "expected one of edgetpu, onnx_cpu,"),
         (("--url=http://127.0.0.1:9", "--group-size=64"), 3, "no coordinator answers"),
         ((), 2, "--group-size goes with --bits or --plan"),
         (("--exact",), 2, "--exact goes with --bits or --plan"),
+        (("--group-size=64", "--scheme-text=x"), 2, "--scheme-text goes with --bits or --plan"),
         (("--bits=4", "--adapter=nowhere"), 2, "--adapter nowhere: no such folder"),
     ],
 )

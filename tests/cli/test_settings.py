@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cli.argument_types import Several
+from cli.argument_types import Several, host_names
 from cli.errors import UsageError
 from cli.main import main
 from cli.service.journal import JournalFormatter, under_journal
@@ -25,6 +25,8 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--name")
     parser.add_argument("--no-mdns", action="store_true")
     parser.add_argument("--state-dir", type=Path)
+    parser.add_argument("--mode", choices=("auto", "off"))
+    parser.add_argument("--host", type=host_names, action="extend", default=[])
     return parser
 
 
@@ -44,7 +46,14 @@ def test_a_file_gives_defaults_that_the_command_line_overrides(
     assert options.name == "other"
     assert options.no_mdns is True
     assert options.state_dir == Path("/srv/x")
-    assert set(settings_of(parser)) == {"memory", "name", "no_mdns", "state_dir"}
+    assert set(settings_of(parser)) == {*("memory", "name", "no_mdns", "state_dir", "mode", "host")}
+
+
+@pytest.mark.parametrize("text", ['host = "a.lan, b"', 'host = ["a.lan", "b"]'])
+def test_host_names_are_a_list_or_a_text(
+    parser: argparse.ArgumentParser, tmp_path: Path, text: str
+) -> None:
+    assert read_settings(written(tmp_path, text), parser) == {"host": ["a.lan", "b"]}
 
 
 @pytest.mark.parametrize(
@@ -77,6 +86,7 @@ def test_an_option_that_may_be_repeated_is_a_list_in_a_file(
         ('json = "1G"', "unknown setting 'json'"),
         ('memory = "much"', "memory: size 'much': expected a number and a unit"),
         ("memory = [1]", "memory: expected a text or a number"),
+        ('mode = "atuo"', "mode: 'atuo': expected one of auto, off"),
         ("no_mdns = 1", "no_mdns: expected true or false"),
         ("name = true", "name: expected a text or a number"),
     ],

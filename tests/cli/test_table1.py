@@ -182,7 +182,7 @@ def test_a_text_has_rows_of_losses(capsys: pytest.CaptureFixture[str], tmp_path:
         (("--schemes=magic",), 2, "some of truncate,rtn"),
         (("--judge=http://127.0.0.1:9/v1", "--no-answers"), 2, "--judge scores answers"),
         (("--template={context}",), 2, "{question} is missing"),
-        (("--backend=abacus",), 1, "backend abacus is not available"),
+        (("--backend=abacus",), 2, "expected one of edgetpu, onnx_cpu,"),
         (("--data=nowhere.json",), 1, "nowhere.json: no such file"),
         (("--window=x",), 2, "--window"),
     ],

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
 from cli.main import _parser, main
+from tests.cli.test_help import PARSERS
 
 
 @pytest.mark.parametrize(
@@ -38,3 +41,19 @@ def test_an_unknown_option_is_named_and_not_its_value(
     with pytest.raises(SystemExit, match="2"):
         main(words)
     assert "unrecognized arguments: --cache-dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", PARSERS)
+def test_an_option_before_an_action_keeps_its_value(command: str) -> None:
+    """argparse copies all values of the action's parser, also its defaults, over those before."""
+    own = {name: one for one in PARSERS[command]._actions for name in one.option_strings}
+    lost = [
+        f"{sub.prog} {name}"
+        for action in PARSERS[command]._actions
+        if isinstance(action, argparse._SubParsersAction)
+        for sub in action.choices.values()
+        for one in sub._actions
+        for name in one.option_strings
+        if name in own and own[name].dest == one.dest and one.default is not argparse.SUPPRESS
+    ]
+    assert lost == []

@@ -108,6 +108,30 @@ def test_installing_again_keeps_what_it_is_not_told(install: Callable[..., Path]
     assert "CPUWeight=20" in limits
 
 
+def test_a_default_that_is_given_replaces_what_the_file_says(install: Callable[..., Path]) -> None:
+    root = install("coordinator", "--http=0.0.0.0:7421", "--rebalance=off", "--queue=4")
+    path = root / "etc/shoal/coordinator.toml"
+    install("coordinator", "--http=127.0.0.1:7421", "--rebalance=auto")
+    settings = parse_toml(path.read_text(), path)
+    assert settings == {"http": "127.0.0.1:7421", "rebalance": "auto", "queue": 4}
+
+
+def test_an_option_before_the_action_is_a_setting_as_well(tmp_path: Path) -> None:
+    arguments = ["coordinator", "--http=0.0.0.0:7421", "--http-host=a", "install", "--http-host=b"]
+    assert main([*arguments, f"--root={tmp_path}"]) == 0
+    path = tmp_path / "etc/shoal/coordinator.toml"
+    settings = parse_toml(path.read_text(), path)
+    assert settings == {"http": "0.0.0.0:7421", "http_host": "b"}
+
+
+def test_a_service_has_its_state_where_its_unit_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["agent", "--state-dir=/x", "install", f"--root={tmp_path}"]) == errors.EXIT_USAGE
+    assert "a service keeps its state in /var/lib/shoal/agent" in capsys.readouterr().err
+    assert files(tmp_path) == {}
+
+
 def test_a_dry_run_shows_all_and_the_token_to_nobody(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

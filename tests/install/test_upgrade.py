@@ -241,3 +241,12 @@ def test_nothing_is_left_behind(machine: Machine) -> None:
         machine.install(version, "agent")
     machine.install("0.2.0", "uninstall")
     assert list((machine.directory / "opt").iterdir()) == []
+
+
+def test_a_removal_without_the_shoal_command_says_what_to_do(machine: Machine) -> None:
+    machine.install("0.1.0", "agent")
+    machine.has_service("agent")
+    (machine.prefix / "bin" / "shoal").unlink()
+    failed = machine.run("0.1.0", "uninstall")
+    assert failed.returncode == 1
+    assert "install it again with `sudo sh install.sh agent`, then remove it" in failed.stderr

@@ -17,9 +17,12 @@ from schemathesis.specs.openapi.checks import (
     unsupported_method,
 )
 
-from api.document import CHAT, COMMON, COMPLETION, document
+from api.anthropic import requests
+from api.document import CHAT, COMMON, COMPLETION, MESSAGES, RESPONSE, document
+from api.openai import responses_input
 from api.openai.fields import IGNORED, KNOWN, NEUTRAL
 from api.openai.jobs import CHAT_FIELDS, COMPLETION_FIELDS
+from api.openai.texts import CONTENT_FIELDS, PROMPT_FIELDS
 from tests.system.scripted import ScriptedCluster
 
 CHECKS = [
@@ -105,7 +108,15 @@ def test_the_document_has_every_field() -> None:
     shared = KNOWN | NEUTRAL.keys() | IGNORED
     for own, table in ((CHAT_FIELDS, CHAT), (COMPLETION_FIELDS, COMPLETION)):
         documented = COMMON.keys() | table.keys()
-        assert shared | own <= documented
+        assert shared | own == documented
+    assert RESPONSE.keys() == {*responses_input.SAME, *responses_input.OTHER} | set(
+        responses_input.NEUTRAL
+    )
+    assert MESSAGES.keys() == {*requests.SAME, *requests.OTHER} | set(requests.NEUTRAL)
+    schemas = document()["components"]["schemas"]
+    for name in ("EmbeddingRequest", "ClassifyRequest", "AnswersRequest"):
+        assert schemas[name]["properties"].keys() >= IGNORED
+    assert schemas["TokenizeRequest"]["properties"].keys() >= CONTENT_FIELDS | PROMPT_FIELDS
 
 
 def bounded() -> Iterator[Any]:

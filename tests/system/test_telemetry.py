@@ -99,6 +99,17 @@ def check_monitoring(names: set[str]) -> None:
     assert len(used) > 15
 
 
+def test_both_sides_of_an_alert_have_the_same_labels() -> None:
+    """Prometheus compares only samples with equal labels, and refuses `2 * on (...)` as a whole."""
+    groups = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"]
+    for rule in (rule for group in groups for rule in group["rules"]):
+        for comparison in rule["expr"].split(" and "):
+            left, right = re.split(r" (?:>|<|==) ", comparison)
+            if not re.fullmatch(r"[\d.]+", right):
+                kept = [re.findall(r"by \([^)]*\)|on \(", side) for side in (left, right)]
+                assert kept[0] == kept[1], rule["alert"]
+
+
 def check_trace(cluster: Cluster, prompt: int, tokens: int) -> None:
     trace = last_json(cluster.run("trace", "mine-1", "--json"))
     assert trace["request"]["id"] == "mine-1"
