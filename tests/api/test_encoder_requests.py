@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from api.openai.encoders import EncoderRoutes, read_texts
+from api.openai.encoders import EncoderRoutes, _windows, read_texts
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
+from model.spans import LEAST_WINDOW, MOST_WINDOWS
 from planning.errors import RequestInvalid
 from tests.encoder_cases import ENCODERS
 
@@ -76,3 +77,15 @@ def test_null_is_no_encoding() -> None:
     assert answer["data"] == []
     with pytest.raises(RequestInvalid, match="encoding_format: expected float or base64"):
         asyncio.run(routes._embeddings(deployment(), {**body, "encoding_format": []}))
+
+
+def test_a_question_that_leaves_little_room_does_not_multiply_a_long_text() -> None:
+    """Each part has the whole question, and each token of the text is in about one part."""
+    here = deployment()
+    here.context_tokens = 64
+    own = len(here.tokenizer.encode_text("", "").tokens)
+    question = "a " * (here.context_tokens - own - LEAST_WINDOW)
+    fits, step = LEAST_WINDOW + 6 * (MOST_WINDOWS - 1), "a "
+    assert len(_windows(here, question, step * fits).tokens) == MOST_WINDOWS
+    with pytest.raises(RequestInvalid, match=r"takes 2049 parts of 8 tokens, and at most 2048"):
+        _windows(here, question, step * (fits + 1))
