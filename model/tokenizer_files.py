@@ -37,6 +37,7 @@ _Backend = tokenizers.Tokenizer
 _PANIC = "PanicException"
 """The library's error for its own faults. No module has it, and it is no Exception."""
 
+
 MAX_FILE_BYTES = 256 << 20
 MAX_ADDED_TOKENS = 1_000_000
 MAX_PATTERN_CHARS = 10_000
@@ -88,6 +89,11 @@ class _SettingsError(Exception):
     """A fault of a file beside the tokenizer, which the message names."""
 
 
+def is_fault(error: BaseException) -> bool:
+    """Whether an error of the library is about its input, and none that ends the program."""
+    return isinstance(error, Exception) or type(error).__name__ == _PANIC
+
+
 def has_tokenizer(directory: Path) -> bool:
     """Whether a folder has one of the files that ``load_backend`` reads."""
     return any((directory / name).exists() for name in _READERS)
@@ -114,7 +120,7 @@ def load_backend(
                 raise TokenizerError("larger than any tokenizer; is it the right file?")
             backend = read(path, settings, special)
         except BaseException as error:
-            if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            if not is_fault(error):
                 raise
             if isinstance(error, _SettingsError):
                 raise TokenizerError(f"{error}; fetch it again") from error
