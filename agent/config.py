@@ -130,7 +130,7 @@ def device_identity(state_dir: Path) -> str:
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists():
-            replace_text(path, secrets.token_hex(8) + "\n")
+            replace_text(path, secrets.token_hex(8) + "\n", lasts=True)
         identity = path.read_text(encoding="ascii", errors="replace").strip()
     except OSError as error:
         raise ConfigError(f"state directory {state_dir} is not usable: {error}") from error

@@ -37,7 +37,6 @@ _Backend = tokenizers.Tokenizer
 _PANIC = "PanicException"
 """The library's error for its own faults. No module has it, and it is no Exception."""
 
-
 MAX_FILE_BYTES = 256 << 20
 MAX_ADDED_TOKENS = 1_000_000
 MAX_PATTERN_CHARS = 10_000
