@@ -55,14 +55,14 @@ class Deployer:
         self._vocabularies: list[tuple[Tokenizer, Vocabulary | None]] = []
         """The vocabularies of the loaded models' tokenizers, and of the last one."""
         self._damages: dict[int, AgentDamaged] = {}
-        """What was damaged of deployments that did not serve yet, by epoch."""
+        """The damages of deployments that did not serve yet, by epoch."""
 
     def note_damage(self, epoch: int, error: AgentDamaged) -> None:
         """Note that a stage of ``epoch``, which does not serve yet, was found damaged."""
         self._damages[epoch] = error
 
     def damage(self, epoch: int) -> AgentDamaged | None:
-        """What was found damaged of the deployment that was loaded last, before it served."""
+        """The damage of the deployment that was loaded last, found before it served."""
         return self._damages.get(epoch)
 
     async def files(self, planned: Planned, tokenizer: Tokenizer) -> PlanFiles:

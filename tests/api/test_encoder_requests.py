@@ -10,8 +10,8 @@ import pytest
 
 from api.openai.encoders import EncoderRoutes, _windows, read_texts
 from model.checkpoint import Checkpoint
-from model.tokenizer import Tokenizer
 from model.spans import LEAST_WINDOW, MOST_WINDOWS
+from model.tokenizer import Tokenizer
 from planning.errors import RequestInvalid
 from tests.encoder_cases import ENCODERS
 

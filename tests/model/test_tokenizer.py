@@ -265,7 +265,7 @@ def test_a_text_that_is_too_hard_for_an_expression_is_refused(model: Path, pair:
     path.write_text(json.dumps(values))
     tokenizer = Tokenizer.load(model)
     assert tokenizer.encode("ab")
-    with pytest.raises(TokenizerError, match="the tokenizer cannot read this text: .*retry-limit"):
+    with pytest.raises(TokenizerError, match=r"the tokenizer cannot read this text: .*retry-limit"):
         tokenizer.encode_text("a" * 64) if pair else tokenizer.encode("a" * 64)
 
 
