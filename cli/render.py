@@ -94,8 +94,8 @@ class Screen:
         """
         self.json_output = json_output
         self._journal = journal
-        self.out = SafeConsole(highlight=False, stderr=json_output)
-        self.err = SafeConsole(highlight=False, stderr=True)
+        self.out: Console = SafeConsole(highlight=False, stderr=json_output)
+        self.err: Console = SafeConsole(highlight=False, stderr=True)
         self._plain = Console(highlight=False)
         for console in (self.out, self.err, self._plain):
             # COLUMNS=0 means that nobody knows. In a few characters, cells would be left out.
