@@ -64,7 +64,7 @@ def test_texts_are_cut_at_their_end_if_that_is_wished_for() -> None:
 def test_null_is_no_encoding() -> None:
     """As everywhere, a field that is null is not given."""
 
-    async def prepare(work: Any, *, is_long: bool) -> Any:
+    async def prepare(deployment: Any, work: Any, *, is_long: bool) -> Any:
         return work()
 
     async def encode(deployment: Any, texts: Any) -> list[Any]:
