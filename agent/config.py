@@ -137,7 +137,7 @@ def device_identity(state_dir: Path) -> str:
     try:
         state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists():
-            replace_text(path, secrets.token_hex(8) + "\n")
+            replace_text(path, secrets.token_hex(8) + "\n", lasts=True)
         identity = path.read_text(encoding="ascii", errors="replace").strip()
     except OSError as error:
         raise _unusable(state_dir, error) from error

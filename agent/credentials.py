@@ -103,7 +103,7 @@ class Credentials:
         tls = self._tls
         if tls is None or tls.invite is None:
             return
-        replace_text(self._path, tls.coordinator.hex())
+        replace_text(self._path, tls.coordinator.hex(), lasts=True)
 
     def learn(self, message: DevicesKnown) -> None:
         """Take the list of devices that may be connected from now on, and cut off all others."""

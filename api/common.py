@@ -146,9 +146,11 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return an object. Of a field that is there twice, Python would drop the first one."""
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the field {twice[:40]!r} is there twice")
+        met: set[str] = set()
+        for name, _ in pairs:
+            if name in met:
+                raise ValueError(f"the field {name[:40]!r} is there twice")
+            met.add(name)
     return found
 
 

@@ -179,7 +179,8 @@ class KeyBook:
     def _write(self, keys: tuple[Key, ...]) -> None:
         """Write the file for the owner of the directory, who runs the coordinator."""
         text = json.dumps({"version": VERSION, "keys": [asdict(key) for key in keys]}, indent=1)
-        replace_text(self._path, text + "\n", prepare=partial(hand_over, directory=self._directory))
+        prepare = partial(hand_over, directory=self._directory)
+        replace_text(self._path, text + "\n", prepare=prepare, lasts=True)
 
 
 def _new_key() -> str:

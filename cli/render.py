@@ -9,14 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -58,6 +59,31 @@ KEY_CHARACTERS = 9
 """The shown beginning of a device's key: enough to tell devices apart."""
 
 
+_CONTROLS = {
+    code: "\N{REPLACEMENT CHARACTER}"
+    for code in (*range(32), *range(127, 160))
+    if chr(code) not in "\n\t"
+}
+"""Characters by which text moves a terminal's cursor, or changes its title or its clipboard."""
+
+
+class SafeConsole(Console):
+    """A console that shows a terminal none of the control characters in text.
+
+    Answers are a model's text, and errors may quote a stranger's files. A file or a pipe gets
+    everything.
+    """
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if self.is_terminal and not segment.control:
+                yield Segment(segment.text.translate(_CONTROLS), segment.style)
+            else:
+                yield segment
+
+
 class Screen:
     """The output of a command. With ``json_output``, stdout gets only JSON."""
 
@@ -68,8 +94,8 @@ class Screen:
         """
         self.json_output = json_output
         self._journal = journal
-        self.out = Console(highlight=False, stderr=json_output)
-        self.err = Console(highlight=False, stderr=True)
+        self.out: Console = SafeConsole(highlight=False, stderr=json_output)
+        self.err: Console = SafeConsole(highlight=False, stderr=True)
         self._plain = Console(highlight=False)
         for console in (self.out, self.err, self._plain):
             # COLUMNS=0 means that nobody knows. In a few characters, cells would be left out.
@@ -101,7 +127,7 @@ class Screen:
         )
 
     def text(self, piece: str) -> None:
-        """Print a piece of streamed text as it is."""
+        """Print a piece of streamed text. A file or a pipe gets it as it is."""
         self.out.print(piece, end="", markup=False, emoji=False, soft_wrap=True)
 
     @contextmanager

@@ -146,6 +146,7 @@ class Coordinator:
         """Make what the state directory must have. Raises ConfigError, IdentityError."""
         with usable(self.config.state_dir):
             self._store.prepare()
+            self._workshop.prepare()
         self._answerer = self._own_answerer()
 
     @contextlib.asynccontextmanager

@@ -23,6 +23,9 @@ BEST_ENDS = 20
 LEAST_WINDOW = 8
 """A question must leave room for so many tokens of the text."""
 
+MOST_WINDOWS = 2048
+"""The most parts of a text. Small parts of a long text would fill the memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class Span:
@@ -56,7 +59,7 @@ def windows(
     """Return the question with parts of the text, each of at most ``most`` tokens.
 
     Parts overlap by a quarter. Offsets are those of the whole text. Raises ValueError if the
-    question leaves too little room.
+    question leaves too little room for the text.
     """
     whole = encode(question, context)
     if len(whole.tokens) <= most:
@@ -68,7 +71,13 @@ def windows(
     step = max(room - room // 4, 1)
     before, after = whole.parts.index(1), own[-1] + 1
     found = []
-    for begin in range(0, max(len(own) - room + step, 1), step):
+    begins = range(0, max(len(own) - room + step, 1), step)
+    if len(begins) > MOST_WINDOWS:
+        raise ValueError(
+            f"beside it the text takes {len(begins)} parts of {room} tokens, and at most "
+            f"{MOST_WINDOWS} are read: shorten the text"
+        )
+    for begin in begins:
         kept = [*range(before), *own[begin : begin + room], *range(after, len(whole.tokens))]
         found.append(
             EncodedText(

@@ -5,6 +5,7 @@ Only the coordinator imports this module, because it needs ``tokenizers``.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,8 @@ from model.generation import SamplingDefaults, read_sampling_defaults, sampling_
 from model.given import gguf_of, kind_of_file
 from model.template_process import template_process
 from model.template_values import MAX_PROMPT_CHARS as MAX_PROMPT_CHARS
-from model.template_values import FieldsIgnored, TemplateFailed
-from model.tokenizer_files import has_tokenizer, load_backend
+from model.template_values import FieldsIgnored, TemplateFailed, one_line
+from model.tokenizer_files import has_tokenizer, is_fault, load_backend
 
 MAX_TEMPLATE_CHARS = 1 << 20
 """Ten times the longest known chat template."""
@@ -114,15 +115,20 @@ class Tokenizer:
         """Return the tokens of a text. ``add_special`` adds those that the model expects (bos).
 
         Pass False for the result of ``apply_chat_template``, which has its special tokens. Other
-        threads run meanwhile, however long the text is.
+        threads run meanwhile, however long the text is. Raises TokenizerError.
         """
-        # Only the batch call releases the interpreter's lock. The fast one leaves out offsets.
-        (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special)
+        with self._reading():
+            # Only the batch call releases the interpreter's lock. The fast one leaves out offsets.
+            (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special)
         return list(encoding.ids)
 
     def encode_text(self, text: str, second: str | None = None) -> EncodedText:
-        """Return the tokens of a text, or of a pair of texts, as an encoder takes them."""
-        (encoding,) = self._backend.encode_batch([text if second is None else (text, second)])
+        """Return the tokens of a text, or of a pair of texts, as an encoder takes them.
+
+        Raises TokenizerError.
+        """
+        with self._reading():
+            (encoding,) = self._backend.encode_batch([text if second is None else (text, second)])
         types = list(encoding.type_ids)
         parts = [-1 if part is None else part for part in encoding.sequence_ids]
         return EncodedText(
@@ -131,6 +137,18 @@ class Tokenizer:
             tuple(parts),
             tuple(encoding.offsets),
         )
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        """Name the model whose tokenizer a text is too hard for, such as an expression in it."""
+        try:
+            yield
+        except BaseException as error:  # The library's own is no Exception.
+            if not is_fault(error):
+                raise
+            raise TokenizerError(
+                f"{self._directory}: the tokenizer cannot read this text: {one_line(error)}"
+            ) from None
 
     def least_tokens(self, text: str) -> int:
         """Return a lower bound on a text's tokens without tokenizing it, or 0 if none is known."""

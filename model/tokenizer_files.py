@@ -88,6 +88,11 @@ class _SettingsError(Exception):
     """A fault of a file beside the tokenizer, which the message names."""
 
 
+def is_fault(error: BaseException) -> bool:
+    """Whether an error of the library is about its input, and none that ends the program."""
+    return isinstance(error, Exception) or type(error).__name__ == _PANIC
+
+
 def has_tokenizer(directory: Path) -> bool:
     """Whether a folder has one of the files that ``load_backend`` reads."""
     return any((directory / name).exists() for name in _READERS)
@@ -114,7 +119,7 @@ def load_backend(
                 raise TokenizerError("larger than any tokenizer; is it the right file?")
             backend = read(path, settings, special)
         except BaseException as error:
-            if not isinstance(error, Exception) and type(error).__name__ != _PANIC:
+            if not is_fault(error):
                 raise
             if isinstance(error, _SettingsError):
                 raise TokenizerError(f"{error}; fetch it again") from error

@@ -46,6 +46,12 @@ MAX_SLOTS = 64
 THROUGHPUT_SLOTS = 4
 """Default for ``throughput``. One sequence at a time cannot reach the predicted speed."""
 
+MOST_NAMED = 1024
+"""The most devices that a request names to exclude, or in teams: four times a whole shoal."""
+
+MOST_PINS = 1 << 13
+"""More blocks than any model has."""
+
 MOST_TOGETHER = 8
 """The most models that are planned together."""
 
@@ -67,9 +73,10 @@ _EXPECTED = {
     "slots": f"a whole number from 1 to {MAX_SLOTS}, or null",
     "objective": f"kind ({', '.join(get_args(ObjectiveKind))}), prompt_tokens, output_tokens,"
     " migration_weight",
-    "pins": "an object of block number to device name",
-    "exclude": "a list of device names",
-    "teams": "a list of teams, each a list of the names of at least two devices",
+    "pins": f"an object of block number to device name, at most {MOST_PINS}",
+    "exclude": f"a list of device names, at most {MOST_NAMED}",
+    "teams": f"a list of teams, each a list of at least two device names, at most {MOST_NAMED} in"
+    " all",
     "no_teams": "true or false",
     "sensitivities": "for each block an object of bits to KL divergence",
     "own_sensitivities": "an object of arithmetic to block to bits to KL divergence",
@@ -189,7 +196,9 @@ class LoadRequest:
             "context_tokens": _within(self.context_tokens, 1),
             "time_limit_s": 0 < self.time_limit_s <= 3600,
             "slots": 1 <= self.slots <= MAX_SLOTS,
-            "pins": all(block >= 0 for block in self.pins),
+            "pins": len(self.pins) <= MOST_PINS and all(block >= 0 for block in self.pins),
+            "exclude": len(self.exclude) <= MOST_NAMED,
+            "teams": sum(map(len, self.teams)) <= MOST_NAMED,
             "sensitivities": _divergences(self.sensitivities or ()),
             "own_sensitivities": _divergences(own),
             "hop_sensitivities": set(known) <= set(HOP_BITS) and _divergences([known]),

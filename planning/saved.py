@@ -32,6 +32,7 @@ from wire.activations import HOP_BITS
 FORMAT = 1
 MAX_FILE_BYTES = 1 << 20
 _MAX_BLOCKS = 1 << 13
+MORE_BLOCKS = "more blocks than any model has"
 _MOST_PREDICTED = 1e30
 
 _KEYS = (
@@ -351,7 +352,7 @@ def _read(values: object, source: str) -> SavedPlan:
         raise PlanError("model: expected a name")
     if not isinstance(plan["stages"], list) or not plan["stages"]:
         raise PlanError("stages: expected a list of at least one stage")
-    stages = []
+    stages, blocks = [], 0
     for index, item in enumerate(plan["stages"]):
         where = f"stages[{index}]"
         stage = _object(item, where, _STAGE_KEYS, _STAGE_KEYS[:2])
@@ -365,6 +366,9 @@ def _read(values: object, source: str) -> SavedPlan:
                 known = ", ".join(map(str, HOP_BITS))
                 raise PlanError(f"{where}.hop_bits: {hop_bits!r:.20}: known are {known}")
         bits = _bits(stage["bits"], f"{where}.bits")
+        blocks += len(bits)
+        if blocks > _MAX_BLOCKS:
+            raise PlanError(f"{where}.bits: {MORE_BLOCKS}")
         team = read_team(stage, where)
         stages.append((stage["device"], bits, hop_bits, team))
     devices = plan.get("devices", {})
@@ -445,7 +449,7 @@ def _bits(value: object, where: str) -> tuple[int, ...]:
                 raise PlanError(f"{where}: {word!r:.20} is neither a width nor a run like 4x11")
             widths += [int(match[1])] * int(match[2] or 1)
             if len(widths) > _MAX_BLOCKS:
-                raise PlanError(f"{where}: more blocks than any model has")
+                raise PlanError(f"{where}: {MORE_BLOCKS}")
     else:
         raise PlanError(f"{where}: expected widths such as '16 4x11 8'")
     if not widths:

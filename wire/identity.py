@@ -162,6 +162,12 @@ def _make(path: Path) -> None:
         _name(new, path)
     finally:
         new.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # Others know the key from now on. No power cut undoes it.
+        directory = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
 
 
 def _name(new: Path, path: Path) -> None:

@@ -98,7 +98,8 @@ class ToolFormat:
         special: the ids of the tokenizer's special tokens by their texts.
         opened: whether the prompt ends with the mark before thoughts.
         """
-        calls = [tool for tool in tools if tool.name in names]
+        called = frozenset(names)
+        calls = [tool for tool in tools if tool.name in called]
         return _Grammar(self, special).text(calls, parallel=parallel, opened=opened)
 
     def strict_grammar(self, tools: Sequence[CallableTool], *, special: Mapping[str, int]) -> str:

@@ -87,8 +87,8 @@ class EncoderRoutes:
 
         return Route(path, handle, methods=["POST"])
 
-    async def _prepared(self, work: Callable[[], Texts]) -> Texts:
-        return await self._answers.prepare(work, is_long=True)
+    async def _prepared(self, deployment: Deployment, work: Callable[[], Texts]) -> Texts:
+        return await self._answers.prepare(deployment, work, is_long=True)
 
     async def _embeddings(self, deployment: Deployment, body: Mapping[str, Any]) -> dict[str, Any]:
         require_kind(deployment, "vector")
@@ -101,7 +101,7 @@ class EncoderRoutes:
             raise RequestInvalid(
                 f"dimensions: {deployment.name} gives {width}: leave it out", "dimensions"
             )
-        texts = await self._prepared(lambda: read_texts(deployment, body))
+        texts = await self._prepared(deployment, lambda: read_texts(deployment, body))
         vectors = await self._encoders.encode(deployment, texts.tokens)
         data = [
             {"object": "embedding", "index": index, "embedding": _written(vector, form)}
@@ -113,7 +113,9 @@ class EncoderRoutes:
         kind = require_kind(deployment, "class", "tokens")
         check(body, {"input", "truncate"})
         classes = classes_of(deployment.request.model)
-        texts = await self._prepared(lambda: read_texts(deployment, body, pairs=kind == "class"))
+        texts = await self._prepared(
+            deployment, lambda: read_texts(deployment, body, pairs=kind == "class")
+        )
         scores = await self._encoders.encode(deployment, texts.tokens)
         data = []
         for index, (text, rows) in enumerate(zip(texts.encoded, scores, strict=True)):
@@ -131,7 +133,7 @@ class EncoderRoutes:
         check(body, {"question", "context", "top", "may_lack"})
         question, context = (_text(body, name) for name in ("question", "context"))
         top = int(number(body, "top", 1, 1, MOST_ANSWERS, whole=True))
-        read = await self._prepared(lambda: _windows(deployment, question, context))
+        read = await self._prepared(deployment, lambda: _windows(deployment, question, context))
         scores = await self._encoders.encode(deployment, read.tokens)
         lacks = flag(body, "may_lack")
         found = best_spans(context, read.encoded, scores, top, may_lack=lacks)

@@ -38,6 +38,7 @@ from api.openai.events import Outcome, events
 from api.openai.jobs import Job
 from api.openai.kinds import require_generates
 from api.openai.responses import Responses
+from coordinator.loading.deployment import Deployment
 from coordinator.loading.models import Models
 from coordinator.loading.state import Asleep, Loading, Replacing, Resuming, describe
 from coordinator.serving import requests
@@ -97,9 +98,8 @@ class OpenAIRoutes:
         self._models.require_soon(name)
         deployment = await while_connected(request, self._models.deployment(name))
         require_generates(deployment)
-        job = await while_connected(
-            request, self.prepare(lambda: api.read(deployment), is_long=_is_long(request))
-        )
+        work = self.prepare(deployment, lambda: api.read(deployment), is_long=_is_long(request))
+        job = await while_connected(request, work)
         if job.stream:
             return server_sent_events(self._stream(api, job), api.form)
         return JSONResponse(await while_connected(request, self._whole(api, job)))
@@ -111,21 +111,25 @@ class OpenAIRoutes:
         yield f"{name} is {describe(self._models[name])}"
         deployment = await self._models.deployment(name)
         require_generates(deployment)
-        job = await self.prepare(lambda: api.read(deployment), is_long=is_long)
+        job = await self.prepare(deployment, lambda: api.read(deployment), is_long=is_long)
         async with aclosing(self._stream(api, job)) as found:
             async for event in found:
                 yield event
 
-    async def prepare(self, work: Callable[[], Result], *, is_long: bool) -> Result:
+    async def prepare(
+        self, deployment: Deployment, work: Callable[[], Result], *, is_long: bool
+    ) -> Result:
         """Check and tokenize in a thread, because a long text would block the event loop.
 
-        The thread works for the request of this task (coordinator.serving.requests.current).
+        The thread works for the request of this task (coordinator.serving.requests.current). The
+        deployment counts as used meanwhile, so it does not fall asleep.
         """
         context = contextvars.copy_context()
-        async with self._one_long if is_long else contextlib.nullcontext():
-            return await asyncio.get_running_loop().run_in_executor(
-                self._threads, context.run, work
-            )
+        with deployment.slots.in_use():
+            async with self._one_long if is_long else contextlib.nullcontext():
+                return await asyncio.get_running_loop().run_in_executor(
+                    self._threads, context.run, work
+                )
 
     async def _whole(self, api: Api, job: Job) -> dict[str, Any]:
         outcomes = [Outcome() for _ in job.runs]

@@ -77,7 +77,7 @@ class TextRoutes:
         name = self._models.named(body.get("model"))
         self._models.require_soon(name)
         deployment = await while_connected(request, self._models.deployment(name))
-        found = self._answers.prepare(lambda: work(deployment, body), is_long=True)
+        found = self._answers.prepare(deployment, lambda: work(deployment, body), is_long=True)
         return JSONResponse(await while_connected(request, found))
 
 

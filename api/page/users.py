@@ -11,8 +11,11 @@ from pathlib import Path
 TABLES = (Path("/proc/net/tcp"), Path("/proc/net/tcp6"))
 """The kernel's tables of connections: proc_pid_net(5)."""
 
-LOCAL, REMOTE, USER = 1, 2, 7
+LOCAL, REMOTE, STATE, USER = 1, 2, 3, 7
 """Columns of a table."""
+
+ESTABLISHED = "01"
+"""A connection that its process has closed is shown as root's."""
 
 End = tuple[str, int]
 """The host and port of one end of a connection."""
@@ -21,7 +24,7 @@ End = tuple[str, int]
 def user_of(client: End, server: End) -> int | None:
     """Return the user id of the process whose socket is ``client``, connected to ``server``.
 
-    None if the kernel shows no such connection, as of another machine or network namespace.
+    None if the kernel shows no such open connection, as of another machine or network namespace.
     """
     wanted = _plain(client), _plain(server)
     return next((user for *ends, user in _connections() if tuple(ends) == wanted), None)
@@ -32,6 +35,8 @@ def _connections() -> Iterator[tuple[End, End, int]]:
         with contextlib.suppress(OSError, ValueError, IndexError):
             for line in table.read_text().splitlines()[1:]:
                 columns = line.split()
+                if columns[STATE] != ESTABLISHED:
+                    continue
                 yield _end(columns[LOCAL]), _end(columns[REMOTE]), int(columns[USER])
 
 

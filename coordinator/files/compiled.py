@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
@@ -44,6 +45,9 @@ from wire.messages import (
 log = logging.getLogger(__name__)
 
 UPLOAD_IDLE_S = 30.0
+
+MAKING = ".making-"
+"""The names of folders in which files are made begin so."""
 
 MAX_FILES_PER_BLOCK = 64
 MADE_FACTOR = 4
@@ -88,6 +92,11 @@ class Workshop:
         self._lock = asyncio.Lock()
         self._expected: dict[str, tuple[int, int]] = {}
         """The most files and bytes that each device that makes files may send."""
+
+    def prepare(self) -> None:
+        """Remove what a killed coordinator was making. Its state directory is claimed."""
+        for left in self._index.glob(f"{MAKING}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     async def serve(self, device: str, request: MakeFiles, connection: AsyncConnection) -> None:
         """Answer an agent's request, and send heartbeats until then.
@@ -177,7 +186,7 @@ class Workshop:
                     raise Cancelled
 
             self._index.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._index, prefix=".making-") as name:
+            with tempfile.TemporaryDirectory(dir=self._index, prefix=MAKING) as name:
                 made = here.make(request.backend, spec, artifacts, Path(name), tick)
                 files: list[FileRef] = []
                 for path in made:

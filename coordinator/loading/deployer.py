@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from coordinator.errors import AgentDamaged, AgentFailed, AgentLost, LinkFailed
 from coordinator.files.artifacts import ArtifactStore
 from coordinator.files.vocabulary import Vocabulary, make_vocabulary
 from coordinator.loading.deployment import Deployment, Planned, deploy, unload, wanted_artifacts
@@ -53,12 +54,16 @@ class Deployer:
         self._report = report
         self._vocabularies: list[tuple[Tokenizer, Vocabulary | None]] = []
         """The vocabularies of the loaded models' tokenizers, and of the last one."""
-        self._damaged_epochs: set[int] = set()
-        """Epochs that were being loaded when one of their stages was found damaged."""
+        self._damages: dict[int, AgentDamaged] = {}
+        """The damages of deployments that did not serve yet, by epoch."""
 
-    def note_damage(self, epoch: int) -> None:
-        """Note that a stage of ``epoch``, which is being loaded, was found damaged."""
-        self._damaged_epochs.add(epoch)
+    def note_damage(self, epoch: int, error: AgentDamaged) -> None:
+        """Note that a stage of ``epoch``, which does not serve yet, was found damaged."""
+        self._damages[epoch] = error
+
+    def damage(self, epoch: int) -> AgentDamaged | None:
+        """The damage of the deployment that was loaded last, found before it served."""
+        return self._damages.get(epoch)
 
     async def files(self, planned: Planned, tokenizer: Tokenizer) -> PlanFiles:
         """Make the files of a plan. Raises CoordinatorError, ModelError."""
@@ -76,22 +81,29 @@ class Deployer:
 
         Raises AgentFailed, LinkFailed.
         """
-        self._damaged_epochs.clear()
+        self._damages.clear()
         while True:  # This ends, because a device fetches or makes damaged files again.
             epoch = secrets.randbits(62)  # Hard to guess, and not repeated after a restart.
             on_loaded = partial(self._on_loaded, model_name(planned.request.model))
-            deployment = await deploy(
-                planned,
-                tokenizer,
-                files.blocks,
-                members,
-                epoch,
-                self._report,
-                on_loaded,
-                files.vocabulary,
-                tuple(self._roster.keeps),
-            )
-            if epoch not in self._damaged_epochs:
+            try:
+                deployment = await deploy(
+                    planned,
+                    tokenizer,
+                    files.blocks,
+                    members,
+                    epoch,
+                    self._report,
+                    on_loaded,
+                    files.vocabulary,
+                    tuple(self._roster.keeps),
+                )
+            except AgentLost:
+                raise
+            except (AgentFailed, LinkFailed):
+                if epoch not in self._damages:
+                    raise
+                continue  # A damaged stage takes no connection. The link is well.
+            if epoch not in self._damages:
                 return deployment
             await asyncio.shield(unload(deployment.devices, epoch))
 

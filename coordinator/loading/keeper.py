@@ -189,7 +189,7 @@ class Keeper:
         else:
             for name, _ in self._models.present():
                 self._models.apply(name, FilesMended())
-            self._operations.note_damage(message.epoch)
+            self._operations.note_damage(message.epoch, error)
         log.warning("%s", error)
 
     # ---- actions --------------------------------------------------------------------------------
@@ -231,12 +231,20 @@ class Keeper:
             task.cancel()
 
     def _place(self, action: Place) -> None:
-        state = action.state
-        work = self._resume(state) if isinstance(state, Resuming) else self._replace(state)
-        name = name_of(state)
+        name = name_of(action.state)
         self._undecided.add(name)
-        task = self._placing[name] = asyncio.create_task(work)
+        task = self._placing[name] = asyncio.create_task(self._place_anew(action.state))
         task.add_done_callback(partial(self._placed, name))
+
+    async def _place_anew(self, state: Resuming | Replacing) -> None:
+        try:
+            if isinstance(state, Resuming):
+                await self._resume(state)
+            else:
+                await self._replace(state)
+        except Exception:  # Nobody must wait for ever. asyncio reports the error.
+            self._give_up(name_of(state), NotLoaded(NO_MODEL))
+            raise
 
     def _placed(self, name: str, task: asyncio.Task[None]) -> None:
         """Forget a task that has ended. asyncio reports an error of one that nobody refers to."""
@@ -305,19 +313,14 @@ class Keeper:
     async def _until_placed(self, name: str, wait_s: float) -> None:
         """Try to place the model until that works. After ``wait_s``, answers no longer wait."""
         self._decide(name)
-        give_up = partial(self._give_up, name)
-        try:
-            with self._roster.changed.watch() as changed:
-                placed = await recover(
-                    partial(self._attempt, name),
-                    partial(self._explain, name),
-                    changed,
-                    give_up,
-                    wait_s,
-                )
-        except Exception:  # Nobody must wait for ever. asyncio reports the error.
-            give_up(NotLoaded(NO_MODEL))
-            raise
+        with self._roster.changed.watch() as changed:
+            placed = await recover(
+                partial(self._attempt, name),
+                partial(self._explain, name),
+                changed,
+                partial(self._give_up, name),
+                wait_s,
+            )
         log.warning("%s is loaded again, on %s", name, placed.where)
 
     def _explain(self, name: str, error: Exception) -> CoordinatorError:

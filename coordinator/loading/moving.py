@@ -16,7 +16,7 @@ import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
-from coordinator.errors import AgentFailed, AgentLost, LinkFailed, Moved
+from coordinator.errors import AgentDamaged, AgentFailed, AgentLost, LinkFailed, Moved
 from coordinator.loading.deployment import Deployment, Planned, unload
 from coordinator.loading.models import Models
 from coordinator.loading.remeasuring import run_while
@@ -36,6 +36,7 @@ ROUNDS = 3
 """How often the tokens of present answers run ahead at most."""
 
 CarryOut = Callable[[Planned, Deployment], Awaitable[Deployment]]
+FindDamage = Callable[[int], AgentDamaged | None]
 Warm = Callable[[Deployment, Deployment], Coroutine[Any, Any, None]]
 
 
@@ -46,11 +47,18 @@ async def _leave_cold(before: Deployment, after: Deployment) -> None:
 class Mover:
     """Moves models between plans."""
 
-    def __init__(self, roster: Roster, models: Models, carry_out: CarryOut) -> None:
-        """``carry_out`` loads a plan in place of a deployment, beside those that answer."""
+    def __init__(
+        self, roster: Roster, models: Models, carry_out: CarryOut, damage: FindDamage
+    ) -> None:
+        """Take what moves need.
+
+        carry_out: loads a plan in place of a deployment, beside those that answer.
+        damage: returns what was found damaged of it since.
+        """
         self._roster = roster
         self._models = models
         self._carry_out = carry_out
+        self._damage = damage
         self.warm: Warm = _leave_cold
         """Runs what the sequences of one deployment have so far through the stages of another."""
         self._releases: set[asyncio.Task[None]] = set()
@@ -93,6 +101,9 @@ class Mover:
             for member in after.devices:
                 if member.lost is not None:
                     raise member.lost.with_traceback(None)
+            damage = self._damage(after.epoch)
+            if damage is not None:
+                raise damage
             self._models.require(before)
         except BaseException:  # Raised again. Also when cancelled, the new stages must not stay.
             await asyncio.shield(unload(after.devices, after.epoch))
@@ -114,10 +125,11 @@ class Mover:
                 return
 
     def _lasts(self, before: Deployment, after: Deployment) -> Callable[[], bool]:
-        """Return what tells whether the old stages answer and no device of the new ones is lost."""
+        """Return what tells whether the old stages answer, and none of the new ones is lost."""
         return lambda: (
             self._models.ended_by(before) is None
             and all(member.lost is None for member in after.devices)
+            and self._damage(after.epoch) is None
         )
 
     def _fits_beside(self, planned: Planned) -> bool:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from coordinator.errors import Busy, LinkFailed, Moved, NotLoaded
+from coordinator.errors import AgentDamaged, Busy, LinkFailed, Moved, NotLoaded
 from coordinator.files.artifacts import ArtifactStore
 from coordinator.loading.companions import (
     PlannedAgain,
@@ -133,7 +133,7 @@ class Operations:
             roster, store, models, self._quality_meter, self._beside, self._report
         )
         self._deployer = Deployer(roster, store, models, self._report)
-        self.mover = Mover(roster, models, self.carry_out)
+        self.mover = Mover(roster, models, self.carry_out, self._deployer.damage)
         self.records: dict[str, DeploymentRecord] = {}
         """Deployments from before a restart whose stages may still be loaded, by model."""
         self._crowded_out: frozenset[str] = frozenset()
@@ -504,10 +504,10 @@ class Operations:
         await asyncio.gather(*(unload(one.devices, one.epoch) for one in ended))
         await unload_forgotten(self._roster.members, self._roster.keeps)
 
-    def note_damage(self, epoch: int) -> None:
-        """Note that a stage of ``epoch``, which may still be loading, was found damaged."""
+    def note_damage(self, epoch: int, error: AgentDamaged) -> None:
+        """Note that a stage of ``epoch``, which may not serve yet, was found damaged."""
         if self._turns.is_taken:
-            self._deployer.note_damage(epoch)
+            self._deployer.note_damage(epoch, error)
 
     # ---- steps ----------------------------------------------------------------------------------
 
@@ -657,6 +657,8 @@ class Operations:
         teams = record.teams(self._roster.members)
         if teams is None:
             raise NotLoaded("a device was lost")
+        if self.records.get(model_name(request.model)) is not record:  # While files were read.
+            raise NotLoaded("a stage was damaged, or has lost its neighbour")
         members = tuple(itertools.chain.from_iterable(teams))
         newest = max(member.kept.pop(record.epoch) for member in members)
         return Deployment(

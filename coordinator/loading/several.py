@@ -38,7 +38,7 @@ class SeveralRequest:
 
     def __post_init__(self) -> None:
         if not 2 <= len(self.requests) <= MOST_TOGETHER:
-            raise RequestInvalid(f"models: expected 2 to {MOST_TOGETHER} requests", "models")
+            raise _wrong_number()
         if len(set(self.names)) < len(self.names):
             raise RequestInvalid(f"a model is named twice: {', '.join(self.names)}", "models")
         if len({request.objective for request in self.requests}) > 1:
@@ -80,6 +80,8 @@ class SeveralRequest:
         models = values["models"]
         if not isinstance(models, list) or not all(isinstance(one, dict) for one in models):
             raise RequestInvalid("models: expected a list of requests", "models")
+        if len(models) > MOST_TOGETHER:
+            raise _wrong_number()
         weights = values.get("weights", [1.0] * len(models))
         if not isinstance(weights, list) or not all(type(one) in (int, float) for one in weights):
             raise _wrong_weights()
@@ -88,6 +90,10 @@ class SeveralRequest:
             raise RequestInvalid("replaces: expected true or false", "replaces")
         requests = tuple(LoadRequest.from_dict(one) for one in models)
         return SeveralRequest(requests, tuple(map(float, weights)), replaces)
+
+
+def _wrong_number() -> RequestInvalid:
+    return RequestInvalid(f"models: expected 2 to {MOST_TOGETHER} requests", "models")
 
 
 def _wrong_weights() -> RequestInvalid:

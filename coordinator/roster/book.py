@@ -299,7 +299,8 @@ class DeviceBook:
 
     def _write(self, book: _Book) -> None:
         text = json.dumps({"version": VERSION, **asdict(book)}, indent=1)
-        replace_text(self._path, text + "\n", prepare=partial(hand_over, directory=self._directory))
+        prepare = partial(hand_over, directory=self._directory)
+        replace_text(self._path, text + "\n", prepare=prepare, lasts=True)
 
 
 @dataclass(slots=True)

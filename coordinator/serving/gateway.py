@@ -23,6 +23,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from coordinator.errors import (
+    AgentDamaged,
     AgentFailed,
     AgentLied,
     AgentLost,
@@ -395,11 +396,15 @@ class Gateway:
         lost_at, lost_times = -1, 0
         """The tokens of the answer when rows were lost last, and how often they were lost there."""
         while True:
-            before, deployment = deployment, await self._models.latest(deployment)
+            before = deployment
+            try:
+                deployment = await self._models.latest(before)
+            finally:
+                if self._models.is_suspect(before):  # A later answer would begin with its tokens.
+                    entry.withdraw()
             if given and before is not deployment and self._models.is_suspect(before):
                 answer.clear()
                 if withdrawable:
-                    entry.withdraw()
                     given.clear()
                     decoder, text = deployment.tokenizer.stream(markers), text.fresh()
                     yield Piece("", (), "", withdraws=True)
@@ -419,6 +424,7 @@ class Gateway:
                             if event.finish or event.token != given[len(answer)]:
                                 raise AnswerWithdrawn
                             answer.append(event.token)
+                            entry.add((event.token,))
                             continue
                         piece = _piece(event, decoder, text, timing)
                         if event.logprobs and piece.tokens:
@@ -447,6 +453,8 @@ class Gateway:
                     self._models.apply(deployment.name, Lost(error))
                 notice = f"{error}. Its last part runs again"
             except CoordinatorError as error:
+                if isinstance(error, AgentDamaged):  # A user may have unloaded the model since.
+                    entry.withdraw()
                 if not self._models.is_replaced(deployment):
                     raise
                 does = "begins again" if self._models.is_suspect(deployment) else "goes on"

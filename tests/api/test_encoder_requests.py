@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from api.openai.encoders import EncoderRoutes, read_texts
+from api.openai.encoders import EncoderRoutes, _windows, read_texts
 from model.checkpoint import Checkpoint
+from model.spans import LEAST_WINDOW, MOST_WINDOWS
 from model.tokenizer import Tokenizer
 from planning.errors import RequestInvalid
 from tests.encoder_cases import ENCODERS
@@ -63,7 +64,7 @@ def test_texts_are_cut_at_their_end_if_that_is_wished_for() -> None:
 def test_null_is_no_encoding() -> None:
     """As everywhere, a field that is null is not given."""
 
-    async def prepare(work: Any, *, is_long: bool) -> Any:
+    async def prepare(deployment: Any, work: Any, *, is_long: bool) -> Any:
         return work()
 
     async def encode(deployment: Any, texts: Any) -> list[Any]:
@@ -76,3 +77,15 @@ def test_null_is_no_encoding() -> None:
     assert answer["data"] == []
     with pytest.raises(RequestInvalid, match="encoding_format: expected float or base64"):
         asyncio.run(routes._embeddings(deployment(), {**body, "encoding_format": []}))
+
+
+def test_a_question_that_leaves_little_room_does_not_multiply_a_long_text() -> None:
+    """Each part has the whole question, and each token of the text is in about one part."""
+    here = deployment()
+    here.context_tokens = 64
+    own = len(here.tokenizer.encode_text("", "").tokens)
+    question = "a " * (here.context_tokens - own - LEAST_WINDOW)
+    fits, step = LEAST_WINDOW + 6 * (MOST_WINDOWS - 1), "a "
+    assert len(_windows(here, question, step * fits).tokens) == MOST_WINDOWS
+    with pytest.raises(RequestInvalid, match=r"takes 2049 parts of 8 tokens, and at most 2048"):
+        _windows(here, question, step * (fits + 1))

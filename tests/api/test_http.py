@@ -179,6 +179,15 @@ def test_a_wrong_method_is_told_the_right_ones() -> None:
     run(test)
 
 
+def many_fields(count: int) -> bytes:
+    """A body with so many fields, the last of which is there twice.
+
+    The event loop reads it. To count each name would keep it from all else for half an hour.
+    """
+    names = [f'"{number:x}":0' for number in (*range(count, 0, -1), 0, 0)]
+    return ("{" + ",".join(names) + "}").encode()
+
+
 @pytest.mark.parametrize(
     ("body", "content_type", "words"),
     [
@@ -196,12 +205,13 @@ def test_a_wrong_method_is_told_the_right_ones() -> None:
         (b'{"a": "\xed\xa0\x80"}', JSON, "byte 7 is not UTF-8"),
         ('{"a": "\\ud800"}'.encode("utf-16"), JSON, "not UTF-8"),
         (b'{"a": [{"b": 1, "c": 2, "b": 1}]}', JSON, "the field 'b' is there twice"),
+        (many_fields(300_000), JSON, "the field '0' is there twice"),
         (b'{"a": ' + b"9" * 5000 + b"}", JSON, "has 5000 digits"),
         (b'{"a": "' + b"x" * (4 << 20) + b'"}', JSON, "larger than"),
     ],
     ids=[
         *("type", "cut", "deep", "bytes", "number", "nan", "infinity", "huge", "list"),
-        *("surrogate", "key", "raw surrogate", "utf-16", "twice", "digits", "large"),
+        *("surrogate", "key", "raw surrogate", "utf-16", "twice", "many", "digits", "large"),
     ],
 )
 def test_what_is_no_json_object_is_refused(body: bytes, content_type: str, words: str) -> None:

@@ -358,6 +358,18 @@ def test_the_kernel_tells_whose_a_connection_is(host: str, user: int | None) -> 
         assert process.returncode == 0
 
 
+def test_a_connection_that_its_process_has_closed_is_nobodys() -> None:
+    """The kernel shows it as root's, who may have tokens made."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname()[:2])
+        sock, address = server.accept()
+        with sock:
+            assert user_of(address, server.getsockname()) == os.geteuid()
+            client.close()
+            assert sock.recv(1) == b""  # The kernel has heard of it, too.
+            assert user_of(address, server.getsockname()) is None
+
+
 def test_a_form_of_another_site_does_not_get_the_token(tmp_path: Path) -> None:
     client = Parts(tmp_path, token=TOKEN).client()
     answer = client.post(

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 import threading
 from pathlib import Path
 
 import pytest
 
+from agent.config import device_identity
+from api.key_book import KeyBook
 from coordinator.roster import book as books
 from coordinator.roster.book import BadBook, DeviceBook
 from wire.claim import Claim, prove_invite
 from wire.errors import AuthFailed
+from wire.identity import own_identity
 from wire.invite import Invite
 from wire.messages import DevicesKnown, KnownDevice
 
@@ -277,3 +281,30 @@ def test_an_id_that_a_terminal_should_not_show_joins_nobody(device: str, book: D
         book.admit(claim(device, invite, key=1))
     assert book.devices() == ()
     assert book.invites() != ()
+
+
+def test_no_power_cut_brings_back_who_was_shut_out(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A renamed file may have its old contents again until its directory is on the disk, too."""
+    brought: list[tuple[int, set[str]]] = []
+    fsync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        fsync(descriptor)
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            brought.append((os.fstat(descriptor).st_ino, set(os.listdir(descriptor))))
+
+    monkeypatch.setattr(os, "fsync", noted)
+    keys, book = KeyBook(tmp_path), DeviceBook(tmp_path, clock)
+    keys.create("phone")
+    book.admit(claim("attic", book.invite(HERE)))
+    own_identity(tmp_path / "identity.pem")
+    device_identity(tmp_path)
+    before = len(brought)
+    keys.revoke("phone")
+    book.revoke_device("attic")
+    assert (before, len(brought)) == (5, 7)
+    assert {number for number, _ in brought} == {tmp_path.stat().st_ino}
+    files = {"api-keys.json", "devices.json", "identity.pem", "device-id"}
+    assert files <= brought[before - 1][1]

@@ -15,6 +15,7 @@ import pytest
 
 from coordinator.config import CoordinatorConfig
 from coordinator.errors import AgentFailed, MakingFailed
+from coordinator.files import compiled
 from coordinator.roster.members import Member
 from coordinator.server import Coordinator
 from model.checkpoint import Checkpoint
@@ -259,6 +260,16 @@ def test_what_a_power_cut_made_of_a_file_is_not_its_senders_fault(
         assert await next_message(connection) == FilesMade(0, refs(*MADE))
 
     run(tmp_path, makers, test)
+
+
+def test_what_a_killed_coordinator_was_making_is_removed(tmp_path: Path) -> None:
+    left = tmp_path / "made" / f"{compiled.MAKING}x"
+    left.mkdir(parents=True)
+    (left / "half").write_bytes(bytes(1 << 20))
+    index = tmp_path / "made" / "index"
+    index.touch()
+    Shoal(tmp_path, None)
+    assert list(index.parent.iterdir()) == [index]
 
 
 def test_nobody_can(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from api.openai.routes import OpenAIRoutes
 from coordinator.errors import CoordinatorError
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.state import Asleep, Serving
@@ -81,6 +83,30 @@ def test_a_request_that_has_no_slot_yet_keeps_it_loaded(run: Run) -> None:
         assert await shoal.models.deployment(NAME) is deployment
         look(shoal, 0)
         assert isinstance(shoal.models[NAME], Serving)
+
+    run(test)
+
+
+def test_a_request_whose_text_is_read_keeps_it_loaded(run: Run) -> None:
+    async def test(shoal: Shoal) -> None:
+        deployment = await load(shoal)
+        begun, may_go_on = threading.Event(), threading.Event()
+
+        def read() -> bool:
+            begun.set()
+            return may_go_on.wait(30)
+
+        routes = OpenAIRoutes(shoal.models, shoal.gateway)
+        reading = asyncio.ensure_future(routes.prepare(deployment, read, is_long=True))
+        assert await asyncio.to_thread(begun.wait, 30)
+        look(shoal, 2 * KEEP_S)
+        state = shoal.models[NAME]
+        may_go_on.set()
+        assert await reading
+        assert isinstance(state, Serving)
+        look(shoal, KEEP_S / 2)  # Its slot comes next.
+        assert isinstance(shoal.models[NAME], Serving)
+        routes._threads.shutdown()
 
     run(test)
 

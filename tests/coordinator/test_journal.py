@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+from array import array
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
-from coordinator.errors import NotLoaded, Stalled
+from coordinator.errors import CoordinatorError, NotLoaded, Stalled
 from coordinator.serving import journal, requests
 from coordinator.serving.gateway import Gateway
 from coordinator.serving.journal import AnswerJournal
 from coordinator.serving.requests import InFlight, Requests
 from tests.coordinator.test_teams import ALONE, Shoal, plan_of, running
-from wire.messages import Sampling, StartSequence, TokenSampled
+from wire.messages import Sampling, StageDamaged, StartSequence, TokenSampled
 
 STALLED = Stalled("no token")
 
@@ -181,3 +182,46 @@ def test_the_same_request_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
     with_journal(tmp_path, cut)
     with_journal(tmp_path, go_on)
     assert list((tmp_path / "answers").iterdir()) == []
+
+
+def test_no_answer_goes_on_behind_tokens_of_a_damaged_stage(tmp_path: Path) -> None:
+    """The damage was found, and the user unloaded the model before it was placed anew."""
+
+    async def test(shoal: Shoal) -> None:
+        first = await shoal.load(plan_of(ALONE))
+        answer = asyncio.ensure_future(ask(shoal, Sampling(4, ())))
+        await shoal.until(lambda: shoal.of(StartSequence))
+        number = shoal.of(StartSequence)[0][1].sequence
+        await shoal.said("d", TokenSampled(first.epoch, number, 0, 5, ""))
+        await shoal.said("d", StageDamaged(first.epoch, "rot"))
+        await shoal.until(lambda: shoal.models.serving is None)
+        await shoal.operations.unload()
+        with pytest.raises(CoordinatorError):
+            await answer
+        second = await shoal.load(plan_of(ALONE))
+        shoal.told.clear()
+        answer = asyncio.ensure_future(ask(shoal, Sampling(4, ())))
+        await shoal.until(lambda: shoal.of(StartSequence))
+        start = next(one for _, one in shoal.of(StartSequence) if one.prompt)
+        assert start.prompt == (1, 2)
+        await shoal.said("d", TokenSampled(second.epoch, start.sequence, 0, 5, ""))
+        await shoal.said("d", StageDamaged(second.epoch, "rot"))
+        shoal.operations.plans.append(plan_of(ALONE))
+        await shoal.until(lambda: shoal.models.serving not in (None, second))
+        # The right tokens are kept again, as soon as they are known to be right.
+        third = shoal.models.serving
+        assert third is not None
+        await shoal.until(lambda: len(shoal.of(StartSequence)) == 4)
+        start = [one for _, one in shoal.of(StartSequence) if one.prompt][1]
+        assert start.prompt == (1, 2)
+        assert list((tmp_path / "answers").iterdir()) == []
+        for index, token in enumerate((5, 6)):
+            await shoal.said("d", TokenSampled(third.epoch, start.sequence, index, token, ""))
+        await shoal.member("d").lives()
+        shoal.keeper.close()
+        with pytest.raises(NotLoaded):
+            await answer
+        (path,) = (tmp_path / "answers").iterdir()
+        assert path.read_bytes() == array("q", (5, 6)).tobytes()
+
+    with_journal(tmp_path, test)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from coordinator.errors import AgentLost, LinkFailed, Moved
+from coordinator.errors import AgentDamaged, AgentLost, LinkFailed, Moved
 from coordinator.loading import moving, recovery
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.state import Broken, MoveBegan
@@ -23,7 +23,7 @@ from tests.coordinator.test_teams import (
     planned,
     run,
 )
-from wire.messages import LoadStage, StartSequence, TokenSampled, UnloadStage
+from wire.messages import LoadStage, StageDamaged, StartSequence, TokenSampled, UnloadStage
 
 __all__ = ["run"]
 
@@ -238,5 +238,29 @@ def test_without_room_the_old_stages_are_unloaded_first(run: Run) -> None:
         assert second is not None
         await shoal.operations.mover.move(second, planned(plan), Moved())
         assert shoal.story.after()[-1].kind == "moved"
+
+    run(test)
+
+
+def test_damage_of_the_new_stages_ends_a_move(run: Run) -> None:
+    """The damaged stage has dropped the rows that ran ahead, and refuses all others."""
+
+    async def test(shoal: Shoal) -> None:
+        first, answer = await begin(shoal, (5, 6))
+        wanted = planned(plan_of(((("c",), BLOCKS),)))
+
+        async def move() -> None:
+            async with shoal.turns.unasked("a move"):
+                await shoal.operations.mover.move(first, wanted, Moved())
+
+        going = asyncio.ensure_future(move())
+        await shoal.until(lambda: shoal.of(StartSequence))
+        ((_, load),) = shoal.of(LoadStage)
+        await shoal.said("c", StageDamaged(load.epoch, "a file was damaged"))
+        with pytest.raises(AgentDamaged, match=r"^c: a file was damaged$"):
+            await going
+        assert shoal.models.serving is first
+        assert ("c", load.epoch) in [(name, one.epoch) for name, one in shoal.of(UnloadStage)]
+        answer.cancel()
 
     run(test)

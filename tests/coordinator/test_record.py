@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
+from coordinator.loading import operations
 from coordinator.loading.deployment import Deployment
+from coordinator.loading.drafting import load_tokenizer
 from coordinator.loading.record import DeploymentRecord, RecordFile
 from coordinator.loading.state import Resuming, Serving
+from model.tokenizer import Tokenizer
 from planning.json_codec import to_plain
 from tests.coordinator.test_teams import (
     ALONE,
@@ -24,7 +28,7 @@ from tests.coordinator.test_teams import (
     plan_of,
     running,
 )
-from wire.messages import LoadStage, PeerLost, StartSequence, UnloadStage
+from wire.messages import LoadStage, PeerLost, StageDamaged, StartSequence, UnloadStage
 
 Test = Callable[[Shoal, Deployment], Awaitable[None]]
 
@@ -155,3 +159,29 @@ def test_a_record_that_cannot_be_used_is_told(
         assert caplog.text.count("models are loaded again") == 3
 
     restarted(tmp_path, RING, test)
+
+
+def test_a_stage_that_is_damaged_while_all_are_taken_over_is_loaded_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    def slowly(directory: Path) -> Tokenizer:
+        begun.set()
+        assert may_go_on.wait(30)
+        return load_tokenizer(directory)
+
+    async def test(shoal: Shoal, before: Deployment) -> None:
+        monkeypatch.setattr(operations, "load_tokenizer", slowly)
+        shoal.operations.plans = [plan_of(ALONE)]
+        await shoal.join("a", "d", kept=[(before.epoch, 1)])
+        assert await asyncio.to_thread(begun.wait, 30)
+        await shoal.said("a", StageDamaged(before.epoch, "rot"))
+        await shoal.member("a").lives()
+        may_go_on.set()
+        await shoal.until(lambda: is_serving(shoal))
+        assert shoal.models.serving is not None
+        assert shoal.models.serving.epoch != before.epoch
+        assert [name for name, _ in shoal.of(LoadStage)] == ["a", "d"]
+
+    restarted(tmp_path, ALONE, test)

@@ -69,6 +69,7 @@ from wire.messages import (
     Sampling,
     SequenceFailed,
     StageBeat,
+    StageDamaged,
     StageLoaded,
     StartSequence,
     TeamMeasured,
@@ -488,6 +489,24 @@ def test_a_pair_that_cannot_connect_is_planned_around(
         deployment = await shoal.load(plan_of(RING), plan_of([(("b", "a"), BLOCKS)]))
         assert deployment.where == "b+a"
         assert len(shoal.of(UnloadStage)) == len(NAMES)
+
+    run(test)
+
+
+def test_a_member_that_is_damaged_while_all_connect_is_no_failed_link(run: Run) -> None:
+    """A stage that has stopped takes no connection of its team."""
+
+    async def test(shoal: Shoal) -> None:
+        shoal.refused.add(("b", "a"))
+        loading = asyncio.ensure_future(shoal.load(plan_of(RING)))
+        await shoal.until(lambda: len(shoal.of(LoadStage)) == 4)
+        await shoal.said("a", StageDamaged(shoal.loads()["a"].epoch, "rot"))
+        await shoal.until(lambda: shoal.of(ConnectTeam))
+        shoal.refused.clear()
+        deployment = await loading
+        assert len({message.epoch for _, message in shoal.of(LoadStage)}) == 2
+        assert deployment.epoch == shoal.loads()["a"].epoch
+        assert not shoal.roster.failed_links()
 
     run(test)
 

@@ -21,6 +21,7 @@ from coordinator.loading.record import DeploymentRecord
 from coordinator.loading.several import PlannedTogether, SeveralRequest
 from coordinator.loading.state import Replacing, Serving, State
 from model.errors import ModelError
+from planning.errors import RequestInvalid
 from planning.plan import InfeasiblePlan, PlanError
 from planning.request import LoadRequest, model_name
 from tests.coordinator.test_teams import (
@@ -442,3 +443,8 @@ def test_models_that_are_loaded_together_tell_what_is_doubtful(
     run(test)
     (line,) = [one for one in caplog.messages if "chat completions will fail" in one]
     assert "chat completions will fail, plain ones work" in line
+
+
+def test_no_more_requests_are_read_than_are_planned_together() -> None:
+    with pytest.raises(RequestInvalid, match="models: expected 2 to 8 requests"):
+        SeveralRequest.from_dict({"models": [{"colour": "red"}] * 9})

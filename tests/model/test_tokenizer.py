@@ -253,6 +253,22 @@ def test_broken_tokenizers_are_named(model: Path, content: bytes) -> None:
         Tokenizer.load(model)
 
 
+@pytest.mark.parametrize("pair", [False, True])
+def test_a_text_that_is_too_hard_for_an_expression_is_refused(model: Path, pair: bool) -> None:
+    """The library ends a search that goes on and on by an error that is no Exception."""
+    path = model / "tokenizer.json"
+    values = json.loads(path.read_text())
+    pattern = {"Regex": r"(?=(a+)+b)a"}
+    values["pre_tokenizer"] = {
+        "type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False
+    }  # fmt: skip
+    path.write_text(json.dumps(values))
+    tokenizer = Tokenizer.load(model)
+    assert tokenizer.encode("ab")
+    with pytest.raises(TokenizerError, match=r"the tokenizer cannot read this text: .*retry-limit"):
+        tokenizer.encode_text("a" * 64) if pair else tokenizer.encode("a" * 64)
+
+
 def test_missing_and_malformed_files_are_named(model: Path) -> None:
     (model / "tokenizer.json").unlink()
     with pytest.raises(TokenizerError, match=r"tokenizer\.json: missing; load the tokenizer"):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from model.quantize import BITS, GROUP_SIZES
 from planning.errors import RequestInvalid
 from planning.problem import Objective, ObjectiveKind
-from planning.request import MAX_SLOTS, LoadRequest
+from planning.request import MAX_SLOTS, MOST_NAMED, MOST_PINS, LoadRequest
 from planning.saved import SavedPlan
 from planning.sensitivity import DEFAULT_QUALITY_BUDGET
 from wire.activations import HOP_BITS
@@ -107,12 +107,15 @@ WRONG: list[tuple[str, Any, str]] = [
     ("objective", {"kind": "energy", "migration_weight": 1}, "cannot minimise"),
     ("pins", {"head": "pi"}, "block number to device name"),
     ("pins", {"1": 3}, r"pins\.1: expected str"),
+    ("pins", {str(block): "a" for block in range(MOST_PINS + 1)}, "at most 8192"),
     ("exclude", "pi", "a list of device names"),
+    ("exclude", ["a"] * (MOST_NAMED + 1), "at most 1024"),
     ("teams", ["a", "b"], "a list of teams"),
     ("teams", [["a"]], "a team of a: a team has at least two devices"),
     ("teams", [[]], "a team of no device: a team has at least two"),
     ("teams", [["a", "b"], ["c", "b"]], "b is named twice"),
     ("teams", [["a", ""]], "has no name"),
+    ("teams", [[str(number) for number in range(MOST_NAMED + 1)]], "at most 1024 in all"),
     ("no_teams", 1, "true or false"),
     ("sensitivities", {"4": 1}, "for each block"),
     ("sensitivities", [{"4": -1}], "for each block"),
@@ -125,6 +128,11 @@ WRONG: list[tuple[str, Any, str]] = [
     ("check_quality", True, "needs a quality_budget"),
     ("check_quality", 1, "true or false"),
     ("plan", {"source": "a", "model": "m", "stages": 3}, "stages: expected a list"),
+    (
+        "plan",
+        {"source": "a", "model": "m", "stages": [{"device": "a", "bits": "4x4096"}] * 3},
+        r"stages\[2\]\.bits: more blocks than any model has",
+    ),
     ("generation_defaults", 0, "true or false"),
     ("with_problem", "yes", "true or false"),
     ("replaces", "a", "true or false"),
