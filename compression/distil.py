@@ -132,7 +132,7 @@ def _save(
     parameters: Sequence[torch.Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Write the checkpoint, whole or not at all."""
+    """Write the checkpoint, whole or not at all. Raises OSError."""
     state = {
         "recipe": repr(recipe),
         "step": step,
@@ -140,7 +140,16 @@ def _save(
         "optimizer": optimizer.state_dict(),
     }
     part = path.with_suffix(".part")
-    torch.save(state, part)
+    try:
+        with part.open("wb") as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        # torch says what the disk said as a RuntimeError.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise
     part.replace(path)
 
 

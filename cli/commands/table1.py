@@ -142,6 +142,7 @@ def run_table1(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands.table1_views import show_table1
     from evaluation.errors import EvaluationError
     from model.errors import ModelError
+    from paper.study_log import ForeignFile
     from planning.plan import PlanError
 
     try:
@@ -150,7 +151,7 @@ def run_table1(options: argparse.Namespace, screen: Screen) -> None:
             with telling(options.out / "results.jsonl", bench.kept, screen):
                 _study(options, screen, found)
             show_table1(options, screen, found)
-    except (BackendError, EvaluationError, ModelError, PlanError) as error:
+    except (BackendError, EvaluationError, ForeignFile, ModelError, PlanError) as error:
         raise CommandFailed(str(error)) from error
 
 

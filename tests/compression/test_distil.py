@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,25 @@ def test_a_damaged_checkpoint_begins_anew(content: bytes, tmp_path: Path) -> Non
         lambda step, *_: steps.append(step),
     )
     assert steps == [1, 2]
+
+
+def test_a_disk_that_is_full_is_said_to_be(tmp_path: Path) -> None:
+    """The library says what a disk said as an error of its own, which was a traceback."""
+    kept = tmp_path / "kept.pt"
+    teacher, student = teacher_and_student()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def stop(*_: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        raise KeyboardInterrupt  # A checkpoint is written now.
+
+    try:
+        with pytest.raises(OSError, match="too large") as failure:
+            distil(teacher, student, CUT, targets(), RECIPE, kept, stop)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert failure.value.filename == str(kept)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_of_another_recipe_is_not_used(tmp_path: Path) -> None:
