@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch", reason="needs the extra torch")
 from compression import distil as module  # noqa: E402
 from compression.cuts import Cut, cut_blocks, cut_spec  # noqa: E402
 from compression.distil import Recipe, depths, distil, distillation_loss  # noqa: E402
+from compression.errors import CompressionError  # noqa: E402
 from compression.importance import (  # noqa: E402
     Importance,
     Probe,
@@ -26,6 +27,7 @@ from compression.importance import (  # noqa: E402
     masked,
     shapes,
 )
+from compression.measure import losses  # noqa: E402
 from compression.network import Network  # noqa: E402
 from compression.text import batch_of, batches, divided, drawn  # noqa: E402
 from evaluation.losses import Target  # noqa: E402
@@ -124,6 +126,25 @@ def test_a_damaged_checkpoint_begins_anew(content: bytes, tmp_path: Path) -> Non
         lambda step, *_: steps.append(step),
     )
     assert steps == [1, 2]
+
+
+def test_teaching_that_diverges_is_said_to_do_so(tmp_path: Path) -> None:
+    """It went on with losses that are NaN, and its folder was a damaged one."""
+    teacher, student = teacher_and_student()
+    wild, steps = replace(RECIPE, rate=1e30), list[int]()
+    with pytest.raises(CompressionError, match="is not finite: teach with a smaller --rate"):
+        distil(
+            teacher,
+            student,
+            CUT,
+            targets(),
+            wild,
+            tmp_path / "kept.pt",
+            lambda step, *_: steps.append(step),
+        )
+    assert len(steps) < 10
+    with pytest.raises(CompressionError, match="predictions are not finite"):
+        losses(teacher, student, list(batches(targets(), 256)))
 
 
 def test_a_disk_that_is_full_is_said_to_be(tmp_path: Path) -> None:

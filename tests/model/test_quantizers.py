@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from model.quantizers.prepared import (
     text_sequences,
 )
 from model.reference import ReferenceModel
-from model.safetensors import read_safetensors, write_safetensors
 from model.spec import QUANTIZED_TENSORS
+from tests.damaged import changed, overflowing
 
 TESTS = Path(__file__).parents[1]
 LLAMA = Checkpoint.open(TESTS / "fixtures" / "llama")
@@ -241,18 +241,6 @@ def test_codes_are_made_once_and_an_interrupted_run_goes_on(tmp_path: Path) -> N
     assert again.prepared.made == count - 1
 
 
-def changed(directory: Path, change: Callable[[Weights], Weights], *names: str) -> Checkpoint:
-    """A copy of the model in which some tensors are other ones."""
-    shutil.copytree(LLAMA.directory, directory)
-    path = directory / "model.safetensors"
-    tensors = {key: np.array(value) for key, value in read_safetensors(path).map_all().items()}
-    for name in (f"model.layers.0.mlp.{one}_proj.weight" for one in names):
-        tensors[name] = change(tensors[name])
-    path.unlink()
-    write_safetensors(path, tensors)
-    return Checkpoint.open(directory)
-
-
 @pytest.mark.parametrize("quantizer", ["clip", "gptq", "auto"])
 @pytest.mark.parametrize("block", [1, 2])
 def test_weights_that_are_no_numbers_are_named(
@@ -276,8 +264,7 @@ def test_weights_that_are_no_numbers_are_named(
 
 @pytest.mark.filterwarnings("error")
 def test_rows_that_are_no_numbers_are_said_to_be_so(tmp_path: Path) -> None:
-    large = changed(tmp_path / "m", lambda weights: weights * np.float32(1e24), "up", "down")
-    checkpoint = prepared(large, "gptq", tmp_path)
+    checkpoint = prepared(overflowing(tmp_path / "m"), "gptq", tmp_path)
     for block in (1, 2):
         with pytest.raises(UnsupportedModelError, match="outputs of layer 0 are not finite: use"):
             checkpoint.block_in(block, Format.of(4, "gptq"))
