@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 STORE_VERSION = 1
 
 _DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
-"""What reading values raises that are not those of ``save``."""
+"""Errors of reading values that ``save`` did not write."""
 
 MAX_TOKENS = 1 << 16
 MAX_PLANS = 64
