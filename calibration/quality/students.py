@@ -92,6 +92,12 @@ BY_REFERENCE = Options()
 
 
 def check_text(spec: ModelSpec, sequences: Sequences) -> None:
+    """Raise ValueError for sequences, or a kind of model, that nothing can be measured with."""
+    if spec.encodes:
+        raise ValueError(
+            "quality is the divergence of next tokens, and this model encodes texts: compare "
+            "widths with `shoal eval --bits`"
+        )
     if not sequences:
         raise ValueError("no calibration text: at least one sequence of two tokens is needed")
     for sequence in sequences:

@@ -177,6 +177,8 @@ def _bench(options: argparse.Namespace, screen: Screen) -> Iterator[Bench]:
     path = model_here(options.model, screen)
     files = Files(Checkpoint.open(path, adapter_of(options)), Tokenizer.load(path))
     spec = files.checkpoint.spec
+    if spec.encodes:
+        raise CommandFailed(f"{path}: it encodes texts: the study needs a model that generates")
     wishes = wishes_of(options, data)
     tasks = make_tasks(data, wishes, files.tokenizer, spec.max_context)
     if not tasks.targets:

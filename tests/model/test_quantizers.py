@@ -262,6 +262,14 @@ def test_weights_that_are_no_numbers_are_named(
     assert not list((tmp_path / "quantized").rglob("*.json")), "no damaged codes are kept"
 
 
+def test_quantizers_are_compared_for_models_that_encode(tmp_path: Path) -> None:
+    """The head of such a model has no logits."""
+    checkpoint = prepared(Checkpoint.open(TESTS / "encoders" / "bert"), "auto", tmp_path)
+    fmt = Format.of(4, "auto")
+    for block in range(checkpoint.spec.block_count):
+        assert checkpoint.block_in(block, fmt).keys() == checkpoint.spec.block_tensors(block).keys()
+
+
 @pytest.mark.filterwarnings("error")
 def test_rows_that_are_no_numbers_are_said_to_be_so(tmp_path: Path) -> None:
     checkpoint = prepared(overflowing(tmp_path / "m"), "gptq", tmp_path)
