@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from model.quantize import QuantizedMatrix
+from model.quantize import MIN_HALF_WEIGHT, QuantizedMatrix
 
 CONTAINERS = {2: 2, 3: 4, 4: 4, 5: 8, 6: 8, 8: 8}
 """Maps each integer format to its width in memory, which divides a 32-bit word."""
@@ -130,11 +130,15 @@ def plain_weight(
 ) -> torch.Tensor:
     """Stack matrices of a float format by rows, in ``dtype``.
 
-    The result is fp32 if fp16 would overflow, as weights stored as bf16 may.
+    The result is fp32 if fp16 would overflow or lose digits, as weights stored as bf16 may.
     """
     weight = torch.cat([_tensor(matrix.dequantize(), device) for matrix in matrices])
     narrow = weight.to(dtype)
-    return narrow if bool(torch.isfinite(narrow).all()) else weight
+    if not bool(torch.isfinite(narrow).all()):
+        return weight
+    if dtype != torch.float16 or float(weight.abs().max()) >= MIN_HALF_WEIGHT:
+        return narrow
+    return narrow if torch.equal(narrow.float(), weight) else weight
 
 
 def held_bytes(tensor: torch.Tensor) -> int:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from compression.cuts import Cut
+from compression.errors import CompressionError
 from compression.importance import divergence_sum
 from compression.network import Network, Outputs
 from compression.text import Batch, drawn
@@ -57,7 +58,7 @@ def distil(
     """Train the student in place. It goes on from ``kept`` if that has a step of the same recipe.
 
     kept: a checkpoint, written every SAVE_EVERY steps and when the training is interrupted.
-    on_step: gets (steps done, all steps, loss). Raises OSError.
+    on_step: gets (steps done, all steps, loss). Raises OSError, CompressionError.
     """
     parameters = student.parameters()
     for parameter in parameters:
@@ -73,12 +74,18 @@ def distil(
                 expected = teacher.forward(batch.tokens, at=batch.predicts)
             found = student.forward(batch.tokens, at=batch.predicts)
             loss = distillation_loss(expected, found, batch, cut, recipe)
+            told = float(loss.detach())
+            if not math.isfinite(told):
+                raise CompressionError(
+                    f"the loss of step {step} is not finite: teach with a smaller --rate, into "
+                    "another --out"
+                )
             optimizer.zero_grad(set_to_none=True)
             torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             step += 1
-            on_step(step, recipe.steps, float(loss.detach()))
+            on_step(step, recipe.steps, told)
             if step % SAVE_EVERY == 0 and step < recipe.steps:
                 _save(kept, recipe, step, parameters, optimizer)
     except KeyboardInterrupt:
@@ -132,7 +139,7 @@ def _save(
     parameters: Sequence[torch.Tensor],
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Write the checkpoint, whole or not at all."""
+    """Write the checkpoint, whole or not at all. Raises OSError."""
     state = {
         "recipe": repr(recipe),
         "step": step,
@@ -140,7 +147,16 @@ def _save(
         "optimizer": optimizer.state_dict(),
     }
     part = path.with_suffix(".part")
-    torch.save(state, part)
+    try:
+        with part.open("wb") as file:
+            torch.save(state, file)
+    except (OSError, RuntimeError) as error:
+        part.unlink(missing_ok=True)
+        # torch says what the disk said as a RuntimeError.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, OSError):
+            raise OSError(cause.errno, cause.strerror, str(path)) from error
+        raise
     part.replace(path)
 
 

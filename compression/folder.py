@@ -19,6 +19,7 @@ from compression.network import require_plain
 from model.checkpoint import Checkpoint
 from model.errors import ModelError
 from model.families import Config, Piece, describe, tensor_sources
+from model.families.quantization import read_quantization
 from model.given import CONFIG, INDEX, SINGLE, gguf_of
 from model.safetensors import write_safetensors
 from model.spec import ModelSpec
@@ -44,10 +45,14 @@ def check_source(checkpoint: Checkpoint) -> None:
     The model must be one that ``network`` computes, and config.json must be able to describe a
     smaller one.
     """
+    if checkpoint.spec.encodes:
+        raise CompressionError(
+            f"{checkpoint.directory}: it encodes texts: only models that generate can be compressed"
+        )
     require_plain(checkpoint.spec)
     if gguf_of(checkpoint.directory) is not None:
         raise CompressionError(f"{checkpoint.directory}: a GGUF file: give the original folder")
-    if checkpoint.native_formats():
+    if checkpoint.native_formats() or read_quantization(checkpoint.config) is not None:
         raise CompressionError(f"{checkpoint.directory}: it is quantized: give the original folder")
     for block in range(checkpoint.spec.block_count):
         for canonical, source in _sources(checkpoint, checkpoint.spec, block).items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from backends.base import Backend
+from compression.errors import CompressionError
 from compression.importance import divergence_sum
 from compression.network import Network
 from compression.text import Batch
@@ -101,7 +103,10 @@ def block_losses(
 
 
 def losses(teacher: Network, student: Network, batches: Sequence[Batch]) -> tuple[float, float]:
-    """Return the loss of the expected tokens and KL(teacher || student), in nats per token."""
+    """Return the loss of the expected tokens and KL(teacher || student), in nats per token.
+
+    Raises CompressionError if one is not finite.
+    """
     nats, kl, expected_count, count = 0.0, 0.0, 0, 0
     with torch.no_grad():
         for batch in batches:
@@ -116,6 +121,10 @@ def losses(teacher: Network, student: Network, batches: Sequence[Batch]) -> tupl
                 functional.cross_entropy(logits[:, :-1][known], following, reduction="sum")
             )
             expected_count += len(following)
+    if not math.isfinite(nats + kl):
+        raise CompressionError(
+            "a model's predictions are not finite numbers: its weights are damaged or too large"
+        )
     return nats / expected_count, kl / count
 
 

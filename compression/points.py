@@ -66,7 +66,9 @@ class Points:
                 raise CompressionError(f"{path}: cannot be read: name another --out") from error
             if not isinstance(found, dict) or found.get("shoal_compress") != FORMAT:
                 raise CompressionError(f"{path}: not of `shoal compress`: name another --out")
-            before = found.get("settings", {})
+            before = found.get("settings")
+            if not isinstance(before, dict):
+                raise _damaged(path)
             for key, value in self._values["settings"].items():
                 if before.get(key) != value:
                     raise CompressionError(
@@ -74,6 +76,10 @@ class Points:
                         "another --out, or remove it"
                     )
             self._values = found
+            try:
+                self.all()
+            except (TypeError, KeyError) as error:
+                raise _damaged(path) from error
 
     def get(self, key: str) -> Any:
         """Return what was kept by this name, or None."""
@@ -97,6 +103,10 @@ class Points:
         """Return all points, the largest first."""
         found = [Point(**one) for key, one in self._values.items() if key.startswith("point ")]
         return sorted(found, key=lambda one: (-one.size, one.distilled, -one.bits))
+
+
+def _damaged(path: Path) -> CompressionError:
+    return CompressionError(f"{path}: damaged: name another --out, or remove the file")
 
 
 def _key(size: float, bits: int, distilled: bool) -> str:

@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from calibration.quality.students import BlockSource, Options, Rows, Run, students_of
+from backends.base import BackendError
+from calibration.quality.students import NOT_FINITE, BlockSource, Options, Rows, Run, students_of
 from model.divergence import divergences
 from model.quantize import Format
 
@@ -110,7 +111,10 @@ def _columns(
     model: tuple[Run, Rows],
     original: tuple[Run, Rows | None],
 ) -> npt.NDArray[np.float64]:
-    """Return nats, divergence and the original's nats [tokens, 3] of the wanted tokens."""
+    """Return nats, divergence and the original's nats [tokens, 3] of the wanted tokens.
+
+    Raises BackendError if one is not finite.
+    """
     head, rows = model
     teacher, before = original
     columns = np.zeros((len(wanted), 3))
@@ -123,6 +127,8 @@ def _columns(
             expected = teacher(before[part])
             columns[part, 1] = divergences(expected, logits)
             columns[part, 2] = nats(expected, wanted[part])
+    if not np.isfinite(columns).all():
+        raise BackendError(NOT_FINITE)
     return columns
 
 

@@ -75,7 +75,7 @@ class LossStore:
             return _read(read_json(path), form.checkpoint.spec)
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             log.warning("%s is damaged or of another version: measured anew", path)
             return None
 

@@ -38,6 +38,9 @@ from model.schemes import Scheme as Scheme
 FloatArray = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
+MIN_HALF_WEIGHT = 2.0**-16
+"""A matrix whose largest weight is smaller is nearer in bf16, because fp16 has steps of 2^-24."""
+
 # Rows are processed in pieces of about this many weights, which fit a core's cache.
 _CHUNK_WEIGHTS = 1 << 18
 # Products of codes and scales stay finite below this. No trained weight comes near.
@@ -273,12 +276,7 @@ def quantize(
     if weights.ndim != 2:
         raise ValueError(f"{name}: only matrices are quantized, not shape {weights.shape}")
     rows, columns = weights.shape
-    for part in row_chunks(rows, columns):
-        # NaN fails this comparison, too.
-        if not np.abs(weights[part]).max(initial=0.0) <= _MAX_MAGNITUDE:
-            raise CheckpointError(
-                f"{name} holds NaN, infinite or absurdly large values; the checkpoint is damaged"
-            )
+    require_storable(weights, name)
     shape = (rows, columns)
     if fmt.scheme == "float":
         if fmt.bits == 32:
@@ -287,6 +285,16 @@ def quantize(
     if fmt.scheme == "truncate":
         return _truncate(weights, fmt)
     return _round_to_nearest(weights, fmt)
+
+
+def require_storable(weights: npt.NDArray[Any] | RowPieces, name: str) -> None:
+    """Raise CheckpointError that names ``name`` for weights [N, K] that no format holds."""
+    for part in row_chunks(*weights.shape):
+        # NaN fails this comparison, too.
+        if not np.abs(weights[part]).max(initial=0.0) <= _MAX_MAGNITUDE:
+            raise CheckpointError(
+                f"{name} holds NaN, infinite or absurdly large values; the checkpoint is damaged"
+            )
 
 
 def random_matrix(
@@ -471,7 +479,7 @@ def round_scales_up(exact: npt.NDArray[np.float64], dtype: np.dtype[Any]) -> npt
 
 
 def _to_half(weights: FloatArray) -> npt.NDArray[Any]:
-    """Convert to fp16 or bf16: the lossless one, else the one with enough range."""
+    """Convert to fp16 or bf16: the lossless one, else the one that fits their magnitude."""
     with np.errstate(over="ignore"):
         half = weights.astype(np.float16)
     if np.array_equal(half, weights):
@@ -479,7 +487,7 @@ def _to_half(weights: FloatArray) -> npt.NDArray[Any]:
     patterns = np.ascontiguousarray(weights).view(np.uint32)
     if not (patterns & 0xFFFF).any():
         return (patterns >> 16).astype(np.uint16)
-    if np.isfinite(half).all():
+    if np.isfinite(half).all() and np.abs(weights).max() >= MIN_HALF_WEIGHT:
         return half
     # Round to nearest, ties to even: add half of the dropped range, less one if the kept bit is 0.
     return ((patterns + 0x7FFF + ((patterns >> 16) & 1)) >> 16).astype(np.uint16)

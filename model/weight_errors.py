@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -55,6 +56,8 @@ def weight_errors(
 
 def _read(path: Path) -> dict[str, float]:
     """Return the errors in a file by block and format, or nothing if it is damaged."""
-    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        return {key: float(error) for key, error in read_json(path).items()}
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError, OverflowError):
+        found = {key: float(error) for key, error in read_json(path).items()}
+        if all(0 <= error < math.inf for error in found.values()):
+            return found
     return {}

@@ -8,6 +8,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from model.durable import replace_text
+
+_BEGIN = '{"study"'
+
+
+class ForeignFile(Exception):
+    """A file has something else than results of a study."""
+
 
 class StudyLog:
     """Results by name in a file of JSON lines, or only in memory.
@@ -17,6 +25,7 @@ class StudyLog:
     """
 
     def __init__(self, path: Path | None, study: Mapping[str, Any]) -> None:
+        """Read what ``path`` has of this study. Raises ForeignFile for a file of no study."""
         self._results: dict[str, Any] = {}
         self._file = None
         if path is None:
@@ -27,7 +36,7 @@ class StudyLog:
         lines = [heading, *({"name": name, "result": value} for name, value in kept.items())]
         # Written anew, so that nothing is appended to a cut line.
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        path.write_text(text, encoding="utf-8")
+        replace_text(path, text, mode=0o644)
         self._file = path.open("a", encoding="utf-8")
 
     def __len__(self) -> int:
@@ -57,18 +66,25 @@ class StudyLog:
 
 
 def _read(path: Path, study: Mapping[str, Any]) -> dict[str, Any]:
-    """The results of this study in a file, or {} if it is missing or of another study."""
+    """The results of this study in a file, or {} if it is missing or of another study.
+
+    Raises ForeignFile for a file of no study.
+    """
     if not path.exists():
         return {}
     found: dict[str, Any] = {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    for index, line in enumerate(lines):
+    text = path.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith(_BEGIN[: len(text)]):
+        raise ForeignFile(
+            f"{path}: not a file of this study: name another --out, or remove the file"
+        )
+    for index, line in enumerate(text.splitlines()):
         try:
             values = json.loads(line)
-        except ValueError:
-            continue
-        if index == 0 and (not isinstance(values, dict) or values.get("study") != dict(study)):
+        except (ValueError, RecursionError):
+            values = None
+        if index == 0 and (values is None or values["study"] != dict(study)):
             return {}
         if index and isinstance(values, dict) and {"name", "result"} <= set(values):
-            found[values["name"]] = values["result"]
+            found[str(values["name"])] = values["result"]
     return found

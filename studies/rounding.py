@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from model.artifact import Tensor
 from model.checkpoint import Checkpoint
-from model.quantize import BITS, Format, Scheme, quantize
+from model.quantize import BITS, Format, Scheme, quantize, require_storable
 from model.row_pieces import RowPieces
 from model.spec import QUANTIZED_TENSORS, ModelSpec
 
@@ -60,8 +60,10 @@ class Rounding:
 def truncated(weights: npt.NDArray[np.float32], bits: int) -> npt.NDArray[np.float32]:
     """Return weights truncated towards zero with the step max|w| / 2^(bits - 1).
 
-    Source: DILEMMA, "Environment Setup". It is the scheme ``truncate`` of model.quantize.
+    Source: DILEMMA, "Environment Setup". It is the scheme ``truncate`` of model.quantize. Raises
+    CheckpointError as that does.
     """
+    require_storable(weights, "a matrix")
     middle = 2.0 ** (bits - 1)
     step = float(np.abs(weights).max(initial=0.0)) / middle or 1.0
     result = np.empty(weights.shape, np.float32)

@@ -9,6 +9,7 @@ from typing import Any
 
 from api.anthropic.requests import chat_request
 from api.common import EventForm, describe, messages_error
+from api.formats.json_call import read_object
 from api.formats.parts import Arguments, CallBegins, Text, Thought
 from api.openai.api import Api
 from api.openai.events import Block, Event, Outcome
@@ -150,9 +151,7 @@ def _delta(part: Text | Thought | Arguments) -> dict[str, Any]:
             return {"type": "input_json_delta", "partial_json": text}
 
 
-def _input(arguments: str) -> Any:
-    """Return the object of a call's arguments. Text that the answer's end cut off stays text."""
-    try:
-        return json.loads(arguments or "{}")
-    except (ValueError, RecursionError):
-        return {"text": arguments}
+def _input(arguments: str) -> dict[str, Any]:
+    """Return the object of a call's arguments. Text that is none, or was cut off, stays text."""
+    found = read_object(arguments or "{}")
+    return {"text": arguments} if found is None else found

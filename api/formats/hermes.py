@@ -22,12 +22,19 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from api.formats.json_call import written
 from api.formats.marked import MarkedCalls, Step, waits_for
 from api.formats.parts import Arguments, CallBegins, Text
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 _FUNCTION, _FUNCTION_END = "<function=", "</function>"
 _NAME = re.compile(r"\s*<function=([^>\n]+)>")
+_MOST_PARTS = 64
+"""So many parts of a schema are looked at for the types of one parameter."""
+_NAMES = {
+    str: "string", bool: "boolean", int: "integer", float: "number", list: "array",
+    dict: "object", type(None): "null",
+}  # fmt: skip
 _PARAMETER = re.compile(
     r"<parameter=([^>\n]+)>\n?(.*?)\n?(?:</parameter>|(?=<parameter=)|\Z)", re.DOTALL
 )
@@ -81,13 +88,57 @@ def _arguments(xml: str, schema: Any) -> str:
     found = {}
     for name, text in _PARAMETER.findall(xml):
         about = properties.get(name) if isinstance(properties, Mapping) else None
-        is_text = isinstance(about, Mapping) and about.get("type") == "string"
-        found[name] = text if is_text else _value(text)
-    return json.dumps(found, ensure_ascii=False)
+        found[name] = _value(text, _types(about, schema))
+    return written(found)
 
 
-def _value(text: str) -> Any:
+def _value(text: str, types: frozenset[str]) -> Any:
+    """Return the JSON value of a text, or the text where the types say that it is one."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
         return text
+    is_text = "string" in types and (isinstance(value, str) or not types & _types_of(value))
+    return text if is_text else value
+
+
+def _types(about: Any, schema: Any) -> frozenset[str]:
+    """Return the types that a parameter's part of the schema names. Empty: it names none."""
+    types: set[str] = set()
+    waiting = [about]
+    for _ in range(_MOST_PARTS):
+        if not waiting:
+            break
+        part = waiting.pop()
+        if not isinstance(part, Mapping):
+            continue
+        types.update(one for one in _listed(part.get("type")) if isinstance(one, str))
+        values = [*_listed(part.get("enum")), *([part["const"]] if "const" in part else [])]
+        types.update(*map(_types_of, values))
+        for key in ("anyOf", "oneOf", "allOf"):
+            waiting += _listed(part.get(key))
+        waiting.append(_pointed(schema, part.get("$ref")))
+    return frozenset(types)
+
+
+def _types_of(value: Any) -> frozenset[str]:
+    """Return the names that schemas have for a value's type."""
+    names = [name for kind, name in _NAMES.items() if type(value) is kind]
+    return frozenset([*names, *(["number"] if type(value) is int else [])])
+
+
+def _pointed(schema: Any, ref: Any) -> Any:
+    """Return the part of the schema that a reference such as #/$defs/a points to, or None."""
+    if not isinstance(ref, str) or not ref.startswith("#/"):
+        return None
+    for key in ref[2:].split("/"):
+        if not isinstance(schema, Mapping):
+            return None
+        schema = schema.get(key.replace("~1", "/").replace("~0", "~"))
+    return schema
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return a value as a list: of what it holds, or of it alone unless it is None."""
+    return value if isinstance(value, list) else [] if value is None else [value]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
+from typing import Any
 
 from api.formats.parts import Arguments, CallBegins, Part
 
@@ -14,6 +15,32 @@ _HEAD = re.compile(
     re.DOTALL,
 )
 _ARGUMENTS = ("arguments", "parameters")
+_HALF = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair. JSON's escapes can write one, and no encoded text can hold it."""
+
+
+def written(value: Any) -> str:
+    """Return a value as JSON text, in which halves of surrogate pairs stay escapes."""
+    return _escaped(json.dumps(value, ensure_ascii=False))
+
+
+def read_object(text: str) -> dict[str, Any] | None:
+    """Return the object that a model has written as JSON, with whole characters and finite numbers.
+
+    A half of a surrogate pair is a replacement character. None: the text is no such object.
+    """
+    try:
+        found = json.loads(text)
+        plain = json.dumps(found, ensure_ascii=False, allow_nan=False)
+        if _HALF.search(plain):
+            found = json.loads(_HALF.sub("\N{REPLACEMENT CHARACTER}", plain))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _escaped(text: str) -> str:
+    return _HALF.sub(lambda half: f"\\u{ord(half[0]):04x}", text)
 
 
 class JsonEnd:
@@ -161,7 +188,7 @@ class JsonCall:
             return [], ""
         given = next((found[key] for key in _ARGUMENTS if key in found), None)
         self.begun = self.ended = True
-        arguments = _object_of(json.dumps(given, ensure_ascii=False))
+        arguments = _object_of(written(given))
         call = CallBegins(self._index, self._id, name)
         return [call, Arguments(self._index, arguments)], self.raw[end:]
 
@@ -181,4 +208,4 @@ def _object_of(text: str) -> str:
         return text
     if value is None or value == "":
         return "{}"
-    return value if isinstance(value, str) else text
+    return _escaped(value) if isinstance(value, str) else text

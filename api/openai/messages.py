@@ -7,12 +7,12 @@ error that names it. Only what says nothing new may be left unread, such as the 
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from api.formats import mistral
+from api.formats.json_call import read_object
 from api.formats.tool_format import ToolFormat
 from api.openai.fields import SAYS_NOTHING, only
 from model.template_values import WatchedMessage
@@ -153,12 +153,9 @@ def _call(call: Any, place: str) -> dict[str, Any]:
     if arguments is None or arguments == "":
         arguments = {}
     if isinstance(arguments, str):
-        try:
-            found = json.loads(arguments)
-        except (ValueError, RecursionError):
-            found = None
         # A model may have written broken JSON. The template then shows that text.
-        arguments = found if isinstance(found, dict) else arguments
+        found = read_object(arguments)
+        arguments = arguments if found is None else found
     elif not isinstance(arguments, dict):
         raise _wrong(f"{place}.function.arguments: expected JSON as text")
     return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}

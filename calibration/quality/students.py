@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import Any, Protocol, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from backends.base import Backend, StageOptions
+from backends.base import Backend, BackendError, StageOptions
 from model.artifact import Tensor, read_block, write_artifact
 from model.checkpoint import Checkpoint
 from model.divergence import divergences
@@ -36,6 +37,11 @@ _KEPT_SHARE = 0.4
 """The share of free memory for blocks that are kept instead of read again."""
 
 _ERROR_WEIGHTS = 1 << 20
+
+NOT_FINITE = (
+    "the model's predictions are not finite numbers: its weights are damaged, or leave the range "
+    "of 32 bits on this text"
+)
 
 Rows = npt.NDArray[Any]
 Run = Callable[[Rows], Rows]
@@ -86,6 +92,12 @@ BY_REFERENCE = Options()
 
 
 def check_text(spec: ModelSpec, sequences: Sequences) -> None:
+    """Raise ValueError for sequences, or a kind of model, that nothing can be measured with."""
+    if spec.encodes:
+        raise ValueError(
+            "quality is the divergence of next tokens, and this model encodes texts: compare "
+            "widths with `shoal eval --bits`"
+        )
     if not sequences:
         raise ValueError("no calibration text: at least one sequence of two tokens is needed")
     for sequence in sequences:
@@ -257,7 +269,10 @@ class Students:
         return rows
 
     def _head_kls(self, final: Rows, students: Sequence[tuple[Run | None, Rows]]) -> list[float]:
-        """Return the mean KL of each student: (its head, or None for the teacher's, its input)."""
+        """Return the mean KL of each student: (its head, or None for the teacher's, its input).
+
+        Raises BackendError if one is not finite.
+        """
         sums = [0.0] * len(students)
         count = max(1, _LOGITS // self.spec.vocab)
         with self._original(self.spec.head_block) as teacher:
@@ -266,7 +281,10 @@ class Students:
                 expected = teacher(final[part])
                 for index, (head, rows) in enumerate(students):
                     got = (head or teacher)(rows[part])
-                    sums[index] += float(divergences(expected, got).sum())
+                    with np.errstate(over="ignore", invalid="ignore"):  # Refused in one line.
+                        sums[index] += float(divergences(expected, got).sum())
+        if not all(map(math.isfinite, sums)):
+            raise BackendError(NOT_FINITE)
         return [total / len(final) for total in sums]
 
     @contextmanager

@@ -98,6 +98,7 @@ def run_study(options: argparse.Namespace, screen: Screen) -> None:
 def run_dilemma_study(options: argparse.Namespace, screen: Screen) -> None:
     """Run ``shoal study dilemma``: Table 1 and figures 3, 5, 6. Raises CommandFailed."""
     from paper.study import study_dilemma
+    from paper.study_log import ForeignFile
     from planning.plan import PlanError
 
     log = None
@@ -120,7 +121,7 @@ def run_dilemma_study(options: argparse.Namespace, screen: Screen) -> None:
                     screen.note(f"{what}: done")
 
             study = study_dilemma(runs=options.runs, seed=options.seed, on_step=report, log=log)
-    except PlanError as error:
+    except (ForeignFile, PlanError) as error:
         raise CommandFailed(str(error)) from error
     except OSError as error:
         raise CommandFailed(f"{log}: {(error.strerror or str(error)).lower()}") from error

@@ -89,7 +89,7 @@ def run_sweep(options: argparse.Namespace, screen: Screen) -> None:
         data = _data(options, screen)
         with _subject(options, screen) as subject:
             grid = grid_of(options, subject.problem.bits)
-            swept = Swept(subject, [_bounded(options, cell) for cell in cells_of(grid)])
+            swept = Swept(subject, [_bounded(options, subject, cell) for cell in cells_of(grid)])
             with _kept(options, subject, data) as kept:
                 if len(kept):
                     screen.note(f"{options.out} has {len(kept)} results already: going on")
@@ -172,6 +172,8 @@ def _files(options: argparse.Namespace) -> Files:
 
     path = Path(options.model)
     checkpoint = with_scheme(options, Checkpoint.open(path, adapter_of(options)))
+    if checkpoint.spec.encodes:
+        raise CommandFailed(f"{path}: it encodes texts: compare widths with `shoal eval --bits`")
     return Files(checkpoint, Tokenizer.load(path))
 
 
@@ -209,11 +211,11 @@ def _live(planned: argparse.Namespace, screen: Screen, client: Any, files: Files
     return Subject(answer["model"], problem, "measured devices", {}, files)
 
 
-def _bounded(options: argparse.Namespace, cell: Cell) -> Cell:
+def _bounded(options: argparse.Namespace, subject: Subject, cell: Cell) -> Cell:
     """Return the cell with the default budget, where `shoal plan` has one."""
     from planning.sensitivity import applying_budget
 
-    if options.quality_budget:
+    if options.quality_budget or subject.problem.spec.encodes:
         return cell
     budget = applying_budget(
         None, cell.max_weight_error, unbounded=False, decided=len(cell.bits) == 1

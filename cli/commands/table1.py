@@ -142,6 +142,7 @@ def run_table1(options: argparse.Namespace, screen: Screen) -> None:
     from cli.commands.table1_views import show_table1
     from evaluation.errors import EvaluationError
     from model.errors import ModelError
+    from paper.study_log import ForeignFile
     from planning.plan import PlanError
 
     try:
@@ -150,7 +151,7 @@ def run_table1(options: argparse.Namespace, screen: Screen) -> None:
             with telling(options.out / "results.jsonl", bench.kept, screen):
                 _study(options, screen, found)
             show_table1(options, screen, found)
-    except (BackendError, EvaluationError, ModelError, PlanError) as error:
+    except (BackendError, EvaluationError, ForeignFile, ModelError, PlanError) as error:
         raise CommandFailed(str(error)) from error
 
 
@@ -176,6 +177,8 @@ def _bench(options: argparse.Namespace, screen: Screen) -> Iterator[Bench]:
     path = model_here(options.model, screen)
     files = Files(Checkpoint.open(path, adapter_of(options)), Tokenizer.load(path))
     spec = files.checkpoint.spec
+    if spec.encodes:
+        raise CommandFailed(f"{path}: it encodes texts: the study needs a model that generates")
     wishes = wishes_of(options, data)
     tasks = make_tasks(data, wishes, files.tokenizer, spec.max_context)
     if not tasks.targets:

@@ -45,6 +45,9 @@ log = logging.getLogger(__name__)
 
 STORE_VERSION = 1
 
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, OverflowError)
+"""Errors of reading values that ``save`` did not write."""
+
 MAX_TOKENS = 1 << 16
 MAX_PLANS = 64
 
@@ -217,7 +220,7 @@ class QualityStore:
         replace_text(path, json.dumps(content))
 
     def _read(self, path: Path, spec: ModelSpec) -> KnownQuality | None:
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        with contextlib.suppress(OSError, *_DAMAGE):
             content = read_json(path)
             blocks = {
                 (int(block), int(bits)): (float(kl), float(error))
@@ -228,6 +231,7 @@ class QualityStore:
                 # Files of older versions have no hops.
                 for boundary, bits, kl in content.get("hops", ())
             }
+            plans = {tuple(map(int, plan)): float(kl) for plan, kl in content["plans"]}
             own = {
                 (str(arithmetic), int(block), int(bits)): (float(kl), float(error))
                 for arithmetic, block, bits, kl, error in content.get("own", ())
@@ -235,6 +239,8 @@ class QualityStore:
             if (
                 content["version"] == STORE_VERSION
                 and all(0 <= block < spec.block_count for block, _ in blocks)
+                and all(0 <= value < math.inf for pair in blocks.values() for value in pair)
+                and all(0 <= kl < math.inf for kl in plans.values())
                 and all(0 < block < spec.head_block for _, block, _ in own)
                 and all(0 <= kl < math.inf for kl, _ in own.values())
                 and all(0 <= b < spec.head_block and bits in HOP_BITS for b, bits in hops)
@@ -245,7 +251,7 @@ class QualityStore:
                     content["scheme"],
                     content["group_size"],
                     blocks,
-                    {tuple(plan): float(kl) for plan, kl in content["plans"]},
+                    plans,
                     hops,
                     own,
                 )

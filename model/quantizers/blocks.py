@@ -130,7 +130,7 @@ class BlockText:
     def error(self, tensors: Mapping[str, Tensor]) -> float:
         """Return the squared error of the block's outputs with other tensors."""
         _, outputs = self.run(tensors)
-        if self.block != self.spec.head_block:
+        if "lm_head.weight" not in tensors:  # An encoder's head has none either.
             return float(np.square(outputs - self.outputs).sum(dtype=np.float64))
         total, table = 0.0, tensors["lm_head.weight"]
         step = max(1, _LOGITS // max(1, len(outputs)))

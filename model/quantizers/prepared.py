@@ -25,8 +25,14 @@ from model.durable import remove, replace_text
 from model.errors import CheckpointError, UnsupportedModelError
 from model.memory import memory_bytes
 from model.passages import built_in_text, passages_of, split_passages
-from model.quantize import PREPARED, Format, Quantizer
-from model.quantizers.blocks import BlockText, needed_bytes, prepared_block, rounded_block
+from model.quantize import PREPARED, Format, Quantizer, require_storable
+from model.quantizers.blocks import (
+    BlockText,
+    Tensors,
+    needed_bytes,
+    prepared_block,
+    rounded_block,
+)
 from model.reference import ReferenceModel
 
 if TYPE_CHECKING:
@@ -143,8 +149,7 @@ class Prepared:
         try:
             self._home.mkdir(parents=True, exist_ok=True)
             if self.recipe.quantizer in WITHOUT_TEXT:
-                tensors = self.checkpoint.block(block)
-                made = rounded_block(tensors, fmt, self.recipe.quantizer)
+                made = rounded_block(self._weights(block), fmt, self.recipe.quantizer)
             else:
                 made = prepared_block(self._text_of(block), fmt, self.recipe.quantizer)
             artifact = store_block(self._home, block, made, fmt)
@@ -172,13 +177,32 @@ class Prepared:
         if self._text is not None and self._text.block == self._at < block:
             self._rows, self._at = self._text.outputs, self._at + 1
         self._text = None  # Its memory is needed.
-        for before in range(self._at, block):
-            tensors = self.checkpoint.block(before)
-            model = ReferenceModel(spec, [tensors], first_block=before)
-            self._rows = model.forward_sequences(self._rows, lengths)
-        self._at = block
-        self._text = BlockText(spec, block, self.checkpoint.block(block), self._rows, lengths)
-        return self._text
+        with np.errstate(over="ignore", invalid="ignore"):  # It is refused in one line.
+            while self._at < block:
+                model = ReferenceModel(spec, [self._weights(self._at)], first_block=self._at)
+                rows = model.forward_sequences(self._rows, lengths)
+                self._require_finite(self._at, rows)
+                self._rows, self._at = rows, self._at + 1
+            text = BlockText(spec, block, self._weights(block), self._rows, lengths)
+        self._require_finite(block, text.outputs)
+        self._text = text
+        return text
+
+    def _weights(self, block: int) -> Tensors:
+        """Return a block's tensors. Raises CheckpointError that names one that is not finite."""
+        tensors = self.checkpoint.block(block)
+        for name, tensor in tensors.items():
+            where = f"{self.checkpoint.spec.block_name(block)}: {name}"
+            require_storable(tensor.reshape(len(tensor), -1), where)
+        return tensors
+
+    def _require_finite(self, block: int, rows: Rows) -> None:
+        """Raise UnsupportedModelError for outputs of a block that nothing can be learned from."""
+        if not np.isfinite(rows).all():
+            raise UnsupportedModelError(
+                f"--scheme {self.recipe.quantizer}: on its text the outputs of "
+                f"{self.checkpoint.spec.block_name(block)} are not finite: use --scheme clip or rtn"
+            )
 
     def rest(self) -> None:
         """Free the rows in memory. The next block is made a little later."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from api.formats.json_call import read_object
 from api.formats.parts import Arguments, CallBegins, Parser, Part, Text, Thought
 from api.formats.tool_format import THINK, ToolFormat, find_format
 
@@ -262,6 +264,70 @@ def test_any_text_is_read_alike_whole_and_by_characters(
 ) -> None:
     text = "".join(pieces)
     assert read(parser_of(form), [text]) == read(parser_of(form), text)
+
+
+ZIPS = {
+    "$defs": {"Code": {"type": "string", "enum": ["1", "2"]}, "a/b": {"$ref": "#/$defs/a~1b"}},
+    "properties": {
+        "optional": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "either": {"type": ["string", "null"]},
+        "listed": {"enum": ["1", "2"]},
+        "fixed": {"const": "7"},
+        "named": {"allOf": [{"$ref": "#/$defs/Code"}]},
+        "count": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
+        "loop": {"$ref": "#/$defs/a~1b"},
+        "outside": {"$ref": "https://example.com/a"},
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("optional", "12345", "12345"),
+        ("optional", "null", None),
+        ("optional", '"x"', '"x"'),
+        ("either", "true", "true"),
+        ("listed", "1", "1"),
+        ("fixed", "7", "7"),
+        ("named", "2", "2"),
+        ("count", "2", 2),
+        ("count", "2.5", "2.5"),
+        ("loop", "2", 2),
+        ("outside", "2", 2),
+        ("unknown", "[1]", [1]),
+        ("unknown", "NaN", "NaN"),
+        ("unknown", "[1e999]", "[1e999]"),
+    ],
+)
+def test_values_in_xml_have_the_types_of_the_schema(name: str, text: str, value: Any) -> None:
+    """A text that looks like a number stayed one only where its type is a string and no other."""
+    parser = CODER.parser([Tool("f", ZIPS)], opened=False, split=True)
+    xml = f"<tool_call><function=f><parameter={name}>\n{text}\n</parameter></function></tool_call>"
+    ((*_, arguments),) = read(parser, [xml])
+    assert json.loads(arguments) == {name: value}
+
+
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        (CODER, '<tool_call><function=now><parameter=a>"\\ud83d"</parameter></function>'),
+        (HERMES, '<tool_call>{"arguments": {"a": "\\ud83d"}, "name": "now"}</tool_call>'),
+        (HERMES, '<tool_call>{"name": "now", "arguments": "{\\"a\\": \\"\\ud83d\\"}"}</tool_call>'),
+        (HERMES, '<tool_call>{"name": "now", "arguments": {"a": "\\ud83d"}}</tool_call>'),
+    ],
+)
+def test_half_a_character_in_arguments_can_be_sent(form: ToolFormat, text: str) -> None:
+    """Models break characters. An answer that could not be encoded ended with an internal error."""
+    ((*_, arguments),) = read(form.parser(TOOLS, opened=False, split=True), [text])
+    arguments.encode()
+    assert json.loads(arguments) == {"a": "\ud83d"}
+    assert read_object(arguments) == {"a": "\N{REPLACEMENT CHARACTER}"}
+
+
+@pytest.mark.parametrize("text", ["5", "[]", "{", '{"a": NaN}', '{"a": 1e999}', "[" * 100_000])
+def test_what_is_no_object_of_json_is_none(text: str) -> None:
+    assert read_object(text) is None
 
 
 def test_arguments_are_streamed_as_they_come() -> None:

@@ -115,6 +115,14 @@ def test_calls_have_objects_as_arguments() -> None:
     )
 
 
+def test_half_a_character_in_a_models_call_ends_no_conversation() -> None:
+    """A client gives back what it got. No template may write text that no tokenizer takes."""
+    calls = [call("a", "f", '{"x": "\\ud83d"}')]
+    result = {"role": "tool", "tool_call_id": "a", "content": "1"}
+    text = render([USER, {"role": "assistant", "tool_calls": calls}, result], CALLING)
+    assert '{"x": "\N{REPLACEMENT CHARACTER}"}' in text
+
+
 def test_results_come_in_the_order_of_their_calls() -> None:
     messages = [
         {"role": "assistant", "content": None, "tool_calls": [call("a"), call("b"), call("c")]},

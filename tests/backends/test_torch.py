@@ -33,7 +33,7 @@ from backends.torch_cuda import (
 )
 from backends.torch_layers import TokenPass
 from backends.torch_matmul import Form, KernelChooser, candidate_forms
-from backends.torch_packed import CONTAINERS, PackedWeight
+from backends.torch_packed import CONTAINERS, PackedWeight, plain_weight
 from calibration.device import profile_device
 from model.artifact import write_artifact
 from model.checkpoint import Checkpoint
@@ -587,3 +587,21 @@ def check(actual: Any, expected: Any, tolerance: float) -> None:
     assert shown.any()
     scale = max(1.0, float(np.abs(expected).max()))
     np.testing.assert_allclose(actual[shown], expected[shown], rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"), [(1.0, torch.float16), (1e-7, torch.float32), (1e6, torch.float32)]
+)
+def test_weights_that_fp16_does_not_hold_stay_wide(scale: float, dtype: torch.dtype) -> None:
+    drawn = np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)
+    stored = quantize(drawn * np.float32(scale), Format.of(16))
+    weight = plain_weight([stored], torch.device("cpu"), torch.float16)
+    assert weight.dtype == dtype
+    np.testing.assert_allclose(weight.float().numpy(), stored.dequantize(), rtol=2**-11)
+
+
+def test_small_weights_that_are_stored_as_fp16_stay_fp16() -> None:
+    values = (np.arange(1, 33, dtype=np.float32) * np.float32(2**-24))[None]
+    weight = plain_weight([quantize(values, Format.of(16))], torch.device("cpu"), torch.float16)
+    assert weight.dtype == torch.float16
+    np.testing.assert_array_equal(weight.float().numpy(), values)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from backends.base import Backend, BackendUnavailable, Capabilities
+from backends.base import Backend, BackendError, BackendUnavailable, Capabilities
 from backends.registry import BACKENDS, backend_class
 from calibration.quality import students
 from calibration.quality.blocks import (
@@ -27,6 +27,7 @@ from model.passages import built_in_text, passages_of, split_passages
 from model.quantize import Format, quantize, weight_error
 from model.reference import ReferenceModel
 from model.spec import QUANTIZED_TENSORS
+from tests.damaged import overflowing
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 BITS = (3, 8)
@@ -256,6 +257,19 @@ def test_divergences_in_fp32_are_those_in_fp64(size: float) -> None:
 def test_unusable_texts(sequences: list[list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         measure_quality(Checkpoint.open(FIXTURES / "llama"), (4,), sequences)
+
+
+def test_predictions_that_are_no_numbers_spoil_no_other_measurements(tmp_path: Path) -> None:
+    """A NaN among them made the whole file of a device's calibration one that is damaged."""
+    checkpoint = overflowing(tmp_path / "model")
+    store = CalibrationStore(tmp_path / "calibration.json")
+    store.put({"of": "the device"}, (1.0,))
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(BackendError, match="predictions are not finite numbers"),
+    ):
+        measure_quality(checkpoint, [8], [[1, 2, 3, 4]], store=store)
+    assert store.get({"of": "the device"}) == (1.0,)
 
 
 def test_passages() -> None:

@@ -15,6 +15,8 @@ import pytest
 
 from cli.errors import EXIT_UNAVAILABLE
 from cli.main import main
+from compression.errors import CompressionError
+from compression.points import Points
 from model.checkpoint import Checkpoint
 from tests.cli.test_imports import run_without
 
@@ -237,6 +239,24 @@ def test_wrong_wishes_are_told_in_one_line(
     (out / "compress.json").write_text("nonsense")
     assert main(asked(out)) == 1
     assert "name another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"settings": None},
+        {"settings": [1]},
+        {"point 1 16 pruned": {"size": 1}},
+        {"point 1 16 pruned": 3},
+        {"shoal_compress": 2},
+    ],
+)
+def test_damaged_results_are_named(damage: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "compress.json"
+    Points(path, {}).put("importance", 1)
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    with pytest.raises(CompressionError, match=f"{path}: .*name another --out"):
+        Points(path, {})
 
 
 def test_without_torch_it_says_what_to_install(tmp_path: Path) -> None:

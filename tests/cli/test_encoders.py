@@ -128,3 +128,38 @@ def test_what_a_model_cannot_do_says_what_to_give(
     )
     assert code != 0
     assert needs in said
+
+
+def test_a_grid_of_plans_needs_no_budget(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The default budget of models that generate has nothing to count here."""
+    lab = tmp_path / "lab.yaml"
+    lab.write_text(LAB)
+    model, out = ENCODERS / "minilm", f"--out={tmp_path / 'out'}"
+    wishes = ("--devices", lab, "--bits", "4", "--bits", "4,8", out)
+    code, said = shoal(capsys, "sweep", model, *wishes)
+    assert code == 0, said
+    text = tmp_path / "text.txt"
+    text.write_text("The ship is in the river.")
+    code, said = shoal(capsys, "sweep", model, *wishes, "--eval", "--data", text)
+    assert code == 1
+    assert "it encodes texts: compare widths with `shoal eval --bits`" in said
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (("calibrate", "--quality", "--bits=4", "--model"), "this model encodes texts: compare"),
+        (("study", "table1"), "it encodes texts: the study needs a model that generates"),
+    ],
+)
+def test_divergences_of_next_tokens_are_not_measured(
+    command: tuple[str, ...], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The ship is in the river.\n\nWhere is the ship?\n" * 9)
+    rest = () if command[0] == "calibrate" else ("--data", text, f"--out={tmp_path / 'out'}")
+    code, said = shoal(capsys, *command, ENCODERS / "bert-class", *rest)
+    assert code == 1
+    assert words in said

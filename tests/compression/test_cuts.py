@@ -182,3 +182,21 @@ def test_what_cannot_be_compressed_is_refused_by_name(family: str) -> None:
     checkpoint = Checkpoint.open(FAMILIES / family)
     with pytest.raises(CompressionError, match=REFUSED[family]):
         check_source(checkpoint)
+
+
+@pytest.mark.parametrize(
+    "folder",
+    ["fp8", "compressed-fp8", "bitsandbytes", "bitsandbytes-int8", "mlx", "awq", "gptq"],
+)
+def test_every_kind_of_packed_weights_is_refused(folder: str) -> None:
+    """Those whose codes no format of ours has became fp32 in a folder that said to be packed."""
+    checkpoint = Checkpoint.open(FIXTURES.parent / "packed" / folder)
+    with pytest.raises(CompressionError, match="it is quantized: give the original folder"):
+        check_source(checkpoint)
+
+
+@pytest.mark.parametrize("folder", ["bert", "bert-class", "mpnet", "qwen3-embed", "roberta"])
+def test_a_model_that_encodes_texts_is_refused(folder: str) -> None:
+    checkpoint = Checkpoint.open(FIXTURES.parent / "encoders" / folder)
+    with pytest.raises(CompressionError, match="it encodes texts: only models that generate"):
+        check_source(checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ torch = pytest.importorskip("torch", reason="needs the extra torch")
 from compression import distil as module  # noqa: E402
 from compression.cuts import Cut, cut_blocks, cut_spec  # noqa: E402
 from compression.distil import Recipe, depths, distil, distillation_loss  # noqa: E402
+from compression.errors import CompressionError  # noqa: E402
 from compression.importance import (  # noqa: E402
     Importance,
     Probe,
@@ -25,6 +27,7 @@ from compression.importance import (  # noqa: E402
     masked,
     shapes,
 )
+from compression.measure import losses  # noqa: E402
 from compression.network import Network  # noqa: E402
 from compression.text import batch_of, batches, divided, drawn  # noqa: E402
 from evaluation.losses import Target  # noqa: E402
@@ -123,6 +126,44 @@ def test_a_damaged_checkpoint_begins_anew(content: bytes, tmp_path: Path) -> Non
         lambda step, *_: steps.append(step),
     )
     assert steps == [1, 2]
+
+
+def test_teaching_that_diverges_is_said_to_do_so(tmp_path: Path) -> None:
+    """It went on with losses that are NaN, and its folder was a damaged one."""
+    teacher, student = teacher_and_student()
+    wild, steps = replace(RECIPE, rate=1e30), list[int]()
+    with pytest.raises(CompressionError, match="is not finite: teach with a smaller --rate"):
+        distil(
+            teacher,
+            student,
+            CUT,
+            targets(),
+            wild,
+            tmp_path / "kept.pt",
+            lambda step, *_: steps.append(step),
+        )
+    assert len(steps) < 10
+    with pytest.raises(CompressionError, match="predictions are not finite"):
+        losses(teacher, student, list(batches(targets(), 256)))
+
+
+def test_a_disk_that_is_full_is_said_to_be(tmp_path: Path) -> None:
+    """The library says what a disk said as an error of its own, which was a traceback."""
+    kept = tmp_path / "kept.pt"
+    teacher, student = teacher_and_student()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def stop(*_: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        raise KeyboardInterrupt  # A checkpoint is written now.
+
+    try:
+        with pytest.raises(OSError, match="too large") as failure:
+            distil(teacher, student, CUT, targets(), RECIPE, kept, stop)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert failure.value.filename == str(kept)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_of_another_recipe_is_not_used(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -224,6 +225,11 @@ def test_what_is_known_is_kept_by_checkpoint_text_and_format(tmp_path: Path) -> 
     for bad_own in (["a", 0, 8, 0.1, 0.1], ["a", 1, 8, -0.1, 0.1], ["a", 1, 8, 0.1], [1]):
         path.write_text(json.dumps(older | {"own": [bad_own]}))
         assert store.latest(CHECKPOINT, "rtn", 32) is None
+    for bad_block in ([0, 8, math.nan, 0.1], [0, 8, -0.1, 0.1], [0, 8, 0.1, math.inf], [1e999] * 4):
+        path.write_text(json.dumps(older | {"blocks": [bad_block]}))
+        assert store.latest(CHECKPOINT, "rtn", 32) is None
+    path.write_text(json.dumps(older | {"plans": [[plan, math.nan]]}))
+    assert store.latest(CHECKPOINT, "rtn", 32) is None
     for bad in ([SPEC.head_block, 8, 0.1], [0, 4, 0.1], [0, 8, -0.1], [0, 8]):
         path.write_text(json.dumps(older | {"hops": [bad]}))
         assert store.latest(CHECKPOINT, "rtn", 32) is None

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from backends.base import BackendError
 from backends.registry import backend_class
 from calibration.quality.students import BY_REFERENCE, Options
 from evaluation import losses as module
@@ -16,6 +17,7 @@ from model.checkpoint import Checkpoint
 from model.quantize import Format, quantize
 from model.reference import ReferenceModel
 from model.spec import QUANTIZED_TENSORS
+from tests.damaged import overflowing
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -114,6 +116,25 @@ def test_several_runs_and_targets_are_those_of_whole_models(
             assert whole(found[name][item]) == pytest.approx(
                 expected(checkpoint, formats, target), rel=1e-4, abs=1e-5
             )
+
+
+@pytest.mark.parametrize("with_original", [True, False])
+def test_predictions_that_are_no_numbers_have_no_loss(with_original: bool, tmp_path: Path) -> None:
+    checkpoint = overflowing(tmp_path / "model")
+    formats = [Format.of(8)] * checkpoint.spec.block_count
+    measured = measure_losses(
+        checkpoint,
+        {"a": formats},
+        {0: Target((1, 2, 3, 4), 1)},
+        BY_REFERENCE,
+        lambda *_: None,
+        with_original=with_original,
+    )
+    with (
+        np.errstate(all="ignore"),
+        pytest.raises(BackendError, match="predictions are not finite numbers"),
+    ):
+        list(measured)
 
 
 def test_without_the_original_there_is_no_divergence() -> None:

@@ -205,6 +205,9 @@ def test_16_bits_choose_the_lossless_type() -> None:
     np.testing.assert_array_equal(stored.dequantize(), brain)
     mixed = normal(3, 5)
     np.testing.assert_allclose(quantize(mixed, Format.of(16)).dequantize(), mixed, rtol=2**-11)
+    tiny = mixed * np.float32(1e-8)  # Below the steps of fp16, of which 4 bits lost less.
+    error = np.abs(quantize(tiny, Format.of(16)).dequantize() - tiny)
+    assert error.max() <= np.abs(tiny).max() * 2**-8
     large = mixed * 1e6 + np.float32(1e5)
     np.testing.assert_allclose(quantize(large, Format.of(16)).dequantize(), large, rtol=2**-8)
 

@@ -13,7 +13,7 @@ import pytest
 
 from model.artifact import Tensor, read_block, values_of, write_artifact
 from model.checkpoint import Checkpoint
-from model.errors import UnsupportedModelError
+from model.errors import CheckpointError, UnsupportedModelError
 from model.loss_estimate import plan_loss
 from model.quantize import PREPARED, Format, QuantizedMatrix, Quantizer, quantize
 from model.quantizers.blocks import BlockText, prepared_block
@@ -29,6 +29,7 @@ from model.quantizers.prepared import (
 )
 from model.reference import ReferenceModel
 from model.spec import QUANTIZED_TENSORS
+from tests.damaged import changed, overflowing
 
 TESTS = Path(__file__).parents[1]
 LLAMA = Checkpoint.open(TESTS / "fixtures" / "llama")
@@ -238,6 +239,64 @@ def test_codes_are_made_once_and_an_interrupted_run_goes_on(tmp_path: Path) -> N
     for block in reversed(range(count)):
         same_values(fresh.kept(block, fmt), again.kept(block, fmt))
     assert again.prepared.made == count - 1
+
+
+@pytest.mark.parametrize("quantizer", ["clip", "gptq", "auto"])
+@pytest.mark.parametrize("block", [1, 2])
+def test_weights_that_are_no_numbers_are_named(
+    quantizer: Quantizer, block: int, tmp_path: Path
+) -> None:
+    """A damaged layer spoiled the rows of all later ones, whose matrices were then to blame."""
+
+    def damage(weights: Weights) -> Weights:
+        weights[3, 5] = np.nan
+        return weights
+
+    damaged = prepared(changed(tmp_path / "m", damage, "up"), quantizer, tmp_path)
+    fmt = Format.of(4, quantizer)
+    if quantizer == "clip" and block == 2:  # It looks at no other layer.
+        damaged.block_in(block, fmt)
+        return
+    with pytest.raises(CheckpointError, match=r"^layer 0: up\.weight holds NaN"):
+        damaged.block_in(block, fmt)
+    assert not list((tmp_path / "quantized").rglob("*.json")), "no damaged codes are kept"
+
+
+def test_quantizers_are_compared_for_models_that_encode(tmp_path: Path) -> None:
+    """The head of such a model has no logits."""
+    checkpoint = prepared(Checkpoint.open(TESTS / "encoders" / "bert"), "auto", tmp_path)
+    fmt = Format.of(4, "auto")
+    for block in range(checkpoint.spec.block_count):
+        assert checkpoint.block_in(block, fmt).keys() == checkpoint.spec.block_tensors(block).keys()
+
+
+@pytest.mark.filterwarnings("error")
+def test_rows_that_are_no_numbers_are_said_to_be_so(tmp_path: Path) -> None:
+    checkpoint = prepared(overflowing(tmp_path / "m"), "gptq", tmp_path)
+    for block in (1, 2):
+        with pytest.raises(UnsupportedModelError, match="outputs of layer 0 are not finite: use"):
+            checkpoint.block_in(block, Format.of(4, "gptq"))
+
+
+def test_a_failure_between_two_blocks_changes_no_codes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows had passed a block twice when the next attempt went on."""
+    fmt, last = Format.of(3, "gptq"), LLAMA.spec.head_block
+    expected = prepared(LLAMA, "gptq", tmp_path / "one").block_in(last, fmt)
+    checkpoint = prepared(LLAMA, "gptq", tmp_path / "two")
+    read = Checkpoint.block
+
+    def failing(self: Checkpoint, block: int) -> Any:
+        if block == 2:
+            raise CheckpointError("the disk hangs")
+        return read(self, block)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoint, "block", failing)
+        with pytest.raises(CheckpointError, match="hangs"):
+            checkpoint.block_in(last, fmt)
+    same_values(checkpoint.block_in(last, fmt), expected)  # type: ignore[arg-type]  # tensors
 
 
 @pytest.mark.parametrize("passages", [1, 2, 5])

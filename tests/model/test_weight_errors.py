@@ -61,7 +61,12 @@ def test_what_was_measured_is_not_measured_again(
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"1/4/rtn/64/asym": "x"}', '{"1/4/rtn/64/asym": []}']
+    "content",
+    [
+        "",
+        "[]",
+        *(f'{{"1/4/rtn/64/asym": {bad}}}' for bad in ('"x"', "[]", "NaN", "-1.0", "1" + "0" * 400)),
+    ],
 )
 def test_a_damaged_file_is_measured_again(tmp_path: Path, content: str) -> None:
     expected = weight_errors(CHECKPOINT, FORMATS, tmp_path, Steps())

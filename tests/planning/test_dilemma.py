@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ import pytest
 from model.quantize import Format, weight_error
 from paper import dilemma, study
 from paper.dilemma import ALL_REPAIRS, Choice, Instance, Repairs, solve
+from paper.study_log import ForeignFile, StudyLog
 from planning.labs.lab_file import parse_lab
 from planning.plan import PlanError
 from tests.planning.described import described_problem
@@ -369,6 +371,43 @@ def test_a_study_goes_on_where_it_was_stopped(
     # Another seed is another study.
     study.study_dilemma(runs=1, seed=5, layers=5, log=log)
     assert len(solved) == 8 + 27 - 6 + 9
+
+
+STUDY = {"name": "dilemma", "seed": 0}
+
+
+def test_a_file_of_another_command_is_not_begun_anew(tmp_path: Path) -> None:
+    """Commands name their files alike, so one with another's --out wiped out what that had done."""
+    log = tmp_path / "results.jsonl"
+    text = '{"shoal_study_table1": 1}\n{"run": "a", "kind": "loss", "item": 0}\n'
+    log.write_text(text)
+    with pytest.raises(ForeignFile, match="not a file of this study: name another --out"):
+        StudyLog(log, STUDY)
+    assert log.read_text() == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", '{"st', '{"study": {"na', '{"study": 5}\n', '{"study": {"name": "dilemma", "seed": 1}}\n'],
+)
+def test_a_heading_that_was_cut_off_or_is_another_begins_anew(text: str, tmp_path: Path) -> None:
+    log = tmp_path / "results.jsonl"
+    log.write_text(text)
+    with StudyLog(log, STUDY) as kept:
+        assert kept.result("a", lambda: 1) == 1
+    assert [*map(json.loads, log.read_text().splitlines())] == [
+        {"study": STUDY},
+        {"name": "a", "result": 1},
+    ]
+
+
+def test_damaged_lines_are_computed_again(tmp_path: Path) -> None:
+    log = tmp_path / "results.jsonl"
+    damaged = ['{"name": ["b"], "result": 1}', "[" * 100_000, "5", "", '{"name": "a", "result": 1}']
+    log.write_text("\n".join([json.dumps({"study": STUDY}), *damaged]))
+    with StudyLog(log, STUDY) as kept:
+        assert kept.result("a", lambda: 2) == 1
+        assert kept.result("b", lambda: 2) == 2
 
 
 def test_the_study_gives_the_papers_table_and_figures() -> None:

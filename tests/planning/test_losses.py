@@ -188,6 +188,7 @@ def test_what_was_measured_is_kept_until_the_model_changes(tmp_path: Path) -> No
         lambda text: text.replace('"version": 1', '"version": 0'),
         lambda text: text.replace('"margin": ', '"margin": -'),
         lambda text: json.dumps(json.loads(text) | {"blocks": []}),
+        lambda text: json.dumps(json.loads(text) | {"tokens": float("inf")}),
         lambda text: json.dumps(json.loads(text) | {"plans": [[[4], "x"]]}),
     ],
 )

@@ -12,6 +12,7 @@ from calibration.quality.blocks import measure_blocks
 from calibration.quality.students import Options, students_of
 from evaluation.losses import Target, measure_losses
 from model.checkpoint import Checkpoint
+from model.errors import CheckpointError
 from model.quantize import Format, Scheme, quantize
 from paper.study import truncation_error
 from studies.rounding import (
@@ -56,6 +57,14 @@ def test_a_width_that_a_scheme_does_not_store_is_refused() -> None:
         NEAREST.matrix(weights(), 10)
     assert NEAREST.matrix(weights(), ORIGINAL) is not None
     assert (str(TRUNCATION), str(NEAREST)) == ("truncate", "rtn 32")
+
+
+@pytest.mark.parametrize("bits", [8, 10])
+def test_weights_that_are_no_numbers_are_refused_at_any_width(bits: int) -> None:
+    damaged = weights()
+    damaged[0, 0] = np.nan
+    with pytest.raises(CheckpointError, match="holds NaN"):
+        TRUNCATION.matrix(damaged, bits)
 
 
 @pytest.mark.parametrize("scheme", ["truncate", "rtn"])
