@@ -74,7 +74,9 @@ class Conversation:
 def require_terminal() -> None:
     """Raise UsageError if there is nobody to chat with."""
     if not sys.stdin.isatty():
-        raise UsageError("a chat needs a terminal: without one, `shoal run MODEL PROMPT` answers")
+        raise UsageError(
+            "a chat is held on a terminal: without one, `shoal run MODEL PROMPT` answers"
+        )
 
 
 def chat(client: Client, screen: Screen, conversation: Conversation) -> None:

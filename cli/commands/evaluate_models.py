@@ -91,7 +91,6 @@ def _refuse_ignored(options: argparse.Namespace) -> None:
         "--exact": options.exact,
         "--adapter": options.adapter is not None,
         "--scheme": options.scheme != DEFAULT_SCHEME,
-        "--scheme-text": options.scheme_text is not None,
         "--group-size": options.group_size != DEFAULT_GROUP_SIZE,
     }
     for name, is_given in decided.items():

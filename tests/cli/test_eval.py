@@ -136,7 +136,6 @@ def test_without_sacrebleu_one_line_says_so() -> None:
         (("--url=http://127.0.0.1:9", "--group-size=64"), 3, "no coordinator answers"),
         ((), 2, "--group-size goes with --bits or --plan"),
         (("--exact",), 2, "--exact goes with --bits or --plan"),
-        (("--group-size=64", "--scheme-text=x"), 2, "--scheme-text goes with --bits or --plan"),
         (("--bits=4", "--adapter=nowhere"), 2, "--adapter nowhere: no such folder"),
     ],
 )

@@ -38,7 +38,10 @@ WRONG = [
     (["calibrate", "--quality", "--sustain=9s"], "--sustain does not go with --quality"),
     (["calibrate", "--quality", "--on=auto", "--backend=torch_cpu"], "--backend does not go with"),
     (["calibrate", "--quality", "--on=auto"], "it needs --model"),
-    (["chat", NOBODY], "a chat needs a terminal: without one, `shoal run MODEL PROMPT` answers"),
+    (
+        ["chat", NOBODY],
+        "a chat is held on a terminal: without one, `shoal run MODEL PROMPT` answers",
+    ),
 ]
 
 

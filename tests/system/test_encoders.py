@@ -179,7 +179,7 @@ def commands_of(three: Cluster) -> None:
     assert len(run.stdout.splitlines()) == 3
     for arguments, said in (
         (("run", "bert-span", CONTEXT), "ask one with --question"),
-        (("run", "bert-span"), "a chat needs a terminal"),
+        (("run", "bert-span"), "a chat is held on a terminal"),
     ):
         run = three.run(*arguments)
         assert run.returncode == 2
