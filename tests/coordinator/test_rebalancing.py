@@ -335,6 +335,13 @@ def test_a_plan_that_measures_worse_is_left_and_remembered(run: Callable[[Test],
     run(test)
 
 
+async def load_together(world: World, directory: Path, together: Mapping[str, float]) -> None:
+    """Load a model on d, and a copy of it on c, as if they had been planned together."""
+    other = Path(shutil.copytree(MODEL, directory / "models" / "other"))
+    await load(world.shoal, MODEL, ALONE, together=together)
+    await load(world.shoal, other, BETTER, together=together)
+
+
 @pytest.mark.parametrize(
     ("weight", "after_s", "moves_back"),
     [(1.0, (0.06, 0.2), True), (9.0, (0.06, 0.2), False), (1.0, (0.06, 0.1), False)],
@@ -347,12 +354,10 @@ def test_models_that_were_planned_together_move_back_together(
     after_s: tuple[float, float],
     moves_back: bool,
 ) -> None:
-    other = Path(shutil.copytree(MODEL, tmp_path / "models" / "other"))
     together = {FIRST: weight, "other": 1.0}
 
     async def test(world: World) -> None:
-        await load(world.shoal, MODEL, ALONE, together=together)
-        await load(world.shoal, other, BETTER, together=together)
+        await load_together(world, tmp_path, together)
         before = [world.of(name).epoch for name in together]
         world.find({FIRST: BETTER, "other": ALONE})
         await world.look(LOOK_S)
@@ -377,12 +382,10 @@ def test_models_that_were_planned_together_move_back_together(
 def test_a_model_that_stays_counts_where_another_one_moves(
     run: Callable[[Test], None], tmp_path: Path
 ) -> None:
-    other = Path(shutil.copytree(MODEL, tmp_path / "models" / "other"))
     together = {FIRST: 1.0, "other": 1.0}
 
     async def test(world: World) -> None:
-        await load(world.shoal, MODEL, ALONE, together=together)
-        await load(world.shoal, other, BETTER, together=together)
+        await load_together(world, tmp_path, together)
         world.find({FIRST: ALONE, "other": ALONE})
         await world.look(LOOK_S)
         for name, device in zip(together, "dc", strict=True):
