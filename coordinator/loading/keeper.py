@@ -242,7 +242,7 @@ class Keeper:
                 await self._resume(state)
             else:
                 await self._replace(state)
-        except Exception:  # Nobody must wait for ever. asyncio reports the error.
+        except Exception:  # The outermost call of its task: else answers would wait for ever.
             self._give_up(name_of(state), NotLoaded(NO_MODEL))
             raise
 

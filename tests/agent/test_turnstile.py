@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
+from collections.abc import Callable
 
 from agent.turnstile import Ticket, Turnstile
 
@@ -20,6 +20,27 @@ class Shared:
         self.turnstile = Turnstile(lambda: self.now_s)
         self.active = 1
         """The stages that have rows."""
+        self.news = threading.Condition()
+        """Is told of each stage that begins to wait, or has no rows any more."""
+
+    def until(self, holds: Callable[[int], bool]) -> None:
+        """Wait until something holds of the number of stages that wait."""
+        waiting = self.turnstile._waiting
+        with self.news:
+            assert self.news.wait_for(lambda: holds(len(waiting)), DEADLINE_S)
+
+
+class Announced(threading.Event):
+    """An event whose waiter tells ``news`` before it waits."""
+
+    def __init__(self, news: threading.Condition) -> None:
+        super().__init__()
+        self._news = news
+
+    def wait(self, timeout: float | None = None) -> bool:
+        with self._news:
+            self._news.notify_all()
+        return super().wait(timeout)
 
 
 class Runner:
@@ -28,6 +49,7 @@ class Runner:
     def __init__(self, shared: Shared, weight: float, pass_s: float = PASS_S) -> None:
         self.shared = shared
         self.ticket = Ticket(weight)
+        self.ticket.ready = Announced(shared.news)
         self.pass_s = pass_s
 
     def run_pass(self, order: list[Runner]) -> None:
@@ -35,8 +57,7 @@ class Runner:
         turnstile = self.shared.turnstile
         turnstile.enter(self.ticket)
         order.append(self)
-        while len(turnstile._waiting) < self.shared.active - 1:
-            time.sleep(1e-4)  # A turnstile tells no event of who waits.
+        self.shared.until(lambda waiting: waiting >= self.shared.active - 1)
         self.shared.now_s += self.pass_s
         turnstile.leave(self.ticket, returns=True)
 
@@ -45,14 +66,15 @@ def order_of(shared: Shared, runners: list[Runner], passes: int) -> list[Runner]
     """Run all until that many passes have begun, and return whose they were."""
     order: list[Runner] = []
     shared.active = len(runners)
-    gate, lock = threading.Barrier(len(runners)), threading.Lock()
+    gate = threading.Barrier(len(runners))
 
     def work(runner: Runner) -> None:
         gate.wait()
         while len(order) < passes:
             runner.run_pass(order)
-        with lock:
+        with shared.news:
             shared.active -= 1
+            shared.news.notify_all()
         shared.turnstile.cede(runner.ticket)
 
     threads = [threading.Thread(target=work, args=(runner,)) for runner in runners]
@@ -123,8 +145,7 @@ def test_a_pass_that_gives_way_runs_beside_others() -> None:
     assert turnstile.is_taken
     thread = threading.Thread(target=other.run_pass, args=(order,))
     thread.start()
-    while not turnstile.is_wanted:
-        time.sleep(1e-3)  # A turnstile tells no event of who waits.
+    shared.until(lambda waiting: waiting == 1)
     turnstile.give_way(first.ticket)
     thread.join(DEADLINE_S)
     assert order == [other]
@@ -141,8 +162,7 @@ def test_a_kept_place_can_be_ceded() -> None:
     thread = threading.Thread(target=other.run_pass, args=(order,))
     other.ticket.due_s = 1.0
     thread.start()
-    while not turnstile._waiting:
-        time.sleep(1e-3)  # A turnstile tells no event of who waits.
+    shared.until(lambda waiting: waiting == 1)
     turnstile.leave(first.ticket, returns=True)
     thread.join(0.05)
     assert thread.is_alive()

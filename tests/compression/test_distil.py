@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch", reason="needs the extra torch")
 from compression import distil as module  # noqa: E402
 from compression.cuts import Cut, cut_blocks, cut_spec  # noqa: E402
 from compression.distil import Recipe, depths, distil, distillation_loss  # noqa: E402
-from compression.errors import CompressionError  # noqa: E402
+from compression.errors import CompressionError  # noqa: E402 - it needs torch
 from compression.importance import (  # noqa: E402
     Importance,
     Probe,
@@ -27,7 +27,7 @@ from compression.importance import (  # noqa: E402
     masked,
     shapes,
 )
-from compression.measure import losses  # noqa: E402
+from compression.measure import losses  # noqa: E402 - it needs torch
 from compression.network import Network  # noqa: E402
 from compression.text import batch_of, batches, divided, drawn  # noqa: E402
 from evaluation.losses import Target  # noqa: E402

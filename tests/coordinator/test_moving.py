@@ -11,7 +11,7 @@ import pytest
 
 from coordinator.errors import AgentDamaged, AgentLost, LinkFailed, Moved
 from coordinator.loading import moving, recovery
-from coordinator.loading.deployment import Deployment
+from coordinator.loading.deployment import Deployment, Planned
 from coordinator.loading.state import Broken, MoveBegan
 from tests.coordinator.test_teams import (
     ALONE,
@@ -177,17 +177,17 @@ def test_an_answer_goes_over_to_stages_that_know_it(
     run(test)
 
 
+async def move(shoal: Shoal, deployment: Deployment, wanted: Planned) -> None:
+    async with shoal.turns.unasked("a move"):
+        await shoal.operations.mover.move(deployment, wanted, Moved())
+
+
 def test_a_move_ends_if_the_present_stages_are_lost(run: Run) -> None:
     async def test(shoal: Shoal) -> None:
         first, answer = await begin(shoal, (5,))
         shoal.operations.plans = [plan_of(((("b",), BLOCKS),))]
         wanted = planned(plan_of(((("c",), BLOCKS),)))
-
-        async def move() -> None:
-            async with shoal.turns.unasked("a move"):
-                await shoal.operations.mover.move(first, wanted, Moved())
-
-        going = asyncio.ensure_future(move())
+        going = asyncio.ensure_future(move(shoal, first, wanted))
         await shoal.until(lambda: shoal.of(StartSequence))
         shoal.kill("d")
         await shoal.until(lambda: shoal.models.serving is None)
@@ -248,12 +248,7 @@ def test_damage_of_the_new_stages_ends_a_move(run: Run) -> None:
     async def test(shoal: Shoal) -> None:
         first, answer = await begin(shoal, (5, 6))
         wanted = planned(plan_of(((("c",), BLOCKS),)))
-
-        async def move() -> None:
-            async with shoal.turns.unasked("a move"):
-                await shoal.operations.mover.move(first, wanted, Moved())
-
-        going = asyncio.ensure_future(move())
+        going = asyncio.ensure_future(move(shoal, first, wanted))
         await shoal.until(lambda: shoal.of(StartSequence))
         ((_, load),) = shoal.of(LoadStage)
         await shoal.said("c", StageDamaged(load.epoch, "a file was damaged"))

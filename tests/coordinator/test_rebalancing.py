@@ -372,7 +372,7 @@ def test_models_that_were_planned_together_move_back_together(
         await world.look(2 * LOOK_S)
         where = [world.of(name).where for name in together]
         assert where == (["d", "c"] if moves_back else ["c", "d"])
-        assert world.told("move kept") == [] if moves_back else ["move kept"]
+        assert world.told("move kept") == ([] if moves_back else ["move kept"])
         await world.look(PAUSE_S)  # It was tried, and is left alone.
         assert [world.of(name).where for name in together] == where
 
