@@ -46,3 +46,12 @@ class Unavailable(CommandFailed):
     """This machine or installation lacks something that the command needs."""
 
     exit_code = EXIT_UNAVAILABLE
+
+
+def failed(error: Exception) -> CommandFailed:
+    """Return the command's error for one of its work: Unavailable if a backend lacks something."""
+    from backends.base import BackendUnavailable
+
+    if isinstance(error, BackendUnavailable):
+        return Unavailable(f"{error}; `shoal doctor` says how to get it")
+    return CommandFailed(str(error))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli import argument_types
-from cli.errors import CommandFailed, UsageError
+from cli.errors import UsageError, failed
 from cli.render import Screen, titled_table
 from cli.shared_arguments import add_group_size_argument, add_threads_argument
 from wire.sizes import format_size
@@ -153,7 +153,7 @@ def run_bench(options: argparse.Namespace, screen: Screen) -> None:
                     )
                 )
     except (BackendError, ModelError) as error:
-        raise CommandFailed(str(error)) from error
+        raise failed(error) from error
     processor = processor_name()
     if options.json:
         head = {"processor": processor, "shape": options.shape, "backend": options.backend}

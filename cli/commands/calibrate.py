@@ -18,7 +18,7 @@ from cli.commands.calibrate_agent import Target, measure_for_agent, target_of
 from cli.commands.calibrate_quality import QUALITY_BITS, quality_here, quality_on_agent
 from cli.commands.calibrate_views import roofline, show_survey, show_table
 from cli.commands.model_names import config_here, model_here
-from cli.errors import CommandFailed, UsageError
+from cli.errors import UsageError, failed
 from cli.parser import add_url_argument
 from cli.render import Screen
 from cli.shared_arguments import (
@@ -198,7 +198,7 @@ def run_calibrate(options: argparse.Namespace, screen: Screen) -> None:
                 )
             _device(options, screen, target)
     except (BackendError, ModelError) as error:
-        raise CommandFailed(str(error)) from error
+        raise failed(error) from error
 
 
 def _require_used(options: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from cli.commands.evaluate_arguments import (
     add_seed_argument,
     wishes_of,
 )
-from cli.errors import CommandFailed, Unavailable
+from cli.errors import Unavailable, failed
 from cli.parser import add_url_argument
 from cli.render import Screen
 from cli.shared_arguments import (
@@ -207,7 +207,7 @@ def run_compress(options: argparse.Namespace, screen: Screen) -> None:
     except (
         BackendError, CompressionError, EvaluationError, LabError, ModelError, PlanError
     ) as error:  # fmt: skip
-        raise CommandFailed(str(error)) from error
+        raise failed(error) from error
     except ModuleNotFoundError as error:
         if error.name != "torch":
             raise

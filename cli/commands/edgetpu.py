@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cli.commands.model_names import model_here
-from cli.errors import CommandFailed, UsageError
+from cli.errors import CommandFailed, UsageError, failed
 from cli.render import Screen
 from cli.shared_arguments import add_group_size_argument, add_scheme_argument
 from wire.sizes import format_size
@@ -82,7 +82,7 @@ def run_edgetpu(options: argparse.Namespace, screen: Screen) -> None:
     try:
         (_compile if options.model else _check)(options, screen)
     except (BackendError, ModelError) as error:
-        raise CommandFailed(str(error)) from error
+        raise failed(error) from error
 
 
 def _compile(options: argparse.Namespace, screen: Screen) -> None:

@@ -19,7 +19,7 @@ from cli.commands.evaluate_steps import (
     settings_of,
     telling,
 )
-from cli.errors import CommandFailed, UsageError
+from cli.errors import CommandFailed, UsageError, failed
 from cli.render import Screen
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def run_eval(options: argparse.Namespace, screen: Screen) -> None:
             else:
                 _evaluate(options, screen, data, model, runs)
     except (BackendError, EvaluationError, ModelError, PlanError) as error:
-        raise CommandFailed(str(error)) from error
+        raise failed(error) from error
 
 
 def _evaluate_labelled(options: argparse.Namespace, screen: Screen) -> None:

@@ -16,7 +16,7 @@ from cli.commands.evaluate_arguments import wishes_of
 from cli.commands.evaluate_models import Files, Model, Run, text_key
 from cli.commands.evaluate_steps import add_answers_of, add_losses_of, settings_of, telling
 from cli.commands.sweep_arguments import grid_of
-from cli.errors import CommandFailed, UsageError
+from cli.errors import CommandFailed, UsageError, failed
 from cli.render import Screen
 from cli.shared_arguments import adapter_of, with_scheme
 
@@ -103,7 +103,7 @@ def run_sweep(options: argparse.Namespace, screen: Screen) -> None:
     except (
         BackendError, EvaluationError, LabError, ModelError, PlanError, SensitivityError, ValueError
     ) as error:  # fmt: skip
-        raise CommandFailed(str(error)) from error
+        raise failed(error) from error
 
 
 def _check(options: argparse.Namespace) -> None:

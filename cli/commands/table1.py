@@ -19,7 +19,7 @@ from cli.commands.evaluate_arguments import (
 )
 from cli.commands.evaluate_models import Files, Model
 from cli.commands.evaluate_steps import judge_of, settings_of, telling
-from cli.errors import CommandFailed, UsageError
+from cli.errors import CommandFailed, UsageError, failed
 from cli.render import Screen
 from cli.shared_arguments import (
     adapter_of,
@@ -152,7 +152,7 @@ def run_table1(options: argparse.Namespace, screen: Screen) -> None:
                 _study(options, screen, found)
             show_table1(options, screen, found)
     except (BackendError, EvaluationError, ForeignFile, ModelError, PlanError) as error:
-        raise CommandFailed(str(error)) from error
+        raise failed(error) from error
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import pytest
 
 from calibration import speed
 from calibration.speed import LOAD_SHARE, executed_formats, packed_bytes
+from cli.errors import Unavailable
 from cli.main import main
 from cli.tables import fitting
 from model.artifact import write_artifact
@@ -19,7 +20,7 @@ from tests.cli.test_tables import Recording, parsed
 
 pytest.importorskip("onnxruntime")
 
-from backends.base import BackendError, Capabilities
+from backends.base import BackendError, BackendUnavailable, Capabilities
 from backends.onnx_cpu import OnnxCpuBackend
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -123,3 +124,20 @@ def test_its_table_is_whole_on_a_narrow_terminal() -> None:
     (table, _), *_ = screen.tables
     for width in (80, 60):
         assert len(fitting(table, width)) == 1
+
+
+@pytest.mark.parametrize("command", [("bench",), ("calibrate", "--shape=llama-1b")])
+def test_a_backend_that_is_not_here_ends_as_what_is_missing(
+    command: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def probe() -> Capabilities:
+        raise BackendUnavailable("onnx_cpu", "its library is broken")
+
+    monkeypatch.setattr(OnnxCpuBackend, "probe", staticmethod(probe))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert main([*command, "--backend=onnx_cpu"]) == Unavailable.exit_code
+    error = capsys.readouterr().err
+    assert "onnx_cpu is not available: its library is broken; `shoal doctor` says how" in error
