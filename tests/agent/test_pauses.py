@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +26,7 @@ from tests.agent.test_relay import (
     PROMPT,
     blocks_at,
 )
+from tests.agent.test_turnstile import Announced, Shared
 from wire.messages import Message, SequenceFailed, StartSequence, TokenSampled
 
 
@@ -37,15 +37,11 @@ def ticket(last_s: float, weight: float = 1.0) -> Ticket:
     return made
 
 
-class Passes:
-    """Runs stages at a turnstile, each in a thread, and notes the parts that they compute.
-
-    Its clock tells the time of these parts only.
-    """
+class Passes(Shared):
+    """Runs stages at a turnstile, each in a thread, and notes the parts that they compute."""
 
     def __init__(self) -> None:
-        self.now_s = 0.0
-        self.turnstile = Turnstile(lambda: self.now_s)
+        super().__init__()
         self.order: list[str] = []
         self._threads: list[threading.Thread] = []
 
@@ -64,11 +60,11 @@ class Passes:
     def queue(self, name: str, own: Ticket, parts: int, part_s: float, passes: int = 1) -> None:
         """Let a thread run passes, which must wait for its turn now."""
         waiting = len(self.turnstile._waiting)
+        own.ready = Announced(self.news)
         arguments = (name, own, parts, part_s, passes)
         self._threads.append(threading.Thread(target=self.run, args=arguments, daemon=True))
         self._threads[-1].start()
-        while len(self.turnstile._waiting) == waiting:
-            time.sleep(1e-3)  # A turnstile tells no event of who waits.
+        self.until(lambda count: count > waiting)
 
     def join(self) -> None:
         for thread in self._threads:
@@ -230,9 +226,11 @@ def stop_between_layers(long: Model, short: Model, meanwhile: Callable[[], None]
     long.relay._ticket.last_s = 2 * ANSWER_S
     long.start(1)
     long.stage.reached.get(timeout=ANSWER_S)
+    news = threading.Condition()
+    short.relay._ticket.ready = Announced(news)
     short.start(1)
-    while not long.relay._turnstile.is_wanted:
-        time.sleep(1e-3)  # A turnstile tells no event of who waits.
+    with news:
+        assert news.wait_for(lambda: long.relay._turnstile.is_wanted, ANSWER_S)
     meanwhile()
     long.stage.go.set()
 
