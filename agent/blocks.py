@@ -8,11 +8,13 @@ Experts that files here have are not sent again (agent.reuse).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import logging
 import os
 import shutil
+import stat
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
@@ -448,6 +450,11 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def _size_bytes(path: Path) -> int:
-    if not path.is_dir():
-        return path.stat().st_size
-    return sum(item.stat().st_size for item in path.rglob("*") if item.is_file())
+    """The size of a file, or of all files in a folder. What another load removes counts no more."""
+    found = 0
+    for folder, _, names in os.walk(path):
+        found += sum(_size_bytes(Path(folder, name)) for name in names)
+    with contextlib.suppress(FileNotFoundError):
+        status = path.lstat()
+        found += status.st_size * stat.S_ISREG(status.st_mode)
+    return found

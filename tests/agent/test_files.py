@@ -215,6 +215,21 @@ def test_the_stage_does_not_make_room_for_its_own_files(
         exchange(coordinator, tmp_path, needed - 1).supply("chip", SPEC, [(1, cached)])
 
 
+def test_room_is_made_while_other_loads_remove_files(
+    coordinator: Coordinator, tmp_path: Path, block: tuple[int, Path]
+) -> None:
+    """A link without a target is listed, and gone when it is looked at."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    (cache / ("2" * 64)).symlink_to("gone")
+    old = cache / ("1" * 64)
+    old.write_bytes(bytes(100))
+    needed = sum(map(len, MADE))
+    coordinator.serve(answering(FilesMade(0, tuple(map(ref, MADE)))), sending(*MADE))
+    exchange(coordinator, tmp_path, needed).supply("chip", SPEC, [block])
+    assert not old.exists()
+
+
 class Cancelled(Exception):
     """The user went away."""
 

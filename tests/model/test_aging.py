@@ -17,3 +17,9 @@ def test_the_file_used_longest_ago_comes_first_whatever_became_of_the_clock(tmp_
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (time.time() + age_s, time.time() + age_s))
     assert [path.name for path in by_use(tmp_path.iterdir())] == list(used)
+
+
+def test_what_was_removed_since_it_was_listed_is_left_out(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.touch()
+    assert by_use([tmp_path / "removed", kept]) == [kept]
