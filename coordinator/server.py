@@ -29,8 +29,9 @@ from coordinator.roster.book import DeviceBook
 from coordinator.roster.holders import holders
 from coordinator.roster.members import Roster
 from coordinator.roster.names import NameBook
+from coordinator.serving.answer import Shortcuts
 from coordinator.serving.encoding import Encoders
-from coordinator.serving.gateway import Gateway, Shortcuts
+from coordinator.serving.gateway import Gateway
 from coordinator.serving.journal import AnswerJournal
 from coordinator.serving.kept_answers import KeptAnswers
 from coordinator.serving.standstills import Standstills

@@ -11,7 +11,8 @@ from api.formats.parts import Arguments, CallBegins, Parser, Part, Text, Thought
 from api.openai.jobs import Job
 from coordinator.errors import FormatFailed
 from coordinator.serving.choices import answers
-from coordinator.serving.gateway import Gateway, Piece, Timing
+from coordinator.serving.gateway import Gateway
+from coordinator.serving.pieces import Piece, Timing
 from planning.errors import RequestInvalid
 from wire.logprobs import TokenLogprobs
 from wire.messages import FinishReason

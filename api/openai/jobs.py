@@ -14,8 +14,8 @@ from api.openai.reading import Reading
 from api.openai.sampling import MAX_TOKENS, read_choices, read_sampling, read_stop
 from api.openai.tools import read_tools
 from coordinator.loading.deployment import Deployment
+from coordinator.serving.answer import ALL_SHORTCUTS, Shortcuts, room_for_answer
 from coordinator.serving.choices import Run, seed_of
-from coordinator.serving.gateway import ALL_SHORTCUTS, Shortcuts, room_for_answer
 from planning.errors import RequestInvalid
 from wire import limits
 from wire.messages import Sampling

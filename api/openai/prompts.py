@@ -12,7 +12,7 @@ from api.openai.messages import TemplateTraits, read_messages, with_texts_apart
 from api.openai.sampling import MAX_CHOICES
 from api.openai.tools import Tools
 from coordinator.loading.deployment import Deployment
-from coordinator.serving.gateway import room_for_answer
+from coordinator.serving.answer import room_for_answer
 from model.errors import FieldsUnused, TemplateRefused
 from model.template_values import WatchedMessage
 from planning.errors import RequestInvalid

@@ -32,7 +32,7 @@ from cli.generation import generate
 from cli.render import PHASES, Screen
 from cli.service.signals import held_signals
 from cli.shared_arguments import adapter_of, core_count, scheme_text_of
-from coordinator.serving.gateway import room_for_answer
+from coordinator.serving.answer import room_for_answer
 from model import costs
 from model.checkpoint import Checkpoint
 from model.errors import ModelError

@@ -8,7 +8,9 @@ from contextlib import aclosing
 from dataclasses import dataclass
 
 from coordinator.loading.deployment import Deployment
-from coordinator.serving.gateway import ALL_SHORTCUTS, Gateway, Piece, Shortcuts, Timing
+from coordinator.serving.answer import ALL_SHORTCUTS, Shortcuts
+from coordinator.serving.gateway import Gateway
+from coordinator.serving.pieces import Piece, Timing
 from wire.messages import Sampling
 
 SEEDS = 1 << 63

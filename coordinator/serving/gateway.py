@@ -40,18 +40,15 @@ from coordinator.loading.state import EndAnswers, Lost
 from coordinator.roster.measurements import together
 from coordinator.roster.members import Member, Roster
 from coordinator.serving import requests
+from coordinator.serving.answer import ALL_SHORTCUTS, Answer, Asked, Shortcuts, Told
 from coordinator.serving.journal import AnswerJournal, Entry
 from coordinator.serving.kept_answers import KeptAnswers
+from coordinator.serving.pieces import Piece, Timing
 from coordinator.serving.urgency import Lanes, Urgency
-from model.spec import ModelSpec
-from model.tokenizer import StreamDecoder
-from planning.errors import RequestInvalid
 from planning.prompt import CHUNK_TOKENS
-from wire import limits
 from wire.errors import ProtocolError
-from wire.logprobs import TokenLogprobs, decode_logprobs
+from wire.logprobs import decode_logprobs
 from wire.messages import (
-    FinishReason,
     Message,
     PromptScored,
     ReleaseSequence,
@@ -85,90 +82,6 @@ They may be of other models on the same devices.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The part of an answer that one step adds. ``tokens`` and ``text`` may be empty."""
-
-    text: str
-    tokens: tuple[int, ...]
-    finish: FinishReason
-    notice: str = ""
-    """The reason of a pause. Such a piece has nothing else."""
-    withdraws: bool = False
-    """Whether all earlier pieces are wrong, and the answer begins again."""
-    logprobs: tuple[TokenLogprobs, ...] = ()
-    """The log-probabilities of each of the tokens, if they are asked for."""
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-    """The log-probabilities of the prompt's tokens but the first. Such a piece has nothing else."""
-    stop: str = ""
-    """The stop string that has ended the answer; empty if none has."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shortcuts:
-    """Ways to an answer that change its time only.
-
-    cache_prompt: the prompt may begin with rows that a slot has kept. Their last bits depend on the
-        chunks in which they were computed.
-    drafts: the most tokens that the first stage may guess ahead. 0: none.
-    draft_model: a draft model may guess them, where one is loaded.
-    """
-
-    cache_prompt: bool = True
-    drafts: int = limits.DRAFT_TOKENS
-    draft_model: bool = True
-
-    def within(self, allowed: Shortcuts) -> Shortcuts:
-        """Return those that are allowed, too."""
-        return Shortcuts(
-            self.cache_prompt and allowed.cache_prompt,
-            min(self.drafts, allowed.drafts),
-            self.draft_model and allowed.draft_model,
-        )
-
-
-ALL_SHORTCUTS = Shortcuts()
-
-
-@dataclass(slots=True)
-class Timing:
-    """When an answer began at the gateway (by a monotonic clock), and what its tokens took.
-
-    The last stage times the tokens. Where the gateway is held up, they arrive there all at once.
-    """
-
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    """Leading tokens of the prompt that did not run, because their rows were kept."""
-    started_s: float = 0.0
-    first_s: float | None = None
-    decoded: int = 0
-    """Tokens that followed another one."""
-    decoding_us: int = 0
-    """The time of these tokens."""
-    drafted_tokens: int = 0
-    """Tokens that the first stage guessed ahead."""
-    accepted_tokens: int = 0
-    """Guesses that were right."""
-    kept_tokens: int = 0
-    """Tokens of the answer that an identical request had got before."""
-
-    @property
-    def prefill_tokens_per_s(self) -> float | None:
-        """Prompt tokens that ran per second until the first token. None before that."""
-        if self.first_s is None:
-            return None
-        return (self.prompt_tokens - self.cached_tokens) / (self.first_s - self.started_s)
-
-    @property
-    def decode_tokens_per_s(self) -> float | None:
-        """Tokens per second after the first one. None with fewer than two."""
-        return 1e6 * self.decoded / self.decoding_us if self.decoded else None
-
-
-_Told = TokenSampled | PromptScored
-
-
 class _Paused(CoordinatorError):
     """A bulk request makes way for a real-time one."""
 
@@ -185,7 +98,7 @@ class _Flight:
     sampling: Sampling
     prompt: tuple[int, ...]
     held: Held
-    events: asyncio.Queue[_Told | CoordinatorError] = field(default_factory=asyncio.Queue)
+    events: asyncio.Queue[Told | CoordinatorError] = field(default_factory=asyncio.Queue)
     tokens: int = 0
     scored: int = 1
     """The next token of the prompt whose log-probability comes. The first one has none."""
@@ -200,7 +113,7 @@ class _Flight:
         """Whether a token of it is to come."""
         return not self.ended and self.events.empty()
 
-    def take(self, message: _Told) -> str | None:
+    def take(self, message: Told) -> str | None:
         """Queue the next token. Returns what is wrong with it, or None."""
         wrong = self._wrong_score(message) or (
             None if isinstance(message, PromptScored) else self._wrong_token(message)
@@ -209,7 +122,7 @@ class _Flight:
             self.events.put_nowait(message)
         return wrong
 
-    def _wrong_score(self, message: _Told) -> str | None:
+    def _wrong_score(self, message: Told) -> str | None:
         """Check what a message says of log-probabilities."""
         sampling, prompt = self.sampling, self.prompt
         top = max(sampling.top_logprobs, 0)
@@ -311,16 +224,8 @@ class Gateway:
         CoordinatorError.
         """
         timing = timing or Timing()
-        pieces = self._journaled(
-            deployment,
-            prompt,
-            sampling,
-            stop,
-            timing,
-            withdrawable=withdrawable,
-            markers=markers,
-            shortcuts=shortcuts,
-        )
+        asked = Asked(tuple(prompt), sampling, tuple(stop), withdrawable, markers, shortcuts)
+        pieces = self._journaled(deployment, asked, timing)
         if not shortcuts.cache_prompt:
             return pieces
         key = self._kept.key(deployment.epoch, prompt, sampling, stop, markers)
@@ -332,69 +237,29 @@ class Gateway:
         return _again(answer, deployment.name, len(prompt), timing)
 
     async def _journaled(
-        self,
-        deployment: Deployment,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        stop: Sequence[str],
-        timing: Timing,
-        *,
-        withdrawable: bool,
-        markers: Collection[str],
-        shortcuts: Shortcuts,
+        self, deployment: Deployment, asked: Asked, timing: Timing
     ) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of an answer that is computed, as ``generate`` says."""
-        model = deployment.name, deployment.fingerprint
-        parts: tuple[object, ...] = model, tuple(prompt), sampling, tuple(stop)
+        model, sampling = (deployment.name, deployment.fingerprint), asked.sampling
         # The scores of earlier tokens are not kept.
         is_kept = not sampling.prompt_logprobs and sampling.top_logprobs < 0
         journal = self._journal if requests.current().id and is_kept else AnswerJournal()
+        parts = model, asked.prompt, sampling, asked.stop
         with journal.entry(requests.current().id, *parts) as entry:
-            pieces = self._pieces(
-                deployment,
-                prompt,
-                sampling,
-                _StopFilter(stop),
-                timing,
-                entry,
-                withdrawable=withdrawable,
-                markers=markers,
-                shortcuts=shortcuts,
-            )
+            pieces = self._pieces(deployment, asked, timing, entry)
             async with aclosing(pieces):
                 async for piece in pieces:
                     yield piece
 
     async def _pieces(
-        self,
-        deployment: Deployment,
-        prompt: Sequence[int],
-        sampling: Sampling,
-        text: _StopFilter,
-        timing: Timing,
-        entry: Entry,
-        *,
-        withdrawable: bool,
-        markers: Collection[str],
-        shortcuts: Shortcuts,
+        self, deployment: Deployment, asked: Asked, timing: Timing, entry: Entry
     ) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of ``generate``, and write their tokens into ``entry``."""
-        room = room_for_answer(len(prompt), deployment.context_tokens, deployment.spec)
-        limit = min(sampling.max_tokens, room)
-        timing.prompt_tokens = len(prompt)
-        taken = shortcuts.within(self._shortcuts)
-        request = requests.current()
-        request.asks(deployment.name, len(prompt))
-        decoder = deployment.tokenizer.stream(markers)
-        answer = _tokens_of(entry, limit, deployment.spec.vocab)
-        given: list[int] = list(answer)
-        """The tokens that the caller has. The answer has fewer after it began again."""
-        scores: list[bytes] = []
-        for token in given:
-            yield _piece(TokenSampled(0, 0, 0, token, ""), decoder, text, Timing())
-            request.answers(1)
-        lost_at, lost_times = -1, 0
-        """The tokens of the answer when rows were lost last, and how often they were lost there."""
+        answer = Answer(asked, deployment, timing, entry)
+        taken = asked.shortcuts.within(self._shortcuts)
+        requests.current().asks(deployment.name, len(asked.prompt))
+        for piece in answer.kept():
+            yield piece
         while True:
             before = deployment
             try:
@@ -402,42 +267,21 @@ class Gateway:
             finally:
                 if self._models.is_suspect(before):  # A later answer would begin with its tokens.
                     entry.withdraw()
-            if given and before is not deployment and self._models.is_suspect(before):
-                answer.clear()
-                if withdrawable:
-                    given.clear()
-                    decoder, text = deployment.tokenizer.stream(markers), text.fresh()
-                    yield Piece("", (), "", withdraws=True)
-            left = _rest(sampling, limit, answer, scored=len(scores) == len(prompt) - 1)
-            if left.prompt_logprobs:
-                scores.clear()
-            events = self._tokens(deployment, (*prompt, *answer), left, timing, taken)
+            if before is not deployment and self._models.is_suspect(before):
+                withdrawn = answer.begin_again(deployment.tokenizer)
+                if withdrawn is not None:
+                    yield withdrawn
+            events = self._tokens(deployment, answer.sequence, answer.rest(), timing, taken)
             try:
                 async with aclosing(events):
                     async for event in events:
-                        if isinstance(event, PromptScored):
-                            scores.append(event.logprobs)
-                            if len(scores) == len(prompt) - 1:
-                                yield _scored(prompt, scores, sampling, deployment.spec.vocab)
+                        grown = answer.take(event)
+                        if grown is None:
                             continue
-                        if len(answer) < len(given):
-                            if event.finish or event.token != given[len(answer)]:
-                                raise AnswerWithdrawn
-                            answer.append(event.token)
-                            entry.add((event.token,))
-                            continue
-                        piece = _piece(event, decoder, text, timing)
-                        if event.logprobs and piece.tokens:
-                            piece = _with_logprobs(piece, event, sampling, deployment.spec.vocab)
-                        request.answers(len(piece.tokens))
-                        request.guesses(event.drafted, event.accepted, by_model=event.by_model)
-                        if event.by_model:
+                        if isinstance(event, TokenSampled) and event.by_model:
                             deployment.draft_counts.add(event.drafted, event.accepted)
-                        answer += piece.tokens
-                        given += piece.tokens
-                        entry.add(piece.tokens)
-                        yield piece
-                        if piece.finish:
+                        yield grown
+                        if grown.finish:
                             return
             except _Paused:
                 continue  # It goes on behind the tokens that it has.
@@ -445,11 +289,10 @@ class Gateway:
                 entry.withdraw()
                 raise  # Not even the earlier tokens can be trusted.
             except RowsLost as error:
-                lost_times = lost_times + 1 if lost_at == len(answer) else 1
-                lost_at = len(answer)
-                if lost_times > 2:
+                times = answer.lose_rows()
+                if times > 2:
                     raise
-                if lost_times == 2 and self._models.ended_by(deployment) is None:
+                if times == 2 and self._models.ended_by(deployment) is None:
                     self._models.apply(deployment.name, Lost(error))
                 notice = f"{error}. Its last part runs again"
             except CoordinatorError as error:
@@ -468,7 +311,7 @@ class Gateway:
         sampling: Sampling,
         timing: Timing,
         shortcuts: Shortcuts,
-    ) -> AsyncGenerator[_Told, None]:
+    ) -> AsyncGenerator[Told, None]:
         """Yield the tokens after a prompt, once a slot is free. Raises CoordinatorError."""
         # All rows of a prompt that is scored run.
         reuse = shortcuts.cache_prompt and not sampling.prompt_logprobs
@@ -519,7 +362,7 @@ class Gateway:
         sampling: Sampling,
         timing: Timing,
         shortcuts: Shortcuts,
-    ) -> AsyncGenerator[_Told, None]:
+    ) -> AsyncGenerator[Told, None]:
         """Run a sequence in a slot, and yield its tokens. Raises CoordinatorError."""
         # Stages that were loaded before this coordinator was started know earlier sequences.
         number = self._newest = max(self._newest, deployment.newest_sequence) + 1
@@ -628,79 +471,6 @@ class Gateway:
                 flight.events.put_nowait(action.error)
 
 
-def room_for_answer(
-    prompt_tokens: int, context_tokens: int, spec: ModelSpec, *, at_least: bool = False
-) -> int:
-    """The number of tokens that may follow a prompt. Raises RequestInvalid if there is no room.
-
-    at_least: the prompt is not tokenized yet, and may have more than ``prompt_tokens``.
-    """
-    if not prompt_tokens:
-        raise RequestInvalid("the prompt is empty", "prompt")
-    if prompt_tokens >= context_tokens:
-        larger = context_tokens < spec.max_context
-        has = f"has {'at least ' * at_least}{prompt_tokens} tokens"
-        raise RequestInvalid(
-            f"the prompt {has} and the context {context_tokens}: shorten it"
-            + (", or load the model with a larger --context" if larger else ""),
-            "prompt",
-            "context_length_exceeded",
-        )
-    return context_tokens - prompt_tokens
-
-
-class _StopFilter:
-    """Ends text at the first stop string. It holds text back that may begin one."""
-
-    def __init__(self, stop: Sequence[str]) -> None:
-        self._stop = tuple(stop)
-        self._held = ""
-
-    def feed(self, text: str) -> tuple[str, str]:
-        """Return the text that is safe to show, and the stop string that was met, or ""."""
-        self._held += text
-        found = [(at, len(stop)) for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if found:
-            at, chars = min(found)
-            shown, stop, self._held = self._held[:at], self._held[at : at + chars], ""
-            return shown, stop
-        keep = max((self._overlap(stop) for stop in self._stop), default=0)
-        cut = len(self._held) - keep
-        shown, self._held = self._held[:cut], self._held[cut:]
-        return shown, ""
-
-    def fresh(self) -> _StopFilter:
-        """Return a filter for the same strings that has seen no text."""
-        return _StopFilter(self._stop)
-
-    def rest(self) -> str:
-        """The held text, once no more text comes."""
-        rest, self._held = self._held, ""
-        return rest
-
-    def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the held text that begins ``stop``."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((size for size in range(longest, 0, -1) if self._held.endswith(stop[:size])), 0)
-
-
-def _piece(event: TokenSampled, decoder: StreamDecoder, text: _StopFilter, timing: Timing) -> Piece:
-    timing.first_s = timing.first_s or time.monotonic()
-    if event.after_us > 0:  # After a pause, the first token of the new stages has none.
-        timing.decoded += 1
-        timing.decoding_us += event.after_us
-    timing.drafted_tokens += event.drafted
-    timing.accepted_tokens += event.accepted
-    if event.finish == "stop":
-        shown, stop = text.feed(decoder.finish())
-        return Piece(shown + text.rest(), (), "stop", stop=stop)
-    shown, stop = text.feed(decoder.push(event.token))
-    if event.finish == "length" and not stop:
-        more, stop = text.feed(decoder.finish())
-        shown += more + text.rest()
-    return Piece(shown, (event.token,), "stop" if stop else event.finish, stop=stop)
-
-
 async def _again(
     answer: Sequence[Piece], model: str, prompt_tokens: int, timing: Timing
 ) -> AsyncGenerator[Piece, None]:
@@ -713,43 +483,6 @@ async def _again(
         timing.kept_tokens += len(piece.tokens)
         request.answers(len(piece.tokens))
         yield piece
-
-
-def _tokens_of(entry: Entry, limit: int, vocab: int) -> list[int]:
-    """Return the tokens with which an answer of up to ``limit`` tokens goes on."""
-    usable = all(0 <= token < vocab for token in entry.tokens)
-    return list(entry.tokens[: limit - 1]) if usable else []
-
-
-def _with_logprobs(piece: Piece, event: TokenSampled, sampling: Sampling, vocab: int) -> Piece:
-    scores = decode_logprobs(
-        event.logprobs, token=event.token, top=sampling.top_logprobs, vocab=vocab
-    )
-    return replace(piece, logprobs=(scores,))
-
-
-def _scored(prompt: Sequence[int], scores: list[bytes], sampling: Sampling, vocab: int) -> Piece:
-    """The piece of all tokens of a prompt but the first."""
-    top = max(sampling.top_logprobs, 0)
-    told = tuple(
-        decode_logprobs(score, token=token, top=top, vocab=vocab)
-        for token, score in zip(prompt[1:], scores, strict=True)
-    )
-    return Piece("", (), "", prompt_logprobs=told)
-
-
-def _rest(sampling: Sampling, limit: int, answer: list[int], *, scored: bool) -> Sampling:
-    """How the rest of an answer is drawn, of which ``answer`` is there.
-
-    scored: the caller has the log-probabilities of the prompt, or there are none.
-    """
-    looks_back = sampling.grammar or sampling.presence_penalty or sampling.frequency_penalty
-    return replace(
-        sampling,
-        max_tokens=limit - len(answer),
-        answer=tuple(answer) if looks_back else (),
-        prompt_logprobs=sampling.prompt_logprobs and not scored,
-    )
 
 
 async def _begin(
@@ -796,7 +529,7 @@ async def _begin(
     await asyncio.gather(*others, first)
 
 
-async def _next_event(flight: _Flight, prompt_tokens: int) -> _Told | CoordinatorError:
+async def _next_event(flight: _Flight, prompt_tokens: int) -> Told | CoordinatorError:
     predicted_s = prompt_tokens * flight.deployment.plan.prefill_s_per_token
     limit_s = STALL_S + STALL_FACTOR * predicted_s
     try:

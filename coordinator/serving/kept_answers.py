@@ -12,12 +12,9 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from coordinator.serving.pieces import Piece
 from wire.messages import Sampling
-
-if TYPE_CHECKING:
-    from coordinator.serving.gateway import Piece
 
 Key = bytes
 

@@ -9,7 +9,7 @@ from typing import Any
 from api.openai.answers import Completions
 from api.openai.events import Event, Outcome
 from api.openai.jobs import Job
-from coordinator.serving.gateway import Piece
+from coordinator.serving.pieces import Piece
 from model.tokenizer import Tokenizer
 from wire.logprobs import TokenLogprobs
 from wire.messages import Sampling

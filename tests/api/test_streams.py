@@ -25,7 +25,8 @@ from api.openai.reading import Reading
 from api.openai.responses import Responses
 from api.openai.tools import Tool, Tools
 from coordinator.errors import FormatFailed
-from coordinator.serving.gateway import Gateway, Piece
+from coordinator.serving.gateway import Gateway
+from coordinator.serving.pieces import Piece
 from planning.errors import RequestInvalid
 from tests.api.test_formats import CASES, HERMES, WEATHER
 from wire.messages import FinishReason, Sampling

@@ -6,7 +6,7 @@ import asyncio
 from contextlib import aclosing
 
 from coordinator.serving import choices
-from coordinator.serving.gateway import Piece, Timing
+from coordinator.serving.pieces import Piece, Timing
 from tests.coordinator.test_gateway import Cluster, Run, collect, ended, run, text_of
 from wire.messages import Sampling
 

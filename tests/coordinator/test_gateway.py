@@ -39,7 +39,9 @@ from coordinator.quality.store import QualityStore
 from coordinator.roster import links
 from coordinator.roster.members import Member, Roster
 from coordinator.serving import gateway
-from coordinator.serving.gateway import Gateway, Piece, Timing, _StopFilter, room_for_answer
+from coordinator.serving.answer import room_for_answer
+from coordinator.serving.gateway import Gateway
+from coordinator.serving.pieces import Piece, StopFilter, Timing
 from coordinator.story import Story
 from model.checkpoint import Checkpoint
 from model.tokenizer import Tokenizer
@@ -96,7 +98,7 @@ PROFILE = DeviceProfile(
 
 def shown(stop: list[str], *texts: str) -> tuple[str, bool]:
     """All that a filter lets through of ``texts``, and whether it met a stop string."""
-    stops, result = _StopFilter(stop), ""
+    stops, result = StopFilter(stop), ""
     for text in texts:
         piece, stopped = stops.feed(text)
         result += piece
@@ -130,7 +132,7 @@ def test_a_stop_string_ends_the_text_and_is_not_shown(
 
 
 def test_what_may_begin_a_stop_string_is_held_back() -> None:
-    stops = _StopFilter(["END"])
+    stops = StopFilter(["END"])
     assert stops.feed("an EN") == ("an ", "")
     assert stops.feed("E") == ("EN", "")
     assert stops.feed("ND") == ("", "END")

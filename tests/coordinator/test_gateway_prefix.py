@@ -10,7 +10,9 @@ import pytest
 
 from coordinator.errors import AgentFailed, AgentLost
 from coordinator.loading.state import Lost, Place
-from coordinator.serving.gateway import ALL_SHORTCUTS, Gateway, Piece, Shortcuts, Timing
+from coordinator.serving.answer import ALL_SHORTCUTS, Shortcuts
+from coordinator.serving.gateway import Gateway
+from coordinator.serving.pieces import Piece, Timing
 from coordinator.serving.requests import InFlight, Requests
 from model.tokenizer import Tokenizer
 from tests.coordinator.test_gateway import (

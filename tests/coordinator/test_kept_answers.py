@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 
 from coordinator.serving import kept_answers
-from coordinator.serving.gateway import ALL_SHORTCUTS, Gateway, Piece, Timing
+from coordinator.serving.answer import ALL_SHORTCUTS
+from coordinator.serving.gateway import Gateway
 from coordinator.serving.kept_answers import KeptAnswers
+from coordinator.serving.pieces import Piece, Timing
 from tests.coordinator.test_gateway import Cluster, Run, run, text_of
 from tests.coordinator.test_gateway_prefix import PROMPT, answered
 from wire.messages import Sampling

@@ -30,7 +30,8 @@ from coordinator.quality.store import QualityStore
 from coordinator.roster.measurements import Step
 from coordinator.roster.members import Member, Roster
 from coordinator.roster.names import NameBook
-from coordinator.serving.gateway import Gateway, Piece
+from coordinator.serving.gateway import Gateway
+from coordinator.serving.pieces import Piece
 from coordinator.story import Story
 from model.artifact import read_block
 from model.checkpoint import Checkpoint

@@ -27,8 +27,6 @@ LONG = {
     "cli/service/install.py add_service_actions": OPTIONS,
     "cli/commands/table1.py add_table1_arguments": OPTIONS,
     "agent/daemon.py __init__": FIELDS,
-    "coordinator/serving/gateway.py _pieces": "One loop over an answer's tokens, with what each "
-    "loss does to the answer. Its parts share every variable.",
 }
 """Functions with more lines than LINES, beside their docstring."""
 
@@ -45,7 +43,6 @@ WIDE = {
     "calibration/device.py profile_device": FIGURES,
     "calibration/layers.py measure_model": FIGURES,
     "calibration/table.py measure_table": FIGURES,
-    "coordinator/serving/gateway.py _pieces": "An answer's arguments, and what it writes into.",
     "coordinator/loading/deployment.py deploy": "A plan's files, its devices, and who is told.",
     "model/families/decoder.py rotary_decoder": "Families differ in each of the arguments.",
     "paper/dilemma.py ccs_instance": "The arguments are the symbols of the paper's table.",
@@ -62,7 +59,6 @@ LARGE = {
     "planning/problem.py": "The records that all of planning reads, with the figures they imply.",
     "planning/plan.py": "A plan's figures, and the check that recomputes them from the problem.",
     "planning/exact/program.py": "One integer program: variables, rows, and reading them back.",
-    "coordinator/serving/gateway.py": "One generation from prompt to last token.",
     "coordinator/roster/members.py": "One device's connection, and the table of all of them.",
     "coordinator/loading/operations.py": "One operation a method, each a few steps long.",
     "coordinator/loading/state.py": "One table of states and events.",
