@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from model.experts import ExpertCounts
 from model.loss_estimate import LossEstimate
@@ -18,6 +19,9 @@ from planning.sensitivity import (
     whole_loss,
     with_assumed_arithmetic,
 )
+
+PlanAgain: TypeAlias = Callable[[PlanningProblem], Awaitable[Plan]]
+"""Plans a problem that has a tighter budget."""
 
 MAX_CHECKS = 8
 """The most plans that are measured to keep one budget."""
@@ -79,7 +83,7 @@ async def keep_measured(
     problem: PlanningProblem,
     plan: Plan,
     measured: Callable[[tuple[int, ...]], Awaitable[float]],
-    again: Callable[[PlanningProblem], Awaitable[Plan]] | None,
+    again: PlanAgain | None,
 ) -> tuple[Plan, float]:
     """Plan ``again`` with tighter budgets until the measured plan keeps the problem's budget.
 

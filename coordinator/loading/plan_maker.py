@@ -41,7 +41,7 @@ from planning.build import DeviceInput, RequestInput, build_problem
 from planning.draft import missing_bytes, places_of, with_draft
 from planning.errors import RequestInvalid
 from planning.joint.beside import solve_beside
-from planning.losses import with_assumed
+from planning.losses import PlanAgain, with_assumed
 from planning.plan import InfeasiblePlan, Plan, PlanError
 from planning.problem import PlanningProblem
 from planning.request import DEFAULT_CONTEXT_TOKENS, LoadRequest
@@ -252,8 +252,10 @@ class PlanMaker:
         checkpoint = open_model(request.model, request.adapter)
         return self._store.prepared(checkpoint, request.scheme, request.scheme_text)
 
-    async def _solve(self, request: LoadRequest, problem: PlanningProblem) -> Plan:
-        self._report(Step("plan", "solving", 0, 0, ""))
+    async def _solve(
+        self, request: LoadRequest, problem: PlanningProblem, *, step: str = "solving"
+    ) -> Plan:
+        self._report(Step("plan", step, 0, 0, ""))
         if request.plan is not None:
             return request.plan.renamed(self._roster.names.name).to_plan(problem)
         others = [record.plan for record in self._beside(request)]
@@ -395,6 +397,9 @@ class PlanMaker:
 
         The plan is not measured unless the request says so, or its losses are estimates.
         """
+        again: PlanAgain | None = None
+        if request.plan is None:
+            again = partial(self._solve, request, step="again, with a tighter budget")
         if request.check_quality:
             require_idle(self._models)
             if losses.known is None:
@@ -404,11 +409,11 @@ class PlanMaker:
                     "check_quality",
                 )
             return await self._quality_meter.keep_budget(
-                request, checkpoint, members, problem, plan, losses.known, self._report
+                checkpoint, members, problem, plan, losses.known, again, self._report
             )
         if asked and losses.budget is not None and losses.source.kind == "estimated":
             return await self._quality_meter.keep_estimate(
-                request, checkpoint, problem, plan, self._report
+                request, checkpoint, problem, plan, again, self._report
             )
         return plan, None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -20,9 +20,8 @@ from model.loss_estimate import LossUnknown
 from model.loss_store import Form
 from model.spec import ModelSpec
 from planning.errors import RequestInvalid
-from planning.losses import RawLosses, assumed, estimated, keep_measured
+from planning.losses import PlanAgain, RawLosses, assumed, estimated, keep_measured
 from planning.plan import Plan
-from planning.planner import solve
 from planning.problem import PlanningProblem
 from planning.request import LoadRequest, model_name
 from planning.sensitivity import (
@@ -255,6 +254,7 @@ class QualityMeter:
         checkpoint: Checkpoint,
         problem: PlanningProblem,
         plan: Plan,
+        again: PlanAgain | None,
         on_step: OnStep,
     ) -> tuple[Plan, float | None]:
         """As ``keep_budget``, measured here as the estimate was. None: it cannot be measured."""
@@ -267,7 +267,7 @@ class QualityMeter:
             return await in_thread("check", work, on_step)
 
         try:
-            return await keep_measured(problem, plan, measured, self._again(request, on_step))
+            return await keep_measured(problem, plan, measured, again)
         except LossUnknown as error:
             log.warning("the plan's loss is not measured: %s", error)
             return plan, None
@@ -290,16 +290,17 @@ class QualityMeter:
 
     async def keep_budget(
         self,
-        request: LoadRequest,
         checkpoint: Checkpoint,
         members: tuple[Member, ...],
         problem: PlanningProblem,
         plan: Plan,
         known: KnownQuality,
+        again: PlanAgain | None,
         on_step: OnStep,
     ) -> tuple[Plan, float]:
         """Return a plan whose divergence keeps the budget, and that divergence. Raises PlanError.
 
+        again: as of planning.losses.keep_measured. None: the user gave the plan.
         The blocks' part is measured. Hops and the arithmetic of single devices add a predicted
         part, which counts against the budget.
         """
@@ -310,18 +311,7 @@ class QualityMeter:
                 await self.measure(member, checkpoint, known, Missing(plans=(bits,)), on_step)
             return known.plans[bits]
 
-        return await keep_measured(problem, plan, measured, self._again(request, on_step))
-
-    def _again(
-        self, request: LoadRequest, on_step: OnStep
-    ) -> Callable[[PlanningProblem], Awaitable[Plan]] | None:
-        """Return a function that plans with a tighter budget, or None if the user gave the plan."""
-
-        async def again(tighter: PlanningProblem) -> Plan:
-            on_step(Step("plan", "again, with a tighter budget", 0, 0, ""))
-            return await asyncio.to_thread(solve, tighter, time_limit_s=request.time_limit_s)
-
-        return again if request.plan is None else None
+        return await keep_measured(problem, plan, measured, again)
 
     async def calibrate(
         self,

@@ -17,15 +17,26 @@ from coordinator.loading.beside import Use, use_of
 from coordinator.loading.companions import PlannedAgain
 from coordinator.loading.deployment import Deployment
 from coordinator.loading.paces import token_s
+from coordinator.loading.plan_maker import PlanMaker
 from coordinator.loading.record import DeploymentRecord
 from coordinator.loading.several import PlannedTogether, SeveralRequest
 from coordinator.loading.state import Replacing, Serving, State
+from coordinator.quality.measuring import Losses, QualityMeter
+from coordinator.quality.store import QualityStore
+from coordinator.roster.measurements import OnStep
+from model.checkpoint import Checkpoint
 from model.errors import ModelError
 from planning.errors import RequestInvalid
-from planning.plan import InfeasiblePlan, PlanError
+from planning.joint.problem import lessened
+from planning.losses import PlanAgain
+from planning.plan import InfeasiblePlan, Plan, PlanError
+from planning.planner import solve
+from planning.problem import PlanningProblem
 from planning.request import LoadRequest, model_name
+from planning.sensitivity import LossSource
 from tests.coordinator.test_teams import (
     BLOCKS,
+    CHECKPOINT,
     MODEL,
     PROFILE,
     Parts,
@@ -37,6 +48,7 @@ from tests.coordinator.test_teams import (
     run,
     running,
 )
+from tests.planning.test_joint import two_models as both_models
 from wire.messages import (
     LoadStage,
     StageBeat,
@@ -448,3 +460,38 @@ def test_models_that_are_loaded_together_tell_what_is_doubtful(
 def test_no_more_requests_are_read_than_are_planned_together() -> None:
     with pytest.raises(RequestInvalid, match="models: expected 2 to 8 requests"):
         SeveralRequest.from_dict({"models": [{"colour": "red"}] * 9})
+
+
+class LossesMore(QualityMeter):
+    """Finds that each first plan loses more than estimated, and the next one does not."""
+
+    async def keep_estimate(
+        self,
+        request: LoadRequest,
+        checkpoint: Checkpoint,
+        problem: PlanningProblem,
+        plan: Plan,
+        again: PlanAgain | None,
+        on_step: OnStep,
+    ) -> tuple[Plan, float | None]:
+        assert again is not None
+        return await again(problem), 0.0
+
+
+def test_a_plan_with_a_tighter_budget_keeps_out_of_the_way_of_others_too(run: Run) -> None:
+    async def test(shoal: Shoal) -> None:
+        problem = both_models(memory=(4_800, 4_800), speeds=(0.010, 0.015)).problems[0]
+        record = DeploymentRecord(1, "", solve(problem), 64, {}, (), ())
+        left = lessened(problem, [record.plan])
+        meter = LossesMore(shoal.store, QualityStore(shoal.directory))
+        maker = PlanMaker(
+            shoal.roster, shoal.store, shoal.models, meter, lambda _: [record], shoal.steps.append
+        )
+        alone = solve(left)
+        assert [stage.device for stage in alone.stages] == ["d0"]
+        losses = Losses(1.0, None, {}, None, budget=1.0, source=LossSource("estimated"))
+        request = LoadRequest(MODEL, bits=(4, 8))
+        kept, _ = await maker._kept(request, CHECKPOINT, (), left, alone, losses, asked=True)
+        assert [stage.device for stage in kept.stages] == ["d1"]
+
+    run(test)
