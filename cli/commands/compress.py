@@ -22,6 +22,7 @@ from cli.commands.evaluate_arguments import (
 from cli.errors import Unavailable, failed
 from cli.parser import add_url_argument
 from cli.render import Screen
+from cli.results_folder import results_folder
 from cli.shared_arguments import (
     add_group_size_argument,
     add_scheme_argument,
@@ -230,7 +231,8 @@ def _compress(options: argparse.Namespace, screen: Screen) -> None:
     check_source(checkpoint)
     with times_of(options, screen) as times:
         text = _text(options, screen, checkpoint, Tokenizer.load(checkpoint.directory))
-        _run(options, screen, checkpoint, text, times)
+        with results_folder(options.out, "compress"):
+            _run(options, screen, checkpoint, text, times)
 
 
 def _run(
@@ -246,7 +248,6 @@ def _run(
     from compression.points import Points
     from compression.run import Compression, Limit
 
-    options.out.mkdir(parents=True, exist_ok=True)
     points = Points(options.out / "compress.json", _settings(options, checkpoint))
     before = len(points.all())
     if before:

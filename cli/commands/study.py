@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cli import argument_types
 from cli.commands.study_views import show_dilemma_study
 from cli.commands.table1 import TABLE1_EXAMPLES, add_table1_arguments, run_table1
 from cli.errors import CommandFailed
 from cli.render import Screen
+from cli.results_folder import results_folder
+
+if TYPE_CHECKING:
+    from paper.study import DilemmaStudy
 
 ABOUT = (
     "`shoal study dilemma` computes the table and figures from a cost model and synthetic "
@@ -97,39 +102,39 @@ def run_study(options: argparse.Namespace, screen: Screen) -> None:
 
 def run_dilemma_study(options: argparse.Namespace, screen: Screen) -> None:
     """Run ``shoal study dilemma``: Table 1 and figures 3, 5, 6. Raises CommandFailed."""
-    from paper.study import study_dilemma
-    from paper.study_log import ForeignFile
-    from planning.plan import PlanError
-
-    log = None
-    if options.out:
-        try:
-            options.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CommandFailed(
-                f"{options.out}: {(error.strerror or str(error)).lower()}"
-            ) from error
-        log = options.out / "results.jsonl"
-        screen.note(f"results are kept in {log}: after a stop, the same command goes on")
-    try:
-        with screen.progress() as on_step:
-
-            def report(what: str, done: int, total: int) -> None:
-                step = {"phase": what, "label": "", "done": done, "total": total, "unit": "steps"}
-                on_step(step)
-                if done == total:
-                    screen.note(f"{what}: done")
-
-            study = study_dilemma(runs=options.runs, seed=options.seed, on_step=report, log=log)
-    except (ForeignFile, PlanError) as error:
-        raise CommandFailed(str(error)) from error
-    except OSError as error:
-        raise CommandFailed(f"{log}: {(error.strerror or str(error)).lower()}") from error
-    if options.out:
-        for name, text in study.figures().items():
-            (options.out / name).write_text(text, encoding="utf-8")
-            screen.note(f"drawn to {options.out / name}")
+    with ExitStack() as stack:
+        log = None
+        if options.out:
+            stack.enter_context(results_folder(options.out, "study dilemma"))
+            log = options.out / "results.jsonl"
+            screen.note(f"results are kept in {log}: after a stop, the same command goes on")
+        study = _dilemma_study(options, screen, log)
+        if options.out:
+            for name, text in study.figures().items():
+                (options.out / name).write_text(text, encoding="utf-8")
+                screen.note(f"drawn to {options.out / name}")
     if options.json:
         screen.json(study.to_dict())
     else:
         show_dilemma_study(screen, study)
+
+
+def _dilemma_study(options: argparse.Namespace, screen: Screen, log: Path | None) -> DilemmaStudy:
+    from paper.study import study_dilemma
+    from paper.study_log import ForeignFile
+    from planning.plan import PlanError
+
+    with screen.progress() as on_step:
+
+        def report(what: str, done: int, total: int) -> None:
+            step = {"phase": what, "label": "", "done": done, "total": total, "unit": "steps"}
+            on_step(step)
+            if done == total:
+                screen.note(f"{what}: done")
+
+        try:
+            return study_dilemma(runs=options.runs, seed=options.seed, on_step=report, log=log)
+        except (ForeignFile, PlanError) as error:
+            raise CommandFailed(str(error)) from error
+        except OSError as error:
+            raise CommandFailed(f"{log}: {(error.strerror or str(error)).lower()}") from error

@@ -15,6 +15,7 @@ import pytest
 
 from cli.errors import EXIT_UNAVAILABLE
 from cli.main import main
+from cli.results_folder import results_folder
 from compression.errors import CompressionError
 from compression.points import Points
 from model.checkpoint import Checkpoint
@@ -239,6 +240,9 @@ def test_wrong_wishes_are_told_in_one_line(
     (out / "compress.json").write_text("nonsense")
     assert main(asked(out)) == 1
     assert "name another --out" in capsys.readouterr().err
+    with results_folder(out, "compress"):
+        assert main(asked(out)) == 1
+    assert "another command keeps its results there" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

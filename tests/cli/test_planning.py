@@ -17,6 +17,7 @@ from cli.commands.plan_arguments import pins_of, request_of
 from cli.errors import CommandFailed, UsageError
 from cli.main import main
 from cli.render import Screen
+from cli.results_folder import results_folder
 from model import costs
 from model.families import load_spec
 from paper.study import opt_350m
@@ -577,6 +578,13 @@ def test_a_study_is_shown_and_drawn(
     assert "37.50%" in shown
     assert "all proven optimal" in shown
     assert len(list((tmp_path / "figures").glob("*.svg"))) == 3
+    with results_folder(parsed.out, "study dilemma"):
+        message = "figures: another command keeps its results there"
+        with pytest.raises(CommandFailed, match=message):
+            study_command.run_study(parsed, Screen(json_output=False))
+    parsed.out = Path("/dev/null/figures")
+    with pytest.raises(CommandFailed, match="--out /dev/null/figures: not a directory"):
+        study_command.run_study(parsed, Screen(json_output=False))
     parsed.json, parsed.out = True, None
     study_command.run_study(parsed, Screen(json_output=True))
     assert json.loads(capsys.readouterr().out)["table"][0]["bits"] == [12]
