@@ -6,7 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import astuple
 from pathlib import Path
 
@@ -24,9 +24,10 @@ from calibration.store import CalibrationStore
 from model.checkpoint import Checkpoint
 from model.memory import memory_bytes
 from tests.figures import FIGURES, leave_figures
-from wire import conditions, discovery
+from wire import conditions, discovery, limits
 from wire.conditions import Conditions
 from wire.connection import Connection, Listener
+from wire.errors import ConnectionLost
 from wire.messages import (
     AgentHello,
     BlockRef,
@@ -89,6 +90,24 @@ class Coordinator:
         self.send(CoordinatorWelcome("test", hello.name))
         return hello
 
+    @contextmanager
+    def beating(self) -> Iterator[None]:
+        """Send heartbeats meanwhile, also while the agent is not asked anything."""
+        over = threading.Event()
+
+        def beat() -> None:
+            with suppress(ConnectionLost):  # A test may end the connection.
+                while not over.wait(limits.LIVENESS_S / 5):
+                    self.send(Heartbeat())
+
+        thread = threading.Thread(target=beat, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(ANSWER_S)
+
     def send(self, message: Message) -> None:
         assert self.connection is not None
         self.connection.send(message)
@@ -103,7 +122,7 @@ class Coordinator:
     def said(self) -> Message:
         assert self.connection is not None
         while True:
-            # As the real one: an agent that hears nothing for LIVENESS_S looks elsewhere.
+            # As the real one: an agent that hears nothing for COORDINATOR_PATIENCE_S leaves.
             message, _ = self.connection.receive()
             if not isinstance(message, Heartbeat):
                 return message
