@@ -11,7 +11,7 @@ const LABEL = 153;
 const WIDEST_GAP = 13;
 const MOST_TOKENS = 8;
 const LONGEST_NAME = 15;
-const CHARACTER = 8.7; // Its width in a label of a narrow window, on average.
+const LARGEST_FONT = 16; // The size of a label in a narrow window.
 const LINE = 17;
 
 function at(radius, degrees) {
@@ -45,9 +45,16 @@ function spans(stages) {
   });
 }
 
+const pen = document.createElement("canvas").getContext("2d");
+
+/** The longest beginning of a name that has room. Fonts differ in width by a third. */
 function clipped(name, room) {
-  const longest = Math.min(LONGEST_NAME, Math.floor(room / CHARACTER));
-  return name.length > longest ? `${name.slice(0, longest - 1)}…` : name;
+  pen.font = `${LARGEST_FONT}px ${getComputedStyle(document.body).fontFamily}`;
+  let shown = name.length > LONGEST_NAME ? `${name.slice(0, LONGEST_NAME - 1)}…` : name;
+  while (shown.length > 2 && pen.measureText(shown).width > room) {
+    shown = `${shown.slice(0, -2)}…`;
+  }
+  return shown;
 }
 
 function Blocks({ stage, span }) {
