@@ -141,6 +141,8 @@ def agents(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Device]]:
             devices.append(
                 Device(agent, coordinator, hello.device, hello.endpoints[0], refs, share, made)
             )
+        for device in devices:  # Then all their threads run, which outlive each test.
+            assert device.ask(UnloadStage(8)) == Done(8)
         yield devices
 
 
