@@ -38,8 +38,8 @@ from model.errors import ModelError
 Continue = Callable[[int], None]
 """Runs the prompt and this many tokens, at least one."""
 
-DEFAULTS = ", defaults"
-"""The end of the name of what ratios are against."""
+COMPILING_FAILED = (RuntimeError, OSError, ImportError, ValueError, TypeError)
+"""The errors of torch's compiler, of a missing C compiler or Triton, and of an unknown cache."""
 
 
 @dataclass(slots=True)
@@ -48,6 +48,8 @@ class Runner:
 
     name: str
     run: Continue
+    compiles: bool = False
+    """Whether it may fail for want of a compiler. Then the others are still compared."""
     prompt_s: list[float] = field(default_factory=list)
     token_s: list[float] = field(default_factory=list)
 
@@ -100,12 +102,13 @@ def peer_runners(options: argparse.Namespace, prompt: np.ndarray[Any, Any]) -> l
         ).cpu()
 
     name = f"transformers {transformers.__version__}"
-    runners = [Runner(f"{name}{DEFAULTS}", run)]
+    runners = [Runner(f"{name}, defaults", run)]
     if not options.eager:
-        # Its length is fixed, so that all rounds have the graph of the first.
         runners.append(
             Runner(
-                f"{name}, static cache", lambda tokens: run(tokens, cache_implementation="static")
+                f"{name}, static cache",
+                lambda tokens: run(tokens, cache_implementation="static"),
+                compiles=True,
             )
         )
     return runners
@@ -121,28 +124,21 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         for bits in options.bits:
             stage, _ = stack.enter_context(loaded(spec, bits, backend, conditions))
             runners.append(stage_runner(f"shoal, {options.backend}, {bits} bits", stage, prompt))
-        runners = [runner for runner in runners if warmed(runner, options.tokens)]
-        if not runners or not runners[0].name.endswith(DEFAULTS):
-            raise SystemExit("error: transformers does not run here, see above")
+        for runner in [*runners]:
+            print(f"warming up: {runner.name}", file=sys.stderr, flush=True)
+            try:
+                runner.round(options.tokens)
+            except COMPILING_FAILED as error:
+                if not runner.compiles:
+                    raise
+                print(f"left out, {runner.name}: {error!r:.300}", file=sys.stderr, flush=True)
+                runners.remove(runner)
+            runner.prompt_s.clear()
+            runner.token_s.clear()
         for _ in range(options.rounds):
             for runner in runners:
                 runner.round(options.tokens)
     return [result(runner, runners[0], options.prompt) for runner in runners]
-
-
-def warmed(runner: Runner, tokens: int) -> bool:
-    """Run one round that does not count. Say why, if transformers cannot run this way here."""
-    print(f"warming up: {runner.name}", file=sys.stderr, flush=True)
-    try:
-        runner.round(tokens)
-    except BackendError:
-        raise
-    except Exception as error:  # Its compiler fails by any type; the others are still compared.
-        print(f"left out, {runner.name}: {error!r:.300}", file=sys.stderr, flush=True)
-        return False
-    runner.prompt_s.clear()
-    runner.token_s.clear()
-    return True
 
 
 def result(runner: Runner, other: Runner, prompt_tokens: int) -> dict[str, Any]:
