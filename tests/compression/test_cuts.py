@@ -9,25 +9,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs the extra torch")
+pytest.importorskip("torch", reason="needs the extra torch")
 
-from compression.cuts import Cut, Shape, cut_blocks, cut_spec, weights_of, whole  # noqa: E402
-from compression.errors import CompressionError  # noqa: E402
-from compression.folder import (  # noqa: E402
+import torch
+
+from compression.cuts import Cut, Shape, cut_blocks, cut_spec, weights_of, whole
+from compression.errors import CompressionError
+from compression.folder import (
     can_cut_heads,
     check_source,
     cut_config,
     stored,
     write_folder,
 )
-from compression.importance import masked  # noqa: E402
-from compression.network import Network  # noqa: E402
-from compression.text import batch_of  # noqa: E402
-from evaluation.losses import Target  # noqa: E402
-from model.checkpoint import Checkpoint  # noqa: E402
-from model.reference import ReferenceModel  # noqa: E402
-from model.safetensors import bfloat16_to_float32  # noqa: E402
-from model.tokenizer import Tokenizer  # noqa: E402
+from compression.importance import masked
+from compression.network import Network
+from compression.text import batch_of
+from evaluation.losses import Target
+from model.checkpoint import Checkpoint
+from model.reference import ReferenceModel
+from model.safetensors import bfloat16_to_float32
+from model.tokenizer import Tokenizer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 KINDS = ("llama", "llama-dynamic", "mistral", "opt-post", "opt-pre", "qwen2", "qwen3")

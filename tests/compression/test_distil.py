@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="needs the extra torch")
+pytest.importorskip("torch", reason="needs the extra torch")
 
-from compression import distil as module  # noqa: E402
-from compression.cuts import Cut, cut_blocks, cut_spec  # noqa: E402
-from compression.distil import Recipe, depths, distil, distillation_loss  # noqa: E402
-from compression.errors import CompressionError  # noqa: E402 - it needs torch
-from compression.importance import (  # noqa: E402
+import torch
+
+from compression import distil as module
+from compression.cuts import Cut, cut_blocks, cut_spec
+from compression.distil import Recipe, depths, distil, distillation_loss
+from compression.errors import CompressionError
+from compression.importance import (
     Importance,
     Probe,
     best_cut,
@@ -27,11 +29,11 @@ from compression.importance import (  # noqa: E402
     masked,
     shapes,
 )
-from compression.measure import losses  # noqa: E402 - it needs torch
-from compression.network import Network  # noqa: E402
-from compression.text import batch_of, batches, divided, drawn  # noqa: E402
-from evaluation.losses import Target  # noqa: E402
-from model.checkpoint import Checkpoint  # noqa: E402
+from compression.measure import losses
+from compression.network import Network
+from compression.text import batch_of, batches, divided, drawn
+from evaluation.losses import Target
+from model.checkpoint import Checkpoint
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "llama"
 CUT = Cut((0, 2), ((1,), (0,)), (tuple(range(24)), tuple(range(24))))
