@@ -1,7 +1,8 @@
 """Measures what plans lack, and what may have healed, where that disturbs nobody.
 
-A machine without a stage is measured at any time. Others, and links to them, are measured while
-nothing is answered. A request ends such a measurement, and it begins again later.
+A machine without a stage is measured at any time, and no request ends that. Others, and links to
+them, are measured while nothing is answered. A request ends such a measurement, and it begins again
+later.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, TypeAlias, TypeVar
 from coordinator.errors import CoordinatorError
 from coordinator.loading.deployment import Deployment, Planned
 from coordinator.loading.models import Models
-from coordinator.loading.stale import Link, Stale, device_cost, link_cost
+from coordinator.loading.stale import Link, Stale, device_cost, ends_of, link_cost
 from coordinator.loading.state import Serving
 from coordinator.loading.turns import Turns
 from coordinator.roster.measurements import (
@@ -134,7 +135,8 @@ class Remeasuring:
             self._noisy_since_s = None
         elif self._noisy_since_s is None:
             self._noisy_since_s = now_s
-        free = self._free_members(everywhere=is_quiet)
+        apart = self._apart()
+        free = list(self._roster.members) if is_quiet else apart
         wanted = self._wanted(deployment)
         missing = self.missing(deployment, shares=not deployment.request.no_teams)
         asked = [
@@ -142,39 +144,44 @@ class Remeasuring:
             for one in free
             if one.device in missing and (one, missing[one.device]) not in self._tried
         ]
+        # No request ends a measurement of these, so they come first.
+        asked = [one for one in asked if one in apart] or asked
         links = [
             link
             for link in self._roster.links_to_measure(wanted)
             if self._roster.link_failure(*link) is None and self._may_use(link, free)
         ]
-        due = [
-            what
-            for what in self._stale.due(now_s)
-            if all(one in free for one in (what if isinstance(what, tuple) else (what,)))
-        ]
+        due = [what for what in self._stale.due(now_s) if all(one in free for one in ends_of(what))]
         if not (asked or links or due):
             return
 
         def answers() -> bool:
             return self._models.ended_by(deployment) is None and not self._turns.is_awaited
 
-        def holds() -> bool:
-            return answers() and (not is_quiet or self._is_quiet())
+        def until_asked(ends: Iterable[Member]) -> Callable[[], bool]:
+            """Requests end what disturbs their answers."""
+            disturbs = not all(one in apart for one in ends)
+            return lambda: answers() and not (disturbs and not self._is_quiet())
 
         async with self._turns.unasked("a device or link is being measured"):
             if asked:
-                await run_while(holds, self._measure_blocks(deployment, asked, missing))
-            elif links:
-                is_alone = not is_quiet  # One link at a time disturbs answers less.
-                work = try_links(self._roster, links[:1] if is_alone else links, self._turns.report)
                 await run_while(
-                    lambda: self._models.ended_by(deployment) is None if is_alone else holds(), work
+                    until_asked(asked), self._measure_blocks(deployment, asked, missing)
                 )
+            elif links and is_quiet:
+                ends = itertools.chain.from_iterable(links)
+                work = try_links(self._roster, links, self._turns.report)
+                await run_while(until_asked(ends), work)
+            elif links:  # One link at a time disturbs answers less, and it is over soon.
+                work = try_links(self._roster, links[:1], self._turns.report)
+                await run_while(lambda: self._models.ended_by(deployment) is None, work)
             else:
-                await run_while(holds, self._measure_again(deployment, due[0]))
+                await run_while(
+                    until_asked(ends_of(due[0])), self._measure_again(deployment, due[0])
+                )
 
-    def _free_members(self, *, everywhere: bool) -> list[Member]:
-        """Return the members on machines without a stage, or all members."""
+    def _apart(self) -> list[Member]:
+        """Return the members on machines without a stage."""
         serving = {
             member
             for _, state in self._models.present()
@@ -184,7 +191,7 @@ class Remeasuring:
         return [
             member
             for residents in machines(self._roster.members)
-            if everywhere or not serving.intersection(residents)
+            if not serving.intersection(residents)
             for member in residents
         ]
 

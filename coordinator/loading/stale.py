@@ -62,9 +62,13 @@ class Stale:
         """Forget devices that have left. If they join again, they are measured anyway."""
         here = set(roster.members)
         for what in list(self._entries):
-            ends = what if isinstance(what, tuple) else (what,)
-            if not here.issuperset(ends):
+            if not here.issuperset(ends_of(what)):
                 del self._entries[what]
+
+
+def ends_of(what: Member | Link) -> tuple[Member, ...]:
+    """Return a device alone, or both devices of a link."""
+    return what if isinstance(what, tuple) else (what,)
 
 
 def device_cost(member: Member, spec: ModelSpec) -> float:

@@ -14,11 +14,12 @@ from types import MappingProxyType
 import pytest
 
 from coordinator.errors import AgentLost
+from coordinator.loading import remeasuring
 from coordinator.loading.deployment import Deployment, Planned
 from coordinator.loading.operations import Compared
 from coordinator.loading.rebalance import PAUSE_S, REFUSED_S, STEADY_S, Choice
 from coordinator.loading.rebalancing import LOOK_S, Rebalancer
-from coordinator.loading.remeasuring import PATIENCE_S
+from coordinator.loading.remeasuring import PATIENCE_S, POLL_S
 from coordinator.loading.stale import FIRST_S, LONGEST_S, Stale
 from coordinator.loading.state import Lost
 from coordinator.loading.tempo import FEWEST, Tempo
@@ -494,6 +495,31 @@ def test_a_request_ends_a_measurement(run: Callable[[Test], None]) -> None:
         async with world.served.slots.one((1, 2)):
             await looking
         assert not shoal.member("a").is_asked
+
+    run(test)
+
+
+def test_no_request_ends_a_measurement_of_a_machine_without_a_stage(
+    run: Callable[[Test], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # All devices are on one machine here.
+    monkeypatch.setattr(remeasuring, "machines", lambda members: [[one] for one in members])
+
+    async def test(world: World) -> None:
+        shoal = world.shoal
+        await shoal.join("a")
+        shoal.busy.add("a")
+        shoal.told.clear()
+        world.now_s += LOOK_S
+        looking = asyncio.ensure_future(world.loop.look())
+        await shoal.until(lambda: shoal.of(MeasureModel))
+        async with world.served.slots.one((1, 2)):
+            await asyncio.wait({looking}, timeout=10 * POLL_S)
+            assert not looking.done()
+            assert shoal.member("a").is_asked
+        async with shoal.turns.asked(lambda step: None):  # A user's operation does end it.
+            assert not shoal.member("a").is_asked
+        await looking
 
     run(test)
 
