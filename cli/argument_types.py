@@ -22,7 +22,10 @@ HTTP_PORT = 7421
 
 
 class Several(argparse.Action):
-    """An option that may be repeated. The command line replaces the values of a file."""
+    """An option that may be repeated. The command line replaces the values of a file.
+
+    Its ``type`` returns one value, or a list of them. All of them together are a tuple, or a list.
+    """
 
     def __call__(
         self,
@@ -34,7 +37,10 @@ class Several(argparse.Action):
         before = getattr(namespace, self.dest)
         # If it is still the default object, the command line has not given the option yet.
         given = () if before is self.default else before
-        setattr(namespace, self.dest, (*given, values))
+        if isinstance(values, list):
+            setattr(namespace, self.dest, [*given, *values])
+        else:
+            setattr(namespace, self.dest, (*given, values))
 
 
 def argument(convert: Callable[[str], Any], expected: str) -> Callable[[str], Any]:

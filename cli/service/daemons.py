@@ -104,7 +104,7 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--http-host",
         type=argument_types.host_names,
-        action="extend",
+        action=argument_types.Several,
         default=[],
         metavar="NAME",
         help="Another host name by which clients call the API, or * for any. This machine's own "
@@ -143,7 +143,7 @@ def add_coordinator_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cors-origin",
         type=argument_types.origins,
-        action="extend",
+        action=argument_types.Several,
         default=[],
         metavar="ORIGIN",
         help="An origin such as https://chat.lan whose web pages may use the API, or * for any. "

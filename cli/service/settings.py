@@ -72,13 +72,13 @@ def _settings(parser: argparse.ArgumentParser) -> Iterator[tuple[str, argparse.A
 
 
 def _converted(path: Path, name: str, value: object, action: argparse.Action) -> Any:
-    if isinstance(action, Several) and isinstance(value, list):
-        return tuple(_one(path, name, item, action) for item in value)
-    if isinstance(action, Several):
-        return (_one(path, name, value, action),)
-    if isinstance(action, argparse._ExtendAction) and isinstance(value, list):
-        return [part for item in value for part in _one(path, name, item, action)]
-    return _one(path, name, value, action)
+    if not isinstance(action, Several):
+        return _one(path, name, value, action)
+    items = value if isinstance(value, list) else [value]
+    parts = [_one(path, name, item, action) for item in items]
+    if parts and isinstance(parts[0], list):
+        return [one for part in parts for one in part]
+    return tuple(parts)
 
 
 def _one(path: Path, name: str, value: object, action: argparse.Action) -> Any:

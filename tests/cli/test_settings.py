@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--no-mdns", action="store_true")
     parser.add_argument("--state-dir", type=Path)
     parser.add_argument("--mode", choices=("auto", "off"))
-    parser.add_argument("--host", type=host_names, action="extend", default=[])
+    parser.add_argument("--host", type=host_names, action=Several, default=[])
     return parser
 
 
@@ -53,7 +53,11 @@ def test_a_file_gives_defaults_that_the_command_line_overrides(
 def test_host_names_are_a_list_or_a_text(
     parser: argparse.ArgumentParser, tmp_path: Path, text: str
 ) -> None:
-    assert read_settings(written(tmp_path, text), parser) == {"host": ["a.lan", "b"]}
+    settings = read_settings(written(tmp_path, text), parser)
+    assert settings == {"host": ["a.lan", "b"]}
+    parser.set_defaults(**settings)
+    assert parser.parse_args([]).host == ["a.lan", "b"]
+    assert parser.parse_args(["--host=c,d", "--host", "e"]).host == ["c", "d", "e"]
 
 
 @pytest.mark.parametrize(
