@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from model.bounded import open_file
 from model.errors import CheckpointError
 from model.gguf_types import (
     READ_TYPES,
@@ -334,7 +335,7 @@ def _count(file: GgufFile, key: str, default: int = 0) -> int:
 def _read(path: Path, size_bytes: int, _time: int) -> GgufFile:
     """Read a header once for each version of a file. It is asked for many times for each load."""
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             head = file.read(512)
             if not head.startswith(_MAGIC):
                 kind = foreign_kind(head)

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from model import hub
-from model.bounded import read_json
+from model.bounded import open_file, read_json
 from model.errors import CheckpointError
 from model.foreign import (
     folder_advice,
@@ -97,11 +97,12 @@ def require_model(given: Path) -> None:
     if not stat.S_ISDIR(kind):
         raise CheckpointError(_file(given))
     names = _names(given)
+    found = False
     try:
         found = CONFIG in names and (given / CONFIG).exists()
         pointer = found and foreign_kind(_head(given / CONFIG))
     except OSError as error:
-        raise _unreadable(given, error) from error
+        raise _unreadable(given / CONFIG if found else given, error) from error
     if pointer:
         raise CheckpointError(f"{shown(given / CONFIG)}: it is {pointer}")
     if not found:
@@ -420,7 +421,7 @@ def _names(directory: Path) -> frozenset[str]:
 
 
 def _head(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return file.read(_HEAD_BYTES)
 
 

@@ -276,6 +276,29 @@ def test_a_closed_folder_names_who_may_not_read_it(llama: Path) -> None:
         os.seteuid(0)
 
 
+@pytest.mark.parametrize(
+    ("name", "open_model"),
+    [
+        ("config.json", Checkpoint.open),
+        ("model.safetensors", Checkpoint.open),
+        ("model.gguf", Checkpoint.open),
+        ("adapter_config.json", lambda given: Checkpoint.open(FIXTURES / "llama", given)),
+        ("tokenizer.json", Tokenizer.load),
+        ("tokenizer_config.json", Tokenizer.load),
+        ("chat_template.jinja", Tokenizer.load),
+    ],
+)
+def test_nobody_waits_for_a_pipe(
+    llama: Path, name: str, open_model: Callable[[Path], object]
+) -> None:
+    if name == "model.gguf":
+        (llama / "model.safetensors").unlink()
+    (llama / name).unlink(missing_ok=True)
+    os.mkfifo(llama / name)
+    with pytest.raises(ModelError, match=f"{name}.* a pipe or a device"):
+        open_model(llama)
+
+
 def test_every_message_is_a_models_error() -> None:
     with pytest.raises(ModelError):
         load_spec(Path("a\0b"))
