@@ -438,15 +438,18 @@ def _is_whole(path: Path, ref: FileRef, hash_present: bool) -> bool:
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove the folders that killed loads left in a cache. Their names begin with a dot.
+    """Remove what a killed agent did not finish in its cache. Such names begin with a dot.
 
     The agent calls this after it has claimed the state directory and before it loads anything, so
     no other process writes there.
     """
-    for folder, names, _ in os.walk(directory):
+    for folder, names, files in os.walk(directory):
         for name in [name for name in names if name.startswith(".")]:
             names.remove(name)
             shutil.rmtree(Path(folder, name), ignore_errors=True)
+        for name in [name for name in files if name.startswith(".")]:
+            with contextlib.suppress(OSError):
+                Path(folder, name).unlink()
 
 
 def _size_bytes(path: Path) -> int:

@@ -84,6 +84,7 @@ class AgentConfig:
 
     @property
     def cache_dir(self) -> Path:
+        """Blocks, what is prepared of them, and under names with a dot what is not finished yet."""
         return self.state_dir / "blocks"
 
     @property

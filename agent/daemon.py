@@ -181,7 +181,7 @@ class Agent:
         """Whether a request is running."""
         self._trials = Trials.of(
             profile,
-            config.state_dir,
+            config.cache_dir,
             config.trials_path,
             exact=config.exact,
             fast_prompts=config.fast_prompts,
@@ -670,6 +670,7 @@ class Agent:
             threads=threads,
             store=store.again() if again else store,
             progress=progress,
+            directory=self._config.cache_dir,
             exact=exact,
             together=request.together,
             shares=request.shares,
@@ -700,7 +701,7 @@ class Agent:
             source,
             self._supplied(request.request, connection, coordinator),
             threads=self._config.threads,
-            directory=self._config.state_dir / "quality",
+            directory=self._config.cache_dir,
             memory_bytes=self._figures.profile.memory_bytes,
             progress=progress,
             report=connection.send,

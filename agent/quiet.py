@@ -212,6 +212,7 @@ class Figures:
                 threads=self._config.threads,
                 store=self.store.again(is_doubtful),
                 progress=progress,
+                directory=self._config.cache_dir,
                 exact=self._config.exact,
                 shares=any(timing.shares_s for timing in self._kept(spec, bits)),
             )

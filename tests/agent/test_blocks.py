@@ -239,7 +239,7 @@ def test_blocks_come_before_what_is_prepared_of_them(
     assert not home.exists()
 
 
-def test_what_killed_loads_left_is_removed(
+def test_what_a_killed_agent_left_is_removed(
     server: BlockServer, fetch: Fetch, tmp_path: Path
 ) -> None:
     remove_leftovers(tmp_path / "none")
@@ -251,6 +251,8 @@ def test_what_killed_loads_left_is_removed(
     for left in (".products-abc", "prepared/.new-abc", f"prepared/{home.name}/.new-abc"):
         (tmp_path / left / "deep").mkdir(parents=True)
         (tmp_path / left / "deep" / "weights").write_bytes(b"1")
+    for left in (".write-test-abc", f"prepared/{home.name}/.partial-abc"):
+        (tmp_path / left).write_bytes(b"1")
     remove_leftovers(tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
 

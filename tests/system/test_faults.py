@@ -383,13 +383,24 @@ def test_a_device_lost_while_loading_is_named(cluster: Cluster) -> None:
     assert time.monotonic() - killed_s < LOST_WITHIN_S
     assert load.returncode == 1
     assert "pi-1: device lost" in stderr
+    agent.wait()
+    left = _scratch(cluster)
+    assert left
+    cluster.start_agent("pi-1")
+    cluster.wait_for_agents("pi-1")
+    assert not [path for path in left if path.exists()]
+
+
+def _scratch(cluster: Cluster) -> list[Path]:
+    """The folders in which the agent measures at the moment, or did so when it was killed."""
+    try:
+        return list((cluster.directory / "pi-1").glob("**/.calibration-*"))
+    except FileNotFoundError:  # The agent has removed a folder meanwhile.
+        return []
 
 
 def _is_measuring(cluster: Cluster) -> bool:
-    try:
-        return any((cluster.directory / "pi-1").glob("**/.calibration-*"))
-    except FileNotFoundError:  # The agent has removed a folder meanwhile.
-        return False
+    return bool(_scratch(cluster))
 
 
 # ---- Ctrl-C ------------------------------------------------------------------------------------
