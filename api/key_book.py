@@ -11,17 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import logging
 import re
 import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 
-from model.durable import hand_over, locked, replace_text
+from model.durable import replace_text
+from model.state_file import LATEST_S, Kind, Newer, StateFile
 from wire.rare_log import RareLog
 
 log = logging.getLogger(__name__)
@@ -33,8 +32,6 @@ LOCAL_NAME = "local"
 """The name of the local key in logs. No key of the file may have it."""
 
 VERSION = 1
-LATEST_S = 2.5e11
-"""The latest time in the file: the year 9892. Tables cannot show years of five digits."""
 
 PREFIX = "sk-shoal-"
 KEY_BYTES = 32
@@ -43,9 +40,6 @@ LARGEST_FILE_BYTES = 1 << 20
 
 CLASSES = ("realtime", "normal", "bulk")
 """The classes of requests, the most urgent first (coordinator/serving/urgency.py)."""
-
-Stamp = tuple[int, int, int]
-"""Tells versions of the file apart: time of change, size, inode."""
 
 
 class BadKey(Exception):
@@ -69,8 +63,7 @@ class KeyBook:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._path = directory / FILE
-        self._stamp: Stamp | None = None
+        self._file = StateFile(directory / FILE, directory / LOCK_FILE, _KIND)
         self._known: dict[str, Key] = {}
         """Maps the hash of a key to it."""
         self._local = ""
@@ -90,7 +83,7 @@ class KeyBook:
     @property
     def exists(self) -> bool:
         """Whether a key was ever made here. Then requests need one, even if all are revoked."""
-        return self._path.exists()
+        return self._file.path.exists()
 
     def known(self, key: str) -> Key | None:
         """The entry of a key, or None if it is not known. A damaged file has no keys."""
@@ -104,45 +97,19 @@ class KeyBook:
     def _try_refresh(self) -> None:
         """Read the file if it has changed. If that fails, no key is known."""
         try:
-            self._refresh()
+            keys = self._file.news()
         except BadKey as error:
-            self._known, self._stamp = {}, None
+            self._known = {}
             self._rare_log.warning("keys", "no API key is accepted: %s", error)
-
-    def _refresh(self) -> None:
-        """Read the file if it has changed. Raises BadKey."""
-        stamp = self._stamp_now()
-        if stamp != self._stamp or stamp is None:
-            self._known = {key.sha256: key for key in self.listed()}
-            self._stamp = stamp
-
-    def _stamp_now(self) -> Stamp | None:
-        try:
-            status = self._path.stat()
-        except OSError:
-            return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
+        else:
+            if keys is not None:
+                self._known = {key.sha256: key for key in keys}
 
     # ---- what ``shoal key`` does ----------------------------------------------------------------
 
     def listed(self) -> tuple[Key, ...]:
         """All keys, oldest first. Raises BadKey."""
-        try:
-            if self._path.stat().st_size > LARGEST_FILE_BYTES:
-                raise BadKey(f"{self._path} is too large: it is not a file of keys")
-            values = json.loads(self._path.read_text(encoding="utf-8"))
-            return tuple(_read(values))
-        except FileNotFoundError:
-            return ()
-        except OSError as error:
-            raise BadKey(f"cannot read {self._path}: {(error.strerror or '').lower()}") from error
-        except _Newer as error:
-            raise BadKey(
-                f"{self._path} was written by a newer version of shoal: install that one, or "
-                "remove the file and make the keys again"
-            ) from error
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise BadKey(f"{self._path} is damaged: remove it, and make the keys again") from error
+        return self._file.read()
 
     def create(self, name: str, urgency: str = "") -> str:
         """Make a key of this name, and return it. It is not kept. Raises BadKey, OSError.
@@ -154,57 +121,46 @@ class KeyBook:
                 f"the name {name!r} cannot be used: take up to 63 letters, digits, and . _ @ -, "
                 f"but not {LOCAL_NAME!r}"
             )
-        with locked(self._directory / LOCK_FILE):
-            known = self.listed()
-            if any(key.name == name for key in known):
+        with self._file.changing() as change:
+            if any(key.name == name for key in change.content):
                 raise BadKey(
                     f"there is a key named {name} already: take another name, or revoke it first "
                     f"with `shoal key revoke {name}`"
                 )
             key = _new_key()
             sha256 = hashlib.sha256(key.encode()).hexdigest()
-            self._write((*known, Key(name, sha256, round(time.time(), 3), urgency)))
+            made = Key(name, sha256, round(time.time(), 3), urgency)
+            change.content = (*change.content, made)
         return key
 
     def revoke(self, name: str) -> None:
         """Forget the key of this name. Raises BadKey, OSError."""
-        with locked(self._directory / LOCK_FILE):
-            known = self.listed()
-            left = tuple(key for key in known if key.name != name)
-            if len(left) == len(known):
-                names = ", ".join(key.name for key in known) or "none"
+        with self._file.changing() as change:
+            left = tuple(key for key in change.content if key.name != name)
+            if len(left) == len(change.content):
+                names = ", ".join(key.name for key in left) or "none"
                 raise BadKey(f"there is no key named {name}; known: {names}")
-            self._write(left)
-
-    def _write(self, keys: tuple[Key, ...]) -> None:
-        """Write the file for the owner of the directory, who runs the coordinator."""
-        text = json.dumps({"version": VERSION, "keys": [asdict(key) for key in keys]}, indent=1)
-        prepare = partial(hand_over, directory=self._directory)
-        replace_text(self._path, text + "\n", prepare=prepare, lasts=True)
+            change.content = left
 
 
 def _new_key() -> str:
     return PREFIX + secrets.token_urlsafe(KEY_BYTES)
 
 
-class _Newer(Exception):
-    """The file has what this version does not know. It may be a limit."""
-
-
 def _read(values: object) -> Iterator[Key]:
     """The keys in a file's JSON.
 
-    Raises _Newer, and ValueError, TypeError, LookupError, AttributeError if it has other things.
+    Raises Newer, and ValueError, TypeError, LookupError, AttributeError if it has other things.
     """
     if not isinstance(values, dict) or not isinstance(values["keys"], list):
         raise TypeError("expected an object with a list of keys")
     # A file of an older version has no version.
     if values.get("version", VERSION) != VERSION:
-        raise _Newer
+        raise Newer
     names = {field.name for field in fields(Key)}
     for item in values["keys"]:
         if item.keys() - names:
-            raise _Newer
+            raise Newer
         # A file of an older version has no classes.
         urgency = item.get("urgency", "")
         key = Key(item["name"], item["sha256"], float(item["created_s"]), urgency)
@@ -215,3 +171,23 @@ def _read(values: object) -> Iterator[Key]:
         if urgency not in ("", *CLASSES):
             raise ValueError("not a class")
         yield key
+
+
+def _parsed(values: object) -> tuple[Key, ...]:
+    return tuple(_read(values))
+
+
+def _dumped(keys: tuple[Key, ...]) -> dict[str, object]:
+    return {"version": VERSION, "keys": [asdict(key) for key in keys]}
+
+
+_KIND: Kind[tuple[Key, ...]] = Kind(
+    name="a file of keys",
+    largest_bytes=LARGEST_FILE_BYTES,
+    nothing=(),
+    parse=_parsed,
+    dump=_dumped,
+    fault=BadKey,
+    if_newer="remove the file and make the keys again",
+    if_damaged="remove it, and make the keys again",
+)

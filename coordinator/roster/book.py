@@ -6,18 +6,15 @@ while the coordinator runs, which sees each change at the next connection.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-from model.durable import hand_over, locked, replace_text
+from model.state_file import LATEST_S, Kind, Newer, StateFile
 from wire.claim import Claim, Fingerprint, shown
 from wire.errors import AuthFailed
 from wire.invite import ID_CHARACTERS, SECRET_BYTES, Invite, new_invite
@@ -32,9 +29,6 @@ VERSION = 1
 LARGEST_FILE_BYTES = 4 << 20
 MOST_DEVICES = 4096
 MOST_INVITES = 1024
-
-LATEST_S = 2.5e11
-"""The latest time in a file: the year 9892. Tables cannot show years of five digits."""
 
 DEFAULT_TTL_S = 24 * 3600.0
 
@@ -54,9 +48,6 @@ OTHER_KEY = (
 )
 NO_ID = "this device's id has other characters than letters, digits, and . _ -, or too many"
 FULL = f"this shoal knows {MOST_DEVICES} devices: revoke some with `shoal devices revoke NAME`"
-
-Stamp = tuple[int, int, int]
-"""Tells versions of the file apart: time of change, size, inode."""
 
 _HEX = re.compile(r"[0-9a-f]+")
 _DEVICE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
@@ -117,10 +108,8 @@ class DeviceBook:
     """The file in a coordinator's state directory. One thread uses it."""
 
     def __init__(self, directory: Path, now_s: Callable[[], float] = time.time) -> None:
-        self._directory = directory
-        self._path = directory / FILE
+        self._file = StateFile(directory / FILE, directory / LOCK_FILE, _KIND)
         self._now_s = now_s
-        self._stamp: Stamp | None = None
         self._known: dict[str, Device] = {}
         """Maps a device id to the device."""
         self._rare_log = RareLog(log)
@@ -154,12 +143,12 @@ class DeviceBook:
         known = self._known.get(device)
         if known is None or known.name == name:
             return
-        with self._changing() as change:
+        with self._file.changing() as change:
             devices = tuple(
                 replace(item, name=name) if item.device == device else item
-                for item in change.book.devices
+                for item in change.content.devices
             )
-            change.book = replace(change.book, devices=devices)
+            change.content = replace(change.content, devices=devices)
 
     def _is_known(self, claim: Claim) -> bool:
         self._refresh()
@@ -176,8 +165,8 @@ class DeviceBook:
             raise AuthFailed(UNKNOWN, UNKNOWN)
         if not _DEVICE_ID.fullmatch(claim.device):
             raise AuthFailed(NO_ID, NO_ID)
-        with self._changing() as change:
-            book = change.book
+        with self._file.changing() as change:
+            book = change.content
             invite = next((item for item in book.invites if item.id == claim.invite_id), None)
             if invite is None or not claim.knows(bytes.fromhex(invite.secret)):
                 raise AuthFailed(NO_INVITE, NO_INVITE)
@@ -190,7 +179,7 @@ class DeviceBook:
             joined = Device(
                 claim.device, claim.fingerprint.hex(), "", round(self._now_s(), 3), invite.id
             )
-            change.book = _Book(
+            change.content = _Book(
                 (*book.devices, joined),
                 tuple(left if item is invite else item for item in book.invites),
             )
@@ -199,12 +188,12 @@ class DeviceBook:
 
     def devices(self) -> tuple[Device, ...]:
         """All devices, oldest first. Raises BadBook."""
-        return self._read().devices
+        return self._file.read().devices
 
     def invites(self) -> tuple[OpenInvite, ...]:
         """All invites by which somebody can still join, oldest first. Raises BadBook."""
         now_s = self._now_s()
-        return tuple(item for item in self._read().invites if item.refusal(now_s) is None)
+        return tuple(item for item in self._file.read().invites if item.refusal(now_s) is None)
 
     def invite(
         self, coordinator: Fingerprint, ttl_s: float | None = DEFAULT_TTL_S, uses: int | None = 1
@@ -214,113 +203,59 @@ class DeviceBook:
         now_s = self._now_s()
         ends_s = None if ttl_s is None else round(now_s + ttl_s, 3)
         entry = OpenInvite(made.id, made.secret.hex(), round(now_s, 3), ends_s, uses)
-        with self._changing() as change:
-            still = tuple(item for item in change.book.invites if not item.is_over(now_s))
+        with self._file.changing() as change:
+            still = tuple(item for item in change.content.invites if not item.is_over(now_s))
             if len(still) >= MOST_INVITES:  # The file has an end, and nobody could join behind it.
                 raise BadBook(
                     f"there are {MOST_INVITES} tokens that nobody has used: revoke some with "
                     "`shoal token revoke ID`"
                 )
-            change.book = replace(change.book, invites=(*still, entry))
+            change.content = replace(change.content, invites=(*still, entry))
         return made
 
     def revoke_invite(self, invite_id: str) -> None:
         """Forget an invite. Devices that joined by it stay. Raises BadBook, OSError."""
-        with self._changing() as change:
-            left = tuple(item for item in change.book.invites if item.id != invite_id)
-            if len(left) == len(change.book.invites):
+        with self._file.changing() as change:
+            left = tuple(item for item in change.content.invites if item.id != invite_id)
+            if len(left) == len(change.content.invites):
                 known = ", ".join(item.id for item in left) or "none"
                 raise BadBook(f"there is no token {invite_id}; known: {known}")
-            change.book = replace(change.book, invites=left)
+            change.content = replace(change.content, invites=left)
 
     def revoke_device(self, name: str) -> Device:
         """Forget a device by its name or id. Raises BadBook, OSError."""
-        with self._changing() as change:
-            devices = change.book.devices
+        with self._file.changing() as change:
+            devices = change.content.devices
             # An id is one device's alone, whatever others call themselves.
             found = [item for item in devices if name == item.device] or [
                 item for item in devices if name == item.name
             ]
             if not found:
-                known = ", ".join(item.name or item.device for item in change.book.devices)
+                known = ", ".join(item.name or item.device for item in change.content.devices)
                 raise BadBook(f"there is no device {name}; known: {known or 'none'}")
             if len(found) > 1:
                 ids = ", ".join(item.device for item in found)
                 raise BadBook(f"several devices are named {name}: name one by its id: {ids}")
-            devices = tuple(item for item in change.book.devices if item is not found[0])
-            change.book = replace(change.book, devices=devices)
+            devices = tuple(item for item in change.content.devices if item is not found[0])
+            change.content = replace(change.content, devices=devices)
             return found[0]
-
-    # ---- the file -------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _changing(self) -> Iterator[_Change]:
-        """Read the file, and write what the block has made of it. Others wait meanwhile."""
-        with locked(self._directory / LOCK_FILE):
-            before = self._read()
-            change = _Change(before)
-            yield change
-            if change.book != before:
-                self._write(change.book)
 
     def _refresh(self) -> None:
         """Read the file if it has changed. Raises BadBook."""
-        stamp = self._stamp_now()
-        if stamp != self._stamp or stamp is None:
-            self._known = {item.device: item for item in self._read().devices}
-            self._stamp = stamp
-
-    def _stamp_now(self) -> Stamp | None:
-        try:
-            status = self._path.stat()
-        except OSError:
-            return None
-        return status.st_mtime_ns, status.st_size, status.st_ino
-
-    def _read(self) -> _Book:
-        try:
-            if self._path.stat().st_size > LARGEST_FILE_BYTES:
-                raise BadBook(f"{self._path} is too large: it is not a list of devices")
-            return _parsed(json.loads(self._path.read_text(encoding="utf-8")))
-        except FileNotFoundError:
-            return _Book()
-        except OSError as error:
-            raise BadBook(f"cannot read {self._path}: {(error.strerror or '').lower()}") from error
-        except _Newer as error:
-            raise BadBook(
-                f"{self._path} was written by a newer version of shoal: install that one, or "
-                "restore the file from a backup"
-            ) from error
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise BadBook(
-                f"{self._path} is damaged: restore it from a backup, or remove it and let all "
-                "devices join again"
-            ) from error
-
-    def _write(self, book: _Book) -> None:
-        text = json.dumps({"version": VERSION, **asdict(book)}, indent=1)
-        prepare = partial(hand_over, directory=self._directory)
-        replace_text(self._path, text + "\n", prepare=prepare, lasts=True)
-
-
-@dataclass(slots=True)
-class _Change:
-    book: _Book
-
-
-class _Newer(Exception):
-    """The file has what this version does not know. It may be a restriction."""
+        book = self._file.news()
+        if book is not None:
+            self._known = {item.device: item for item in book.devices}
 
 
 def _parsed(values: object) -> _Book:
     """The content of the file.
 
-    Raises _Newer, and ValueError, TypeError, LookupError if it is something else.
+    Raises Newer, and ValueError, TypeError, LookupError if it is something else.
     """
     if not isinstance(values, dict):
         raise TypeError("expected a list of devices")
     if type(values["version"]) is int and values["version"] > VERSION:
-        raise _Newer
+        raise Newer
     if values["version"] != VERSION:
         raise ValueError("not a version")
     _require_known(Device, values["devices"])
@@ -348,7 +283,7 @@ def _parsed(values: object) -> _Book:
 def _require_known(kind: type[Device] | type[OpenInvite], items: Any) -> None:
     names = {field.name for field in fields(kind)}
     if any(item.keys() - names for item in items):
-        raise _Newer
+        raise Newer
 
 
 def _require_time(value: object) -> None:
@@ -359,3 +294,19 @@ def _require_time(value: object) -> None:
 def _require_hex(text: object, characters: int) -> None:
     if not isinstance(text, str) or len(text) != characters or not _HEX.fullmatch(text):
         raise ValueError("not hexadecimal digits")
+
+
+def _dumped(book: _Book) -> dict[str, Any]:
+    return {"version": VERSION, **asdict(book)}
+
+
+_KIND = Kind(
+    name="a list of devices",
+    largest_bytes=LARGEST_FILE_BYTES,
+    nothing=_Book(),
+    parse=_parsed,
+    dump=_dumped,
+    fault=BadBook,
+    if_newer="restore the file from a backup",
+    if_damaged="restore it from a backup, or remove it and let all devices join again",
+)

@@ -501,7 +501,7 @@ async def _begin(
     what may be long and what only it needs: the prompt's tokens if they are penalized or scored,
     the answer so far, biases and the grammar.
 
-    shared: other sequences run on some of its devices.
+    chunk_tokens: the most rows of a chunk of the prompt.
     """
 
     async def tell(member: Member, message: StartSequence) -> None:

@@ -57,3 +57,14 @@ def test_a_damaged_file_is_named_at_the_start(
     (said,) = (record.getMessage() for record in caplog.records)
     assert said.startswith("no API key is accepted: ")
     assert "api-keys.json is damaged: remove it, and make the keys again" in said
+
+
+def test_a_file_that_comes_back_from_a_backup_is_read_again(tmp_path: Path) -> None:
+    book = KeyBook(tmp_path)
+    key = book.create("alice")
+    assert book.known(key) is not None
+    (tmp_path / FILE).rename(tmp_path / "backup")
+    (tmp_path / FILE).write_text("[]")
+    assert book.known(key) is None
+    (tmp_path / "backup").rename(tmp_path / FILE)  # With the time, size and inode that it had.
+    assert book.known(key) is not None
