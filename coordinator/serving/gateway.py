@@ -158,6 +158,28 @@ class _Flight:
         self.held.sampled(message.token)
         return None
 
+    async def next(self, prompt_tokens: int) -> tuple[list[Told], CoordinatorError | None]:
+        """Wait for the next token, and return it, or an error. If it has ended, return the rest.
+
+        prompt_tokens: those that run.
+        """
+        predicted_s = prompt_tokens * self.deployment.plan.prefill_s_per_token
+        limit_s = STALL_S + STALL_FACTOR * predicted_s
+        try:
+            event = await within(self.events.get(), limit_s)
+        except asyncio.TimeoutError:
+            return [], Stalled(
+                f"no token came for {limit_s:.0f} s although all devices answer: "
+                "see the agents' logs, then run `shoal load` again"
+            )
+        part: list[Told] = []
+        while not isinstance(event, CoordinatorError):
+            part.append(event)
+            if not self.ended or self.events.empty():
+                return part, None
+            event = self.events.get_nowait()
+        return part, event
+
     def fail(self, name: str, message: SequenceFailed) -> None:
         """End by what a stage of the device ``name`` says."""
         self.ended = True
@@ -312,10 +334,14 @@ class Gateway:
         timing: Timing,
         shortcuts: Shortcuts,
     ) -> AsyncGenerator[Told, None]:
-        """Yield the tokens after a prompt, once a slot is free. Raises CoordinatorError."""
+        """Yield the tokens after a prompt, once a slot is free. Raises CoordinatorError.
+
+        A client may read its answer slowly. The slot is free again when the stages have ended it.
+        """
         # All rows of a prompt that is scored run.
         reuse = shortcuts.cache_prompt and not sampling.prompt_logprobs
         urgency = requests.current().urgency
+        last: list[Told] = []
         async with (
             self._lane(deployment, urgency),
             deployment.slots.one(prompt, reuse=reuse, rank=urgency) as held,
@@ -323,13 +349,16 @@ class Gateway:
             self._models.require(deployment)
             if urgency == Urgency.BULK and self._lanes.are_urgent(deployment):
                 raise _Paused("a real-time request has come")
-            while True:
+            while not last:
                 events = self._sequence(deployment, held, prompt, sampling, timing, shortcuts)
                 try:
                     async with aclosing(events):
-                        async for event in events:
-                            yield event
-                    return
+                        async for part, ended in events:
+                            if ended:
+                                last = part
+                                break
+                            for event in part:
+                                yield event
                 except _PrefixLost as lost:
                     log.info("the whole prompt runs: %s", lost)
                     held.forget()
@@ -338,6 +367,8 @@ class Gateway:
                 except CoordinatorError:
                     held.forget()
                     raise
+        for event in last:
+            yield event
 
     @contextlib.asynccontextmanager
     async def _lane(self, deployment: Deployment, urgency: Urgency) -> AsyncGenerator[None, None]:
@@ -362,8 +393,11 @@ class Gateway:
         sampling: Sampling,
         timing: Timing,
         shortcuts: Shortcuts,
-    ) -> AsyncGenerator[Told, None]:
-        """Run a sequence in a slot, and yield its tokens. Raises CoordinatorError."""
+    ) -> AsyncGenerator[tuple[list[Told], bool], None]:
+        """Run a sequence in a slot, and yield tokens with whether they are the last ones.
+
+        Raises CoordinatorError.
+        """
         # Stages that were loaded before this coordinator was started know earlier sequences.
         number = self._newest = max(self._newest, deployment.newest_sequence) + 1
         is_bulk = requests.current().urgency == Urgency.BULK
@@ -385,14 +419,17 @@ class Gateway:
             if shares:
                 chunk_tokens = min(chunk_tokens, SHARED_CHUNK_TOKENS)
             await _begin(deployment, number, held, prompt, sampling, shortcuts, chunk_tokens)
-            while not flight.ended or not flight.events.empty():
-                event = await _next_event(flight, len(prompt) - held.cached)
-                if isinstance(event, CoordinatorError):
-                    raise event.with_traceback(None)
-                if is_new:  # Until now, a stage may have lacked the kept rows.
+            ended = False
+            while not ended:
+                part, error = await flight.next(len(prompt) - held.cached)
+                if part and is_new:  # Until now, a stage may have lacked the kept rows.
                     requests.current().cached_tokens += held.cached
                     is_new = False
-                yield event
+                ended = flight.ended and error is None
+                if part:
+                    yield part, ended
+                if error is not None:
+                    raise error.with_traceback(None)
         finally:
             del self._flights[number]
             # Stages that were taken over have another deployment of the same epoch.
@@ -527,18 +564,6 @@ async def _begin(
     told[0] = replace(told[0], prompt=prompt)
     first, *others = map(tell, deployment.leads, told)
     await asyncio.gather(*others, first)
-
-
-async def _next_event(flight: _Flight, prompt_tokens: int) -> Told | CoordinatorError:
-    predicted_s = prompt_tokens * flight.deployment.plan.prefill_s_per_token
-    limit_s = STALL_S + STALL_FACTOR * predicted_s
-    try:
-        return await within(flight.events.get(), limit_s)
-    except asyncio.TimeoutError:
-        return Stalled(
-            f"no token came for {limit_s:.0f} s although all devices answer: "
-            "see the agents' logs, then run `shoal load` again"
-        )
 
 
 async def _release(deployment: Deployment, number: int) -> None:

@@ -427,6 +427,35 @@ def test_closing_cancels_and_the_next_in_line_has_its_turn(run: Run) -> None:
     run(test)
 
 
+def test_a_client_that_reads_slowly_holds_no_slot(run: Run) -> None:
+    async def test(cluster: Cluster) -> None:
+        deployment = cluster.deploy()
+        ended = asyncio.Event()
+
+        def notice(member: Member, message: Message) -> None:
+            if isinstance(message, TokenSampled) and message.finish:
+                ended.set()
+
+        cluster.roster.subscribe(notice, lambda *_: None)
+        pieces = cluster.gateway.generate(deployment, (1, 2), Sampling(4, ()))
+        async with aclosing(pieces):
+            waiting = asyncio.ensure_future(anext(pieces))
+            begun = await cluster.begun()
+            await cluster.sample(begun.sequence, "slow", "length")
+            await ended.wait()
+            assert (await waiting).text == "s"
+            assert (await anext(pieces)).text == "l"
+            for agent in cluster.agents:
+                assert await said(agent) == ReleaseSequence(EPOCH, begun.sequence)
+            task = asyncio.ensure_future(collect(cluster, (5,), Sampling(3, ())))
+            following = await cluster.begun()
+            await cluster.sample(following.sequence, "new", "length")
+            assert text_of(await task) == "new"
+            assert text_of([piece async for piece in pieces]) == "ow"
+
+    run(test)
+
+
 async def loss(cluster: Cluster) -> None:
     cluster.agents[1].close()
     cluster.play_helpless(cluster.agents[0])
