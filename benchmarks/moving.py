@@ -7,7 +7,8 @@ Hosts have shares of a core and wired links (testbed/). One client asks for an a
 other, with a pause between them. In each scenario something changes:
 
 - join: a host that has three times as much of a core joins;
-- link: the link to the second of two hosts degrades 20 times, and heals; a third host is there;
+- link: the links of the second of two hosts degrade 20 times, and heal; a third host is there, as
+  fast as the second;
 - throttle: the host that runs the model throttles to 30 %; another one is there, as fast as it was.
 
 Each scenario runs twice, with ``--rebalance auto`` and ``off``. A token's time is from its
@@ -58,8 +59,8 @@ TOKEN = 200
 REST_S = 3.0
 """The client's pause between two answers. Devices and links are measured meanwhile."""
 
-THE_ONE = ""
-"""The host that runs the first stage, whichever that is."""
+FIRST_STAGE, LAST_STAGE = 0, -1
+"""In the place of a host: the one that runs this stage when something happens to it first."""
 
 Timed = tuple[float, str]
 """Seconds since the client began, and what happened."""
@@ -79,7 +80,7 @@ class Scenario:
     hosts: Mapping[str, float]
     pins: Mapping[str, str]
     last_s: float
-    faults: tuple[tuple[float, str, str, str], ...]
+    faults: tuple[tuple[float, str | int, str, str], ...]
     late: str = ""
 
 
@@ -93,18 +94,18 @@ SCENARIOS = {
         late="birch",
     ),
     "link": Scenario(
-        "A link degrades 20 times, and heals",
-        {"ash": 8.0, "birch": 40.0, "cedar": 25.0},
+        "The links of a device degrade 20 times, and heal; another one is as fast",
+        {"ash": 8.0, "birch": 40.0, "cedar": 40.0},
         {"0": "ash"},
-        480.0,
-        ((20.0, "birch", DEGRADED, "link degrades"), (160.0, "birch", "heal", "link heals")),
+        300.0,
+        ((20.0, LAST_STAGE, DEGRADED, "links degrade"), (200.0, LAST_STAGE, "heal", "links heal")),
     ),
     "throttle": Scenario(
         "A device throttles to 30 %",
         {"ash": 20.0, "birch": 20.0},
         {},
         180.0,
-        ((20.0, THE_ONE, "slow=6", "it throttles"),),
+        ((20.0, FIRST_STAGE, "slow=6", "it throttles"),),
     ),
 }
 
@@ -120,6 +121,8 @@ class Trial:
         self._url = self._shoal.open_door(0)
         self._began_s = 0.0
         self._happened: list[Timed] = []
+        self._struck: dict[int, str] = {}
+        """The host of each stage to which something happened."""
         plain = request(state, (8,))
         with Client(self._url) as client:
             # The hosts share a processor here, so they measure themselves one at a time, before.
@@ -187,15 +190,20 @@ class Trial:
         if count < ANSWER_TOKENS - 1:  # The last one may come with the end.
             raise RuntimeError(f"{ANSWER_TOKENS} tokens were asked for, and {count} came")
 
-    def _fault(self, host: str, fault: str, words: str) -> None:
-        if host == THE_ONE:
-            with Client(self._url) as client:
-                host = client.get("/shoal/v1/ps")["model"]["stages"][0]["device"]
+    def _fault(self, where: str | int, fault: str, words: str) -> None:
+        host = where if isinstance(where, str) else self._running(where)
         self._happened.append((time.monotonic() - self._began_s, words))
         if fault == "join":
             self._start(host)
         else:
             self._bed.fault(host, fault)
+
+    def _running(self, stage: int) -> str:
+        if stage not in self._struck:
+            with Client(self._url) as client:
+                stages = client.get("/shoal/v1/ps")["model"]["stages"]
+            self._struck[stage] = stages[stage]["device"]
+        return self._struck[stage]
 
     def _stop(self, client: Client, name: str) -> None:
         """Stop the agent of a host, and wait until it has left. Its measurements stay there."""
