@@ -256,9 +256,14 @@ class EncoderRelay:
         finally:
             self._turnstile.leave(self._ticket)
 
-    def _pause(self) -> None:
-        """Let shorter passes of other models compute, between two layers of this one."""
-        self._meter.paused(self._turnstile.pause(self._ticket))
+    def _pause(self) -> float:
+        """Let shorter passes of other models compute, between two layers of this one.
+
+        Return the seconds for which they did.
+        """
+        waited_s = self._turnstile.pause(self._ticket)
+        self._meter.paused(waited_s)
+        return waited_s
 
     def _tell(self, number: int, output: Array) -> None:
         """Tell the coordinator the result in messages of RESULT_BYTES, each of whole rows."""

@@ -439,9 +439,14 @@ class Relay:
         """Let other stages compute, because the running pass waits for other members of a team."""
         self._turnstile.give_way(self._ticket)
 
-    def _pause(self) -> None:
-        """Let shorter passes of other models compute, between two layers of this one."""
-        self._meter.paused(self._turnstile.pause(self._ticket))
+    def _pause(self) -> float:
+        """Let shorter passes of other models compute, between two layers of this one.
+
+        Return the seconds for which they did.
+        """
+        waited_s = self._turnstile.pause(self._ticket)
+        self._meter.paused(waited_s)
+        return waited_s
 
     def _wake(self) -> None:
         with self._lock:

@@ -144,11 +144,12 @@ class Stage(ABC):
     A stage may return -inf for the others, if it saves time.
     """
 
-    between: Callable[[], None] | None = None
+    between: Callable[[], float] | None = None
     """Called between layers of a pass, to let stages of other models compute meanwhile.
 
-    The caller sets it. It raises nothing. A stage that cannot stop there, as on an accelerator,
-    need not call it. A share of a team may not, because the other members would wait, too.
+    It returns the seconds for which they did. The caller sets it. It raises nothing. A stage that
+    cannot stop there, as on an accelerator, need not call it. A share of a team may not, because
+    the other members would wait, too.
     """
 
     @abstractmethod

@@ -26,7 +26,7 @@ from model.texts import Texts, pass_rows
 class EncoderLayers(ABC):
     """Some layers of an encoder on a kind of hardware."""
 
-    between: Callable[[], None] | None = None
+    between: Callable[[], float] | None = None
     """As of Stage."""
 
     @property

@@ -219,7 +219,7 @@ class OnnxCpuStage(Stage):
 class _Chain:
     """Whole layers in sessions, with a copy for prompts, and the head."""
 
-    between: Callable[[], None] | None = None
+    between: Callable[[], float] | None = None
     """As of Stage."""
 
     def __init__(

@@ -157,11 +157,11 @@ class SteppedStage(Stage):
     ) -> Array:
         return self.stage.decode(slots, positions, inputs)
 
-    def _between(self) -> None:
+    def _between(self) -> float:
         self.reached.put(None)
         assert self.go.wait(ANSWER_S)
         assert self.between is not None
-        self.between()
+        return self.between()
 
     @property
     def memory_bytes(self) -> int:
