@@ -117,7 +117,8 @@ def measure_model(
     Times in ``store`` are not measured again.
 
     progress: called with (done, all) steps several times a second; it may raise to end it.
-    directory: holds the random blocks meanwhile; by default a directory beside the store.
+    directory: holds the random blocks meanwhile, and is made if need be; by default that of the
+        store.
     exact: times exact stages.
     together: times passes of several rows too. Those in ``store`` are returned in any case.
     shares: times shares of layers and head too, within SHARES_BUDGET_S, if the backend runs them.
@@ -131,7 +132,6 @@ def measure_model(
     )
     if directory is None and store is not None:
         directory = store.path.parent
-        directory.mkdir(parents=True, exist_ok=True)
     common = machine_key(capabilities, threads, exact=exact)
     bench = Bench(backend, threads, directory, exact=exact)
     wanted = share_jobs(spec, tasks) if shares and capabilities.shares else []
@@ -478,6 +478,8 @@ class Bench:
         As an agent's stages do, all but exact ones keep prepared weights. Memory that is mapped
         from a file is read at another speed than the heap (docs/performance.md).
         """
+        if self._directory is not None:
+            self._directory.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=self._directory, prefix=".calibration-") as name:
             formats = [Format.of(bits)] * len(blocks)
             artifacts = list(random_artifacts(Path(name), spec, blocks, formats))

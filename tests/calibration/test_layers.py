@@ -319,6 +319,14 @@ def test_a_large_vocabulary_is_scaled_up_from_a_part(
     assert head.decode_s == pytest.approx(1e-3 + 1e-3 * spec.vocab / part)
 
 
+def test_the_directory_for_random_blocks_is_made_and_left_empty(
+    backend: Recorder, tmp_path: Path
+) -> None:
+    directory = tmp_path / "agent" / "blocks"
+    assert measure_model(SPEC, (4,), backend, threads=1, directory=directory)
+    assert list(directory.iterdir()) == []
+
+
 def test_widths_that_the_backend_lacks_have_no_timing(backend: Recorder, tmp_path: Path) -> None:
     assert measure_model(SPEC, (7,), backend, threads=1, directory=tmp_path) == ()
 
