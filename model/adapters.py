@@ -21,7 +21,7 @@ import numpy.typing as npt
 from model.bounded import read_json
 from model.errors import CheckpointError, UnsupportedModelError
 from model.families.config import Config
-from model.given import ADAPTER, shown
+from model.given import ADAPTER, require_no_pipe, shown
 from model.safetensors import SafetensorsFile, read_safetensors
 from model.weights import PlainTensor, Rows, StoredTensor
 
@@ -75,6 +75,7 @@ class Adapter:
         Raises CheckpointError for missing or damaged files, UnsupportedModelError for another kind
         of adapter and for options that change what PEFT computes.
         """
+        require_no_pipe(directory)
         config = _read_config(directory)
         _refuse_options(config)
         path = directory / WEIGHTS

@@ -25,7 +25,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.bounded import open_file
 from model.errors import CheckpointError
 from model.gguf_types import (
     READ_TYPES,
@@ -335,7 +334,7 @@ def _count(file: GgufFile, key: str, default: int = 0) -> int:
 def _read(path: Path, size_bytes: int, _time: int) -> GgufFile:
     """Read a header once for each version of a file. It is asked for many times for each load."""
     try:
-        with open_file(path) as file:
+        with path.open("rb") as file:
             head = file.read(512)
             if not head.startswith(_MAGIC):
                 kind = foreign_kind(head)

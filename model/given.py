@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from model import hub
-from model.bounded import open_file, read_json
+from model.bounded import read_json
 from model.errors import CheckpointError
 from model.foreign import (
     folder_advice,
@@ -97,12 +97,11 @@ def require_model(given: Path) -> None:
     if not stat.S_ISDIR(kind):
         raise CheckpointError(_file(given))
     names = _names(given)
-    found = False
     try:
         found = CONFIG in names and (given / CONFIG).exists()
         pointer = found and foreign_kind(_head(given / CONFIG))
     except OSError as error:
-        raise _unreadable(given / CONFIG if found else given, error) from error
+        raise _unreadable(given, error) from error
     if pointer:
         raise CheckpointError(f"{shown(given / CONFIG)}: it is {pointer}")
     if not found:
@@ -411,17 +410,29 @@ def _other_weights(directory: Path, names: frozenset[str]) -> str | None:
 
 
 def _names(directory: Path) -> frozenset[str]:
-    """Return a folder's names, or none if it is no folder. Raises CheckpointError if unreadable."""
+    """Return a folder's names, or none if it is no folder.
+
+    Raises CheckpointError if it is unreadable, or has a pipe: its reader would wait for ever.
+    """
     try:
-        return frozenset(path.name for path in directory.iterdir())
+        paths = list(directory.iterdir())
+        pipe = next((path for path in paths if path.is_fifo()), None)
     except (FileNotFoundError, NotADirectoryError):
         return frozenset()
     except OSError as error:
         raise _unreadable(directory, error) from error
+    if pipe is not None:
+        raise CheckpointError(f"{shown(pipe)}: a pipe, not a file; remove it")
+    return frozenset(path.name for path in paths)
+
+
+def require_no_pipe(directory: Path) -> None:
+    """Raise CheckpointError if a folder has a pipe, or is unreadable."""
+    _names(directory)
 
 
 def _head(path: Path) -> bytes:
-    with open_file(path) as file:
+    with path.open("rb") as file:
         return file.read(_HEAD_BYTES)
 
 

@@ -23,7 +23,6 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from model.bounded import open_file
 from model.errors import CheckpointError
 from model.given import MAX_HEADER_BYTES, foreign_kind
 
@@ -137,7 +136,7 @@ def read_safetensors(path: Path, size_bytes: int | None = None) -> SafetensorsFi
     Raises CheckpointError that names the file and the fault.
     """
     try:
-        with open_file(path) as file:
+        with path.open("rb") as file:
             file_bytes = os.fstat(file.fileno()).st_size if size_bytes is None else size_bytes
             prefix = file.read(8)
             if len(prefix) < 8:

@@ -6,7 +6,6 @@ Only the coordinator imports this module, because it needs ``tokenizers``.
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 import tokenizers
 
-from model.bounded import open_file, read_json
+from model.bounded import read_json
 from model.errors import FieldsUnused, TemplateRefused, TokenizerError
 from model.generation import SamplingDefaults, read_sampling_defaults, sampling_defaults
 from model.given import gguf_of, kind_of_file
@@ -398,8 +397,7 @@ def _template_of(path: Path) -> str:
         kind = kind_of_file(path)
         if kind is not None:
             raise TokenizerError(f"{path}: it is {kind}")
-        with open_file(path) as file:
-            return io.TextIOWrapper(file, encoding="utf-8").read()
+        return path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise TokenizerError(f"{path}: cannot be read: {error}") from error
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -18,7 +17,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, normalizers, pre_tokenizers
 
-from model.bounded import open_file, read_bytes, read_json
+from model.bounded import read_bytes, read_json
 from model.errors import TokenizerError
 from model.families.embedders import takes_lower_case
 from model.given import kind_of_file
@@ -116,9 +115,7 @@ def load_backend(
             continue
         # The library reports every defect of a file as a bare Exception, or as a panic.
         try:
-            with open_file(path) as file:
-                size_bytes = os.fstat(file.fileno()).st_size
-            if size_bytes > MAX_FILE_BYTES:
+            if path.stat().st_size > MAX_FILE_BYTES:
                 raise TokenizerError("larger than any tokenizer; is it the right file?")
             backend = read(path, settings, special)
         except BaseException as error:
