@@ -483,15 +483,21 @@ def test_a_device_that_joined_is_measured_in_a_quiet_moment(run: Callable[[Test]
     run(test)
 
 
+async def measuring(world: World) -> asyncio.Future[None]:
+    """Begin a look that has a device measured. The device does not answer."""
+    shoal = world.shoal
+    await shoal.join("a")
+    shoal.busy.add("a")
+    shoal.told.clear()
+    world.now_s += LOOK_S
+    looking = asyncio.ensure_future(world.loop.look())
+    await shoal.until(lambda: shoal.of(MeasureModel))
+    return looking
+
+
 def test_a_request_ends_a_measurement(run: Callable[[Test], None]) -> None:
     async def test(world: World) -> None:
-        shoal = world.shoal
-        await shoal.join("a")
-        shoal.busy.add("a")
-        shoal.told.clear()
-        world.now_s += LOOK_S
-        looking = asyncio.ensure_future(world.loop.look())
-        await shoal.until(lambda: shoal.of(MeasureModel))
+        shoal, looking = world.shoal, await measuring(world)
         async with world.served.slots.one((1, 2)):
             await looking
         assert not shoal.member("a").is_asked
@@ -506,13 +512,7 @@ def test_no_request_ends_a_measurement_of_a_machine_without_a_stage(
     monkeypatch.setattr(remeasuring, "machines", lambda members: [[one] for one in members])
 
     async def test(world: World) -> None:
-        shoal = world.shoal
-        await shoal.join("a")
-        shoal.busy.add("a")
-        shoal.told.clear()
-        world.now_s += LOOK_S
-        looking = asyncio.ensure_future(world.loop.look())
-        await shoal.until(lambda: shoal.of(MeasureModel))
+        shoal, looking = world.shoal, await measuring(world)
         async with world.served.slots.one((1, 2)):
             await asyncio.wait({looking}, timeout=10 * POLL_S)
             assert not looking.done()
