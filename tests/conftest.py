@@ -34,20 +34,37 @@ FAST = ("docs", "model", "wire", "planning", "coordinator", "api", "calibration"
 
 SLOW = {
     "agent/test_blocks.py",
+    "agent/test_credentials.py",
     "agent/test_daemon.py",
+    "agent/test_draft_model.py",
+    "agent/test_encoding.py",
     "agent/test_files.py",
+    "agent/test_grammars.py",
+    "agent/test_holders.py",
     "agent/test_hop.py",
     "agent/test_integrity.py",
+    "agent/test_kept_stage.py",
+    "agent/test_prefix.py",
     "agent/test_relay.py",
     "agent/test_reuse.py",
+    "agent/test_revoked.py",
+    "agent/test_speculation.py",
+    "agent/test_stages.py",
     "agent/test_sum_cost.py",
     "agent/test_team.py",
     "agent/test_team_daemon.py",
     "agent/test_team_sum.py",
+    "api/test_given.py",
+    "api/test_guard.py",
+    "api/test_http.py",
+    "api/test_http_tls.py",
+    "api/test_page.py",
+    "api/test_tracking.py",
     "calibration/test_command.py",
     "calibration/test_device.py",
     "calibration/test_disturbance.py",
     "calibration/test_layers.py",
+    "calibration/test_probe_key.py",
     "calibration/test_quality.py",
     "calibration/test_sensors.py",
     "calibration/test_survey.py",
@@ -55,41 +72,66 @@ SLOW = {
     "calibration/test_trial.py",
     "cli/test_bench.py",
     "cli/test_calibrate_agent.py",
+    "cli/test_compress.py",
     "cli/test_doctor.py",
+    "cli/test_eval.py",
     "cli/test_given.py",
     "cli/test_imports.py",
+    "cli/test_in_hand.py",
+    "cli/test_pins.py",
     "cli/test_planning.py",
-    "cli/test_pull.py",
     "cli/test_process.py",
+    "cli/test_pull.py",
+    "cli/test_restarts.py",
     "cli/test_signals.py",
+    "cli/test_state_archive.py",
     "cli/test_sweep.py",
     "cli/test_table1.py",
-    "planning/test_dilemma.py",
+    "coordinator/test_choices.py",
+    "coordinator/test_compiled.py",
+    "coordinator/test_disk.py",
+    "coordinator/test_encoding.py",
     "coordinator/test_gateway.py",
-    "api/test_given.py",
-    "api/test_http.py",
-    "api/test_guard.py",
+    "coordinator/test_gateway_prefix.py",
+    "coordinator/test_holders.py",
+    "coordinator/test_idling.py",
+    "coordinator/test_journal.py",
+    "coordinator/test_kept_answers.py",
     "coordinator/test_measurements.py",
     "coordinator/test_members.py",
+    "coordinator/test_moving.py",
     "coordinator/test_names.py",
-    "planning/test_properties.py",
-    "planning/test_solvers.py",
+    "coordinator/test_rebalancing.py",
+    "coordinator/test_record.py",
     "coordinator/test_recovery.py",
-    "coordinator/test_compiled.py",
+    "coordinator/test_returns.py",
+    "coordinator/test_stalls.py",
+    "coordinator/test_standstills.py",
+    "coordinator/test_teams.py",
+    "coordinator/test_two_models.py",
+    "coordinator/test_urgency.py",
     "model/test_hub_download.py",
     "model/test_template_process.py",
     "model/test_tokenizer.py",
-    "wire/test_auth.py",
+    "planning/test_dilemma.py",
+    "planning/test_joint.py",
+    "planning/test_planner.py",
+    "planning/test_properties.py",
+    "planning/test_search.py",
+    "planning/test_solvers.py",
     "wire/test_connection.py",
+    "wire/test_handshake.py",
     "wire/test_hostile.py",
+    "wire/test_introduction.py",
     "wire/test_lobby.py",
     "wire/test_patience.py",
     "wire/test_service.py",
+    "wire/test_tls.py",
     "wire/test_transport.py",
     "wire/test_versions.py",
 }
-"""Tests with processes or connections, or of many seconds. ``--fast`` fails where one that starts
-a process or opens a connection is missing here."""
+"""Tests with processes or connections, or of many seconds. A test that starts a process or opens a
+connection fails where its file is missing here, with ``--fast`` or without."""
 
 LONGEST = (
     "testbed/test_bed.py",
@@ -112,7 +154,7 @@ LONGEST = (
 ``make test`` hands out whole files in this order, and a file's fixtures start once."""
 
 SOLVERS = ("cbc",)
-"""Programs that a test of ``--fast`` may run."""
+"""Programs that a fast test may run."""
 
 LIBRARY_THREADS = ("asyncio_", "AnyIO", "ThreadPoolExecutor")
 """Pools that their libraries keep for the life of the process."""
@@ -149,19 +191,38 @@ _DEFAULT_ENVIRONMENT = ctypes.c_void_p(-1)
 
 @pytest.fixture(autouse=True)
 def only_pure_code(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Under ``--fast``: fails tests that start processes or open connections."""
-    if not request.config.getoption("--fast"):
+    """Fails fast tests that start processes or open connections, in every run.
+
+    So ``--fast`` cannot go red, or slow, unseen.
+    """
+    if not is_fast(request.path.relative_to(Path(__file__).parent).as_posix()):
         yield
         return
-    if not _guard:
+    if not _hooked:
         sys.addaudithook(_refuse)
-    _guard[:] = [True]
-    yield
-    _guard[:] = [False]
+        _hooked.append(True)
+    _breaches.clear()
+    _guarded.set()
+    try:
+        yield
+    finally:
+        _guarded.clear()
+    assert not _breaches, f"{', '.join(_breaches)}: list the file as SLOW in {__file__}"
 
 
-_guard: list[bool] = []
-"""Whether a fast test runs now; an audit hook cannot be taken away."""
+def is_fast(name: str) -> bool:
+    """Whether ``--fast`` runs the file of this name below tests/."""
+    return name.startswith(tuple(f"{folder}/" for folder in FAST)) and name not in SLOW
+
+
+_hooked: list[bool] = []
+"""Not empty once the audit hook is there: it cannot be taken away."""
+
+_guarded = threading.Event()
+"""Set while a fast test runs."""
+
+_breaches: list[str] = []
+"""What a fast test did that it must not do. A thread may have swallowed the exception."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -203,20 +264,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=turn)
     if not config.getoption("--fast"):
         return
-    chosen, others = list[pytest.Item](), list[pytest.Item]()
-    for item in items:
-        name = names[item.path]
-        fast = name.startswith(FAST) and name not in SLOW
-        (chosen if fast else others).append(item)
-    config.hook.pytest_deselected(items=others)
-    items[:] = chosen
+    config.hook.pytest_deselected(items=[i for i in items if not is_fast(names[i.path])])
+    items[:] = [item for item in items if is_fast(names[item.path])]
 
 
 def _refuse(event: str, details: tuple[object, ...]) -> None:
-    """Stop a test of ``--fast`` that starts a process or opens a connection."""
-    if not any(_guard):
+    """Stop a fast test that starts a process or opens a connection."""
+    if not _guarded.is_set():
         return
     if event == "subprocess.Popen" and Path(str(details[0])).name not in SOLVERS:
-        raise AssertionError(f"a fast test starts {details[0]}: list its file as SLOW")
-    if event == "socket.connect" and isinstance(details[1], tuple):
-        raise AssertionError(f"a fast test connects to {details[1]}: list its file as SLOW")
+        breach = f"a fast test starts {details[0]}"
+    elif event == "socket.connect" and isinstance(details[1], tuple):
+        breach = f"a fast test connects to {details[1]}"
+    else:
+        return
+    _breaches.append(breach)
+    raise AssertionError(breach)
