@@ -431,9 +431,9 @@ def require_idle(models: Models) -> None:
 def check_joined(wanted: Iterable[str], members: tuple[Member, ...], names: NameBook) -> None:
     """Raise RequestInvalid if a device of ``wanted``, which are ids, is not a member."""
     here = {member.device for member in members}
-    joined_now = ", ".join(member.name for member in members)
+    present = f"devices here now: {', '.join(member.name for member in members) or 'none'}"
     for device in wanted:
         if names.device(device) is None:
-            raise RequestInvalid(f"no device is called {device!r}: {joined_now} have joined")
+            raise RequestInvalid(f"no device is called {device!r}; {present}")
         if device not in here:
-            raise RequestInvalid(f"{names.name(device)} is not here now: {joined_now} have joined")
+            raise RequestInvalid(f"{names.name(device)} is not here now; {present}")

@@ -175,13 +175,18 @@ def test_what_was_measured_before_ctrl_c_and_a_lost_agent_is_kept(shoal: Cluster
 
     code, stderr, _ = interrupt_at(list(arguments), lambda: some(0))
     assert code == 130, stderr
-    wait_for(lambda: not (shoal.directory / "pi-1" / "quality").exists(), 60, "the agent to stop")
+
+    def measures() -> bool:  # The agent's scratch is there.
+        return any((shoal.directory / "pi-1" / "blocks").glob(".quality-*"))
+
+    wait_for(lambda: not measures(), 60, "the agent to stop")
     (before,) = kept(shoal)
     assert 0 < len(before["blocks"]) < 6 * blocks
     # Ask for another and switch the agent off meanwhile.
     done = len(before["blocks"])
     process = shoal.spawn("user", *arguments)
-    wait_for(lambda: some(done), 60, "one more block")
+    # The first command's last block may come late. So the agent must have begun, too.
+    wait_for(lambda: some(done) and measures(), 60, "one more block of the second command")
     shoal.kill("pi-1")
     assert process.wait(20) == 1
     assert "pi-1: device lost while it measured" in shoal.log("user")

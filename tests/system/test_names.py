@@ -84,4 +84,4 @@ def test_names_pins_and_plans_mean_the_same_devices_after_all_restarts(
     moved = cluster.load(TINY_OPT, "--bits=16", pin, "--exclude=pi-2")
     assert [stage["device"] for stage in moved["plan"]["stages"]] == ["nano"]
     failed = cluster.run("load", str(TINY_OPT), "--pin=head:pi")
-    assert "no device is called 'pi': nano, pi-2 have joined" in failed.stderr
+    assert "no device is called 'pi'; devices here now: nano, pi-2" in failed.stderr
