@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from agent.run_delay import run_delay_s
 from backends.base import BackendError
 from wire import limits
 from wire.codec import Prefix, encode
@@ -136,6 +137,11 @@ class Mesh:
         """Guards the connections while members connect, and when they are closed."""
         self._complete = threading.Event()
         self._stopped = False
+        self.waited_s = 0.0
+        """How long the thread has waited for other members so far.
+
+        The time for which it could go on and got no processor does not count.
+        """
         self._usual_wait_s = 0.0
         self._left = 0
         """The newest pass that this member has told the others to be over for it."""
@@ -304,6 +310,7 @@ class Mesh:
         if for_message and not peer.unsent and self._usual_wait_s <= SPIN_S:
             while not events and time.perf_counter() < began_s + SPIN_S:
                 events = poll(0)
+        self.waited_s += time.perf_counter() - began_s
         left_s = silence_s
         while True:
             for fd, event in events:
@@ -317,16 +324,24 @@ class Mesh:
                 self._usual_wait_s += (waited_s - self._usual_wait_s) / _WAITS
                 return
             if left_s is None:
-                events = poll()
+                events = self._sleep(None)
                 continue
             if left_s <= 0:
                 silence = f"{peer.connection.peer} said nothing for {silence_s:g} s"
                 raise self.lose(peer.device, silence)
             started_s = time.monotonic()
-            events = poll(1e3 * min(left_s, SLICE_S))
+            events = self._sleep(1e3 * min(left_s, SLICE_S))
             if not events:
                 self.on_silence()
             left_s -= min(time.monotonic() - started_s, SLICE_S)
+
+    def _sleep(self, timeout_ms: float | None) -> list[tuple[int, int]]:
+        """Poll. A member that is kept from its processor sleeps on after a message has come."""
+        began_s, delayed_s = time.perf_counter(), run_delay_s()
+        events = self._poll.poll(timeout_ms)
+        delayed_s = run_delay_s() - delayed_s
+        self.waited_s += max(time.perf_counter() - began_s - delayed_s, 0.0)
+        return events
 
     def _serve(self, peer: _Peer, event: int) -> None:
         """Send and receive what one connection can take and has."""

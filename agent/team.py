@@ -121,7 +121,7 @@ class Team:
         embedding = load(self.spec, whole) if whole else None
         try:
             stage = self.paced = PacedStage(
-                load(self.own_spec, shared, self.sum), self.epoch, lambda: self.sum.seconds
+                load(self.own_spec, shared, self.sum), self.epoch, lambda: self.mesh.waited_s
             )
         except BaseException:  # Also when cancelled, the embedding does not stay.
             if embedding is not None:

@@ -6,8 +6,6 @@ So all members hold equal rows, bit by bit. wire.sums says which rows go to whom
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 
 from agent.mesh import Mesh
@@ -31,15 +29,13 @@ class TeamSum:
         self._bits = bits
         self._number = 0
         self._cut = 0
-        self.seconds = 0.0
-        """The time that all sums have taken so far, waiting included."""
         # Memory for as many rows as there have been at once: the payload, the sum, and the rows of
         # one member. New memory of this size would be mapped, zeroed and given back at each sum.
         self._payload = memoryview(bytearray())
         self._total = self._rows = np.empty((0, hidden), np.float32)
 
     def __call__(self, partial: Array) -> Array:
-        mesh, started_s = self._mesh, time.perf_counter()
+        mesh = self._mesh
         if mesh.number != self._number:
             self._number, self._cut = mesh.number, 0
         mesh.check()
@@ -49,7 +45,6 @@ class TeamSum:
         else:
             total = self._in_two_steps(partial)
         mesh.flush()
-        self.seconds += time.perf_counter() - started_s
         return total
 
     def send(self, partial: Array) -> memoryview:

@@ -9,7 +9,8 @@ other, with a pause between them. In each scenario something changes:
 - join: a host that has three times as much of a core joins;
 - link: the links of the second of two hosts degrade 20 times, and heal; a third host is there, as
   fast as the second;
-- throttle: the host that runs the model throttles to 30 %; another one is there, as fast as it was.
+- throttle: the host that runs the model throttles to 30 %; another one is there, as fast as it was;
+- member: one of two hosts that share each layer throttles to 30 %.
 
 Each scenario runs twice, with ``--rebalance auto`` and ``off``. A token's time is from its
 predecessor's arrival at the client to its own. The measurements of the hosts are kept in --state.
@@ -50,6 +51,8 @@ SHAPE = Shape(hidden=1536, ffn=4096, layers=12, heads=12)
 MEMORY_BYTES = 2 << 30
 STORAGE_BYTES = 4 << 30
 WIRED = Link(1e-3, 12.5e6)
+NEAR = Link(0.1e-3, 125e6)
+"""Fast enough that the planner lets two hosts share each layer."""
 DEGRADED = "link:rate=5,delay=20"
 """A twentieth of the rate in Mbit/s, and 20 times the delay in ms."""
 
@@ -72,16 +75,17 @@ class Scenario:
 
     hosts: the percent of a core of each host.
     late: the host that joins at the first fault, or empty.
-    pins: wishes for the plan, as of `shoal load`.
+    wishes: for the plan, as in the body of `POST /shoal/v1/load`.
     faults: what happens when: seconds, host, fault in the testbed's words, and the picture's words.
     """
 
     title: str
     hosts: Mapping[str, float]
-    pins: Mapping[str, str]
+    wishes: Mapping[str, Any]
     last_s: float
     faults: tuple[tuple[float, str | int, str, str], ...]
     late: str = ""
+    link: Link = WIRED
 
 
 SCENARIOS = {
@@ -96,16 +100,24 @@ SCENARIOS = {
     "link": Scenario(
         "The links of a device degrade 20 times, and heal; another one is as fast",
         {"ash": 8.0, "birch": 40.0, "cedar": 40.0},
-        {"0": "ash"},
+        {"pins": {"0": "ash"}},
         300.0,
         ((20.0, LAST_STAGE, DEGRADED, "links degrade"), (200.0, LAST_STAGE, "heal", "links heal")),
     ),
     "throttle": Scenario(
         "A device throttles to 30 %",
         {"ash": 20.0, "birch": 20.0},
-        {},
+        {"no_teams": True},
         180.0,
         ((20.0, FIRST_STAGE, "slow=6", "it throttles"),),
+    ),
+    "member": Scenario(
+        "One of two devices that share each layer throttles to 30 %",
+        {"ash": 20.0, "birch": 20.0},
+        {},
+        180.0,
+        ((20.0, "birch", "slow=6", "birch throttles"),),
+        link=NEAR,
     ),
 }
 
@@ -132,7 +144,7 @@ class Trial:
                 client.operate("/shoal/v1/plan", plain, lambda step: None)
             if scenario.late:
                 self._stop(client, scenario.late)
-            body = {**plain, "pins": scenario.pins, "objective": {"kind": "latency"}}
+            body = {**plain, **scenario.wishes, "objective": {"kind": "latency"}}
             client.operate("/shoal/v1/load", body, lambda step: None)
             self._answer(client, [])
 
@@ -219,7 +231,7 @@ class Trial:
 def network(scenario: Scenario) -> Network:
     """Return the hosts of a scenario, and the coordinator's, whose links are not shaped."""
     names = list(scenario.hosts)
-    links = {(a, b): WIRED for a in names for b in names if a != b}
+    links = {(a, b): scenario.link for a in names for b in names if a != b}
     for name in names:
         links[HUB, name] = links[name, HUB] = Link()
     hosts = {name: Host(cpu_percent=percent) for name, percent in scenario.hosts.items()}
@@ -265,7 +277,7 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Milliseconds per token while a shoal changes; needs root. Takes half an hour.",
+        description="Milliseconds per token while a shoal changes; needs root. Takes 40 minutes.",
         epilog="example: python -m benchmarks.moving --only join --json",
     )
     parser.add_argument("--state", type=Path, default=STATE, metavar="DIR", help=f"default {STATE}")

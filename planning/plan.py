@@ -86,8 +86,8 @@ class Placement:
 class Member:
     """One device of a team, and the share of each layer that it runs (model/share.py).
 
-    ``compute_s``: its part of one decoded token, its call included and without sums. The figures
-    are predicted.
+    ``compute_s``: its part of one decoded token, its call included and without sums. ``sums_s``:
+    its own work for the token's sums, without the network and waits. The figures are predicted.
     """
 
     device: str
@@ -97,6 +97,12 @@ class Member:
     memory_limit_bytes: int
     storage_bytes: int
     storage_limit_bytes: int
+    sums_s: float = 0.0
+
+    @property
+    def own_s(self) -> float:
+        """The time of one decoded token for which no other member is waited for."""
+        return self.compute_s + self.sums_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -563,11 +569,11 @@ def _assess_stage(
     members: tuple[Member, ...] = ()
     layers = 0
     if device.team is not None:
-        members = _members(device, first, widths)
-        memory = sum(member.memory_bytes for member in members)
-        storage = sum(member.storage_bytes for member in members)
         kinds = map(problem.spec.block_kind, range(first, first + len(widths)))
         layers = [*kinds].count("layer")
+        members = _members(device, first, widths, layers)
+        memory = sum(member.memory_bytes for member in members)
+        storage = sum(member.storage_bytes for member in members)
     return Stage(
         device=device.holders[0].name,
         first=first,
@@ -592,8 +598,8 @@ def _assess_stage(
     )
 
 
-def _members(device: Device, first: int, widths: Sequence[int]) -> tuple[Member, ...]:
-    """The members of a team with their figures for a stage."""
+def _members(device: Device, first: int, widths: Sequence[int], layers: int) -> tuple[Member, ...]:
+    """The members of a team with their figures for a stage of so many layers."""
     found = []
     for part in device.team.parts if device.team is not None else ():
         own = [part.option(block, bits) for block, bits in enumerate(widths, first)]
@@ -606,6 +612,7 @@ def _members(device: Device, first: int, widths: Sequence[int]) -> tuple[Member,
                 memory_limit_bytes=part.memory_bytes,
                 storage_bytes=sum(one.storage_bytes for one in own),
                 storage_limit_bytes=part.storage_bytes,
+                sums_s=2 * layers * part.sum_s,
             )
         )
     return tuple(found)

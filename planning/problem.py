@@ -155,7 +155,8 @@ class PartOption:
 class Part:
     """One member of a team: its share, its limits and its part of every block.
 
-    Fields that ``Device`` has too mean the same here.
+    Fields that ``Device`` has too mean the same here. ``sum_s``: its own work for one sum of one
+    row over this team.
     """
 
     name: str
@@ -165,6 +166,7 @@ class Part:
     stage_bytes: int
     call_s: float
     load_bytes_per_s: float
+    sum_s: float
     options: tuple[tuple[PartOption, ...], ...]
 
     def option(self, block: int, bits: int) -> PartOption:

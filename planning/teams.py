@@ -158,10 +158,17 @@ def sum_s(problem: PlanningProblem, members: Sequence[int], rows: int, sum_bits:
     links = [problem.links[pair] for pair in permutations(members, 2)]
     latency_s = max(link.transfer_s(0) for link in links)
     software_s = max(problem.devices[i].sum_s for i in members)
-    (bits,) = (width for width in HOP_BITS if width == sum_bits)
-    messages, sent_bytes = traffic(len(members), rows, problem.spec.hidden, bits)
+    messages, sent_bytes = _traffic(problem, members, rows, sum_bits)
     sent_s = sent_bytes / min(link.bytes_per_s for link in links)
     return messages * (latency_s + software_s) + sent_s
+
+
+def _traffic(
+    problem: PlanningProblem, members: Sequence[int], rows: int, sum_bits: int
+) -> tuple[int, int]:
+    """The messages one after the other of a sum over a team, and the bytes that a member sends."""
+    (bits,) = (width for width in HOP_BITS if width == sum_bits)
+    return traffic(len(members), rows, problem.spec.hidden, bits)
 
 
 def sharing(problem: PlanningProblem) -> tuple[int, ...]:
@@ -356,6 +363,7 @@ class _Maker:
 
     def _part(self, m: int, options: Sequence[tuple[PartOption, ...]]) -> Part:
         own = self.devices[m]
+        messages, _ = _traffic(self.problem, self.members, 1, self.sum_bits)
         return Part(
             name=own.name,
             share=self.shares[m],
@@ -364,6 +372,7 @@ class _Maker:
             stage_bytes=own.stage_bytes,
             call_s=own.call_s,
             load_bytes_per_s=own.load_bytes_per_s,
+            sum_s=messages * own.sum_s,
             options=tuple(options),
         )
 

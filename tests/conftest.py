@@ -48,6 +48,7 @@ SLOW = {
     "agent/test_relay.py",
     "agent/test_reuse.py",
     "agent/test_revoked.py",
+    "agent/test_run_delay.py",
     "agent/test_speculation.py",
     "agent/test_stages.py",
     "agent/test_sum_cost.py",

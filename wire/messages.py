@@ -178,8 +178,8 @@ class StageCounts:
 class StageBeat:
     """The state of one of an agent's stages, each HEARTBEAT_S.
 
-    token_s: the mean seconds of its last passes of one row, without sums over a team. 0: there were
-        too few passes.
+    token_s: the mean seconds of its last passes of one row, without waits for other members of its
+        team. 0: there were too few passes.
     counts: None if another member of its team leads.
     """
 

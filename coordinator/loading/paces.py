@@ -46,7 +46,7 @@ def planned_s(deployment: Deployment, member: Member) -> float | None:
     for stage, team in zip(deployment.plan.stages, deployment.teams, strict=True):
         if member in team:
             parts = stage.members
-            return parts[team.index(member)].compute_s if parts else stage.compute_s
+            return parts[team.index(member)].own_s if parts else stage.compute_s
     return None
 
 
@@ -104,7 +104,7 @@ def slowness_of(
     """
     found = {}
     for stage, team in zip(stages, deployment.teams, strict=True):
-        parts = [part.compute_s for part in stage.members] or [stage.compute_s]
+        parts = [part.own_s for part in stage.members] or [stage.compute_s]
         for member, expected_s in zip(team, parts, strict=True):
             measured_s = token_s(deployment, member)
             if not measured_s or not expected_s:

@@ -103,7 +103,7 @@ def plan_of(parts: Iterable[Parts], sum_bits: int = 8) -> Plan:
     for names, last in parts:
         shares = shares_of(SPEC, range(len(names), 0, -1))
         members = tuple(
-            planned_as.Member(name, share, 1.0, 0, 0, 0, 0)
+            planned_as.Member(name, share, 0.7, 0, 0, 0, 0, sums_s=0.3)
             for name, share in zip(names, shares, strict=True)
         )
         stage = Stage(names[0], first, (32,) * (last - first), 1.0, 1.0, 0, 0, 0, 0, hop_bits=32)

@@ -163,7 +163,7 @@ def test_a_team_shares_the_arc_of_its_stage(browser: Browser, shoal: GivenShoal)
     browser.open(shoal.url)
     browser.until(".stages", "pi-1 + pi-2")
     assert browser.count(".share") == 1
-    assert "50 % of each layer, without sums 8.00 9.00" in browser.text(".stages tr.member")
+    assert "50 % of each layer, without waits 8.00 9.00" in browser.text(".stages tr.member")
 
 
 def test_an_empty_shoal_says_how_a_device_joins(browser: Browser, shoal: GivenShoal) -> None:

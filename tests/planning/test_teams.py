@@ -192,6 +192,8 @@ def test_four_equal_pis_are_one_team_that_is_three_times_as_fast() -> None:
     assert [member.share.kv_heads for member in stage.members] == [(0, 2), (2, 4), (4, 6), (6, 8)]
     # 64 sums of 0.15 ms, 0.05 ms and three times 8,196 bytes at 117 MB/s.
     assert stage.sums_s == pytest.approx(64 * (0.00015 + 0.00005 + 3 * 8196 / 117e6))
+    assert [member.sums_s for member in stage.members] == pytest.approx(4 * [64 * 0.00005])
+    assert all(member.own_s < stage.compute_s for member in stage.members)
     assert stage.sum_bits == 16
 
 

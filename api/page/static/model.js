@@ -97,7 +97,7 @@ function MemberRow({ member, planned }) {
     <th scope="row">
       ${member.device}
       <span class="detail"
-        >${member.share ? `${Math.round(100 * member.share)} % of each layer` : "a share"}, without sums</span
+        >${member.share ? `${Math.round(100 * member.share)} % of each layer` : "a share"}, without waits</span
       >
     </th>
     <td><${Figure} seconds=${member.predictedS} /></td>

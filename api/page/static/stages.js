@@ -13,7 +13,7 @@ export function stagesOf(model, lost = new Set()) {
     const members = (planned.members ?? []).map((member, at) => ({
       device: member.device,
       share: plan.shares?.[member.device],
-      predictedS: member.compute_s,
+      predictedS: member.compute_s + member.sums_s,
       measuredS: loaded?.members?.[at]?.token_s ?? null,
       memoryBytes: member.memory_bytes,
       limitBytes: member.memory_limit_bytes,
@@ -30,7 +30,7 @@ export function stagesOf(model, lost = new Set()) {
       memoryBytes: planned.memory_bytes,
       limitBytes: planned.memory_limit_bytes,
       predictedS: planned.compute_s,
-      // A team's devices are measured without their sums, so their stage as a whole is not.
+      // A team's devices are measured without their waits, so their stage as a whole is not.
       measuredS: members.length ? null : (loaded?.pass_s ?? loaded?.token_s ?? null),
       isLost: devices.some((device) => lost.has(device)),
       hop: alone
