@@ -43,11 +43,18 @@ def counts_of(deployment: Deployment, lead: Member) -> StageCounts | None:
 
 def planned_s(deployment: Deployment, member: Member) -> float | None:
     """Return the planned seconds of ``token_s``, without waiting for other devices of a team."""
-    for stage, team in zip(deployment.plan.stages, deployment.teams, strict=True):
-        if member in team:
-            parts = stage.members
-            return parts[team.index(member)].own_s if parts else stage.compute_s
-    return None
+    return _expected_s(deployment, deployment.plan.stages).get(member)
+
+
+def _expected_s(deployment: Deployment, stages: Sequence[Stage]) -> dict[Member, float]:
+    """Return the predicted seconds of each device's ``token_s``, by the figures of ``stages``."""
+    return {
+        member: expected_s
+        for stage, team in zip(stages, deployment.teams, strict=True)
+        for member, expected_s in zip(
+            team, [part.own_s for part in stage.members] or [stage.compute_s], strict=True
+        )
+    }
 
 
 class Paces:
@@ -103,15 +110,13 @@ def slowness_of(
     known: devices that were slow at the last look. They count until they are as predicted.
     """
     found = {}
-    for stage, team in zip(stages, deployment.teams, strict=True):
-        parts = [part.own_s for part in stage.members] or [stage.compute_s]
-        for member, expected_s in zip(team, parts, strict=True):
-            measured_s = token_s(deployment, member)
-            if not measured_s or not expected_s:
-                continue
-            is_still = member in known and measured_s >= AS_PLANNED * expected_s + SLOW_BY_S
-            if is_still or _is_slow(measured_s, expected_s):
-                found[member] = measured_s / expected_s
+    for member, expected_s in _expected_s(deployment, stages).items():
+        measured_s = token_s(deployment, member)
+        if not measured_s or not expected_s:
+            continue
+        is_still = member in known and measured_s >= AS_PLANNED * expected_s + SLOW_BY_S
+        if is_still or _is_slow(measured_s, expected_s):
+            found[member] = measured_s / expected_s
     return found
 
 
