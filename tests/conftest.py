@@ -199,9 +199,6 @@ def only_pure_code(request: pytest.FixtureRequest) -> Iterator[None]:
     if not is_fast(request.path.relative_to(Path(__file__).parent).as_posix()):
         yield
         return
-    if not _hooked:
-        sys.addaudithook(_refuse)
-        _hooked.append(True)
     _breaches.clear()
     _guarded.set()
     try:
@@ -215,9 +212,6 @@ def is_fast(name: str) -> bool:
     """Whether ``--fast`` runs the file of this name below tests/."""
     return name.startswith(tuple(f"{folder}/" for folder in FAST)) and name not in SLOW
 
-
-_hooked: list[bool] = []
-"""Not empty once the audit hook is there: it cannot be taken away."""
 
 _guarded = threading.Event()
 """Set while a fast test runs."""
@@ -233,6 +227,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    sys.addaudithook(_refuse)  # It cannot be taken away.
     if config.getoption("--fast"):
         hypothesis.settings.register_profile("fast", max_examples=20, deadline=None)
         hypothesis.settings.load_profile("fast")

@@ -25,9 +25,8 @@ HIDDEN = 64
 SUMS = 20
 PATIENCE_S = 60.0
 
-needs_schedstat = pytest.mark.skipif(
-    not SCHEDSTAT.exists(), reason="this kernel does not count run delays"
-)
+counts = SCHEDSTAT.exists()
+needs_schedstat = pytest.mark.skipif(not counts, reason="this kernel counts no run delays")
 
 
 @contextmanager
@@ -98,8 +97,8 @@ def test_a_late_awakening_is_no_wait_for_another_member(monkeypatch: pytest.Monk
 
             with ThreadPoolExecutor(1) as pool:  # A thread that has made way is not used again.
                 sums = pool.submit(run_member)
-                thread = threads.get()
-                asleep.wait()
+                thread = threads.get(timeout=PATIENCE_S)
+                assert asleep.wait(PATIENCE_S)
                 make_way(core, thread)
                 sent_s = time.perf_counter()
                 leads_sum(rows)
