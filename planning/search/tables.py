@@ -96,11 +96,22 @@ class Knapsack:
             before = now
         return found
 
-    def choices(self, first: int, costs: Floats, columns: Integers) -> Any:
+    def choices(self, first: int, costs: Floats, columns: Integers) -> tuple[Integers, Floats]:
         """The best options [price, block] of the run from ``first``, and their costs [price].
 
         ``costs`` is [price, block, option]. ``columns`` [price] is the room at each price.
         """
+        free = costs.argmin(2)
+        shifts = self._shifts[first + np.arange(costs.shape[1]), free].sum(1)
+        chosen, total = free, costs.min(2).sum(1)
+        # Each block has its cheapest option wherever all of them fit together.
+        tight = np.flatnonzero(shifts > columns)
+        if len(tight):
+            chosen[tight], total[tight] = self._rationed(first, costs[tight], columns[tight])
+        return chosen, total
+
+    def _rationed(self, first: int, costs: Floats, columns: Integers) -> tuple[Integers, Floats]:
+        """``choices`` from a table of all rooms, for options that do not all fit together."""
         prices, length, options = costs.shape
         table = np.zeros((prices, self.steps))
         taken = np.empty((length, prices, self.steps), dtype=np.int64)
@@ -131,6 +142,26 @@ class InMemory(Knapsack):
     def __init__(self, sizes: Floats, limit: float, longest: int) -> None:
         super().__init__(sizes, limit, longest, _LEAST_UNITS)
         self.columns: Integers = self.index(limit - self.least)
+        self._hopeless = self.least > limit
+
+    def least_costs(self, cost: Floats) -> Floats:
+        """The least costs [first block, length - 1] at the limit; any cost where nothing fits."""
+        blocks = len(cost)
+        least, shifts = cost.min(1), self._shifts[np.arange(blocks), cost.argmin(1)]
+        found = np.full((blocks, self.longest), math.inf)
+        taken = np.zeros((blocks, self.longest), dtype=np.int64)
+        before: Any = (0.0, 0)
+        for length in range(min(self.longest, blocks)):
+            until = blocks - length
+            before = before[0] + least[length:], before[1] + shifts[length:]
+            found[:until, length], taken[:until, length] = before
+            before = before[0][:-1], before[1][:-1]
+        if ((taken <= self.columns) | self._hopeless | ~np.isfinite(found)).all():
+            return found
+        profile = self.profiles(cost)
+        lengths, firsts = np.indices((self.longest, blocks))
+        at_limit: Floats = profile[lengths, firsts, self.columns.T].T
+        return at_limit
 
 
 def _unit(sizes: Floats, room: float, steps: int) -> float:
@@ -305,13 +336,9 @@ class Tables:
             reach = self.reach[i]
             if not reach:
                 continue
-            lengths, firsts = np.indices((reach, blocks))
-            least = np.full((blocks, reach), -math.inf)
-            for knapsack in knapsacks:
-                profile = knapsack.profiles(cost[i])
-                # Limits are taken one at a time, and the largest cost counts.
-                np.maximum(least, profile[lengths, firsts, knapsack.columns.T].T, out=least)
-            found[i, :, :reach] = least
+            # Limits are taken one at a time, and the largest cost counts.
+            least = [knapsack.least_costs(cost[i]) for knapsack in knapsacks]
+            found[i, :, :reach] = np.maximum.reduce(least)
         return np.where(self.fits, found, math.inf)
 
     def choices(self, device: int, first: int, costs: Floats) -> tuple[Integers, Floats]:

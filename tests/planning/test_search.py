@@ -20,7 +20,7 @@ from planning.search import slowest
 from planning.search.bounds import Joint, Pricer, Separate
 from planning.search.orders import Orders
 from planning.search.search import search
-from planning.search.tables import Knapsack, Tables
+from planning.search.tables import InMemory, Knapsack, Tables
 from planning.usable import Usable
 
 KINDS: tuple[ObjectiveKind, ...] = ("latency", "throughput", "request")
@@ -99,6 +99,33 @@ def test_a_room_of_whole_units_is_used_whole() -> None:
     costs = np.tile([3.0, 1.0], (3, 1))
     column = int(knapsack.index(1496.0 - 3 * 275.0))
     assert knapsack.profiles(costs)[2, 0, column] == 3.0
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_short_cut_of_a_knapsack_finds_what_its_table_has(seed: int) -> None:
+    """The least costs at the limit, and those of single stages, where some fit whole."""
+    random = np.random.default_rng(seed)
+    blocks, options = int(random.integers(1, 9)), int(random.integers(2, 5))
+    missing = random.random((blocks, options)) < 0.1
+    missing[:, 0] = False
+    sizes = np.where(missing, np.inf, random.choice([1.0, 2.0, 3.7, 8.0], (blocks, options)))
+    # Whole numbers, so that some options cost the same.
+    cost = np.where(missing, np.inf, random.integers(0, 9, (blocks, options)).astype(float))
+    for limit in np.array([0.3, 0.6, 0.9, 1.2]) * float(sizes.min(1).sum()) * 2:
+        memory = InMemory(sizes, limit, blocks)
+        table, least = memory.profiles(cost), memory.least_costs(cost)
+        for first in range(blocks):
+            for length in range(1, blocks - first + 1):
+                if memory.least[first, length - 1] > limit:
+                    continue
+                column = int(memory.columns[first, length - 1])
+                best = table[length - 1, first, column]
+                assert least[first, length - 1] == best
+                part = cost[first : first + length]
+                chosen, total = memory.choices(first, part[None], np.array([column]))
+                assert total[0] == best == part[np.arange(length), chosen[0]].sum()
+                taken = memory._shifts[first + np.arange(length), chosen[0]].sum()
+                assert taken <= column
 
 
 @pytest.mark.parametrize("seed", range(10))
