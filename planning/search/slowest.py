@@ -158,7 +158,8 @@ class Fastest(Search):
         """Raise the bound by prices alone, until they prove no more."""
         high = min(self.at_hand, _SLOWEST * self.bound)
         self._measure(min(4 * self.bound, high))
-        self.anywhere = self.tables.teams and self.tables.shape[0] > _SOME
+        many = self.tables.shape[0] > _MANY and not self.part
+        self.anywhere = many or (self.tables.teams and self.tables.shape[0] > _SOME)
         limit = 1.4 * self.bound
         while limit < high and not self._late():
             if limit > self.top:
@@ -169,7 +170,7 @@ class Fastest(Search):
             limit *= 1.4
         # While there is no plan, time is better spent on one than on the last percent.
         self._press(high, self.gap / 4 if self.value < math.inf else OTHER_GAP, 100)
-        self.anywhere = self.tables.shape[0] > _MANY and not self.part
+        self.anywhere = many
 
     def _press(self, high: float, close: float, rounds: int) -> None:
         """Raise the bound by prices alone, by bisection below ``high``."""

@@ -20,6 +20,7 @@ from planning.search import slowest
 from planning.search.bounds import Joint, Pricer, Separate
 from planning.search.orders import Orders
 from planning.search.search import search
+from planning.search.slowest import Fastest
 from planning.search.tables import InMemory, Knapsack, Tables
 from planning.usable import Usable
 
@@ -168,9 +169,18 @@ def test_many_devices_are_planned_in_part_and_bounded_as_a_whole(
     problem = instance(8, 8, seed, Objective("throughput"))
     exact = solve(problem, gap=1e-3, time_limit_s=300)
     monkeypatch.setattr(slowest, "_MANY", 5)
+    arcs, priced = Fastest._arcs, list[int]()
+
+    def counted(self: Fastest, limit: float) -> Joint:
+        priced.append(self.tables.shape[0])
+        return arcs(self, limit)
+
+    monkeypatch.setattr(Fastest, "_arcs", counted)
     found = search(problem, deadline_s=time.monotonic() + 300, gap=0.01)
     assert found.choice is not None
     assert 0 < found.bound <= exact.value * (1 + 1e-9)
+    # With hundreds of devices one bound with every hop takes seconds.
+    assert max(priced) < 8
     plan = solve(problem, gap=0.5, time_limit_s=300)
     verify(plan, problem)
     assert plan.proof.bound <= exact.value * (1 + 1e-9)
