@@ -73,6 +73,7 @@ class Orders:
             stalled += 1
             if cost < least - 1e-9 * abs(least):
                 best, least, stalled = order, cost, 0
+        # A block that is left out may cost less than the penalty, by rounding or the constant.
         return (self._spans(best) if least < self.penalty else None), least
 
     def _refilled(self, order: Sequence[int], least: float) -> tuple[list[int], float]:
@@ -170,10 +171,11 @@ class Orders:
         least = np.minimum.accumulate((found + self.ramp)[..., ::-1], axis=-1)[..., ::-1]
         return np.asarray(least - self.ramp)
 
-    def _spans(self, order: Sequence[int]) -> list[Span]:
-        """The best cuts of an order that covers all blocks, by the relaxation of largest cost."""
+    def _spans(self, order: Sequence[int]) -> list[Span] | None:
+        """The best cuts of an order, by the relaxation of largest cost; None if a block is left."""
         ahead = self._to_go(order)
         counts = int((ahead[0][:, 0] - self.constant).argmax())
+        arcs = self.arcs[counts]
         spans: list[Span] = []
         first = 0
         for at, (i, j) in enumerate(pairwise(order)):
@@ -181,8 +183,14 @@ class Orders:
             end = first + 1 + np.arange(self.longest)
             behind = ahead[at + 1][counts, np.minimum(end, self.blocks)]
             cost = np.where(end <= self.blocks, ways + behind, math.inf)
-            end_at = int(end[int(cost.argmin())])
-            spans.append((i, first, end_at))
-            first = end_at
-        spans.append((order[-1], first, self.blocks))
-        return spans
+            size = int(cost.argmin())
+            if not np.isfinite(arcs.between(np.array(i), np.array(j))[first, size]):
+                return None
+            spans.append((i, first, first + size + 1))
+            first += size + 1
+            if first == self.blocks:
+                return None
+        left = self.blocks - first
+        if left > self.longest or not np.isfinite(arcs.ends[order[-1], left - 1, order[0]]):
+            return None
+        return [*spans, (order[-1], first, self.blocks)]

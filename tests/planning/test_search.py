@@ -129,6 +129,19 @@ def test_a_short_cut_of_a_knapsack_finds_what_its_table_has(seed: int) -> None:
                 assert taken <= column
 
 
+def test_an_order_that_leaves_blocks_out_is_none() -> None:
+    """Where blocks cost nothing, a block left out differs from others by rounding alone."""
+    for blocks in range(3, 9):
+        devices = blocks - 1
+        segments = np.zeros((devices, blocks, 1))
+        # The last device has no room for block 1, nor for any two.
+        segments[-1, 1] = np.inf
+        arcs = Separate(segments, np.zeros((devices, devices)), np.zeros((devices, devices)))
+        random = np.random.default_rng(blocks)
+        orders = Orders([(arcs, 0.0)], np.zeros(devices), math.inf, random)
+        assert orders.improve(range(devices), -math.inf)[0] is None
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_one_more_device_is_judged_as_if_the_order_were_counted_anew(seed: int) -> None:
     tables = Tables(instance(8, 6, seed, Objective()))
