@@ -150,12 +150,11 @@ class InMemory(Knapsack):
         least, shifts = cost.min(1), self._shifts[np.arange(blocks), cost.argmin(1)]
         found = np.full((blocks, self.longest), math.inf)
         taken = np.zeros((blocks, self.longest), dtype=np.int64)
-        before: Any = (0.0, 0)
+        sums, units = np.zeros(blocks), np.zeros(blocks, dtype=np.int64)
         for length in range(min(self.longest, blocks)):
             until = blocks - length
-            before = before[0] + least[length:], before[1] + shifts[length:]
-            found[:until, length], taken[:until, length] = before
-            before = before[0][:-1], before[1][:-1]
+            sums, units = sums[:until] + least[length:], units[:until] + shifts[length:]
+            found[:until, length], taken[:until, length] = sums, units
         if ((taken <= self.columns) | self._hopeless | ~np.isfinite(found)).all():
             return found
         profile = self.profiles(cost)
