@@ -22,6 +22,7 @@ from planning.candidates import with_teams
 from planning.exact.program import Aim, Choice, PlanProgram, StageChoice
 from planning.exact.solver import Outcome, SolverError, SolverName, default_solver, run
 from planning.plan import (
+    OPTIMALITY_GAP,
     Advice,
     InfeasiblePlan,
     Plan,
@@ -80,6 +81,8 @@ _SHORTAGE_S = 2.0
 # The plan that shows which links are missing may be this far from the best.
 _LINKS_GAP = 0.05
 _ASSUMED_BYTES_PER_S = 1e9
+# With less time than this left, no variant is searched again.
+_AGAIN_S = 1.0
 # While there is no plan the search gets this long: a slow or busy machine takes longer for one.
 _LAST_RESORT_S = 5.0
 
@@ -164,32 +167,43 @@ def _best(
     """
     gap = (DEFAULT_GAP if counts(problem) > _small(problem) else 0.0) if asked is None else asked
     best = known
-    bound = math.inf
-    waiting = list(problem.variants)
+    variants = problem.variants
+    bounds = [0.0] * len(variants)
     until_s, refused = runner.deadline_s, True
-    while waiting:
-        if best is not None:
-            likely = partial(_is_of, best)
-            waiting.sort(key=likely, reverse=True)
-        variant = waiting.pop(0)
-        runner.refused = False
-        runner.deadline_s = now_s() + max(0.0, until_s - now_s()) / (1 + len(waiting))
-        found, proved = _best_of(variant, runner, gap, report, best)
-        runner.deadline_s = until_s
-        refused = refused and runner.refused
-        best = min(
-            (one for one in (found, best) if one is not None),
-            key=lambda one: one.value,
-            default=None,
-        )
-        bound = min(bound, proved)
-        # Chunks are no limit: if no plan fits with one size of them, none fits with another.
-        if best is None and problem.shared_by is None:
-            return None
+    runner.found = None
+
+    def is_open(at: int) -> bool:
+        return best is None or bounds[at] < (1 - max(gap, OPTIMALITY_GAP)) * best.value
+
+    for _ in range(2):
+        # The time that some variants leave is for those that it did not suffice for.
+        waiting = [at for at in range(len(variants)) if is_open(at)]
+        while waiting:
+            if best is not None:
+                likely = partial(_is_of, best)
+                waiting.sort(key=lambda at: likely(variants[at]), reverse=True)
+            at = waiting.pop(0)
+            runner.refused = False
+            runner.deadline_s = now_s() + max(0.0, until_s - now_s()) / (1 + len(waiting))
+            found, proved = _best_of(variants[at], runner, gap, report, best)
+            runner.deadline_s = until_s
+            refused = refused and runner.refused
+            best = min(
+                (one for one in (found, best) if one is not None),
+                key=lambda one: one.value,
+                default=None,
+            )
+            bounds[at] = max(bounds[at], proved)
+            # Chunks are no limit: if no plan fits with one size of them, none fits with another.
+            if best is None and problem.shared_by is None:
+                return None
+            waiting = [at for at in waiting if is_open(at)]
+        if runner.left_s() < _AGAIN_S:
+            break
     runner.refused = refused
     if best is None:
         return None
-    return replace(best, proof=replace(best.proof, bound=min(bound, best.value)))
+    return replace(best, proof=replace(best.proof, bound=min(*bounds, best.value)))
 
 
 def _is_of(plan: Plan, variant: PlanningProblem) -> bool:
@@ -215,7 +229,7 @@ def _best_of(
     if searching := large or len(problem.links) > _FEW_LINKS:
         report("searching")
         share = (0.5 if _closable(problem) else 1.0) if large else _GLANCE
-        found = _search(problem, runner, gap, share=share, rival=rival)
+        found = runner.found = _search(problem, runner, gap, share=share, rival=rival)
         if found.impossible:
             runner.refused = True
             return None, math.inf
@@ -302,6 +316,7 @@ def _search(
         ties=ties,
         last_resort_s=last_resort_s,
         known=math.inf if rival is None else rival.value,
+        before=runner.found,
     )
 
 
@@ -375,6 +390,8 @@ class _Runner:
         """Whether the last program was solved to its end."""
         self.unsure = False
         """Whether any program ended without an answer."""
+        self.found: Found | None = None
+        """What the last search of another variant found."""
         self.failure: str | None = None
         """Why the solver failed; None if it did not."""
 

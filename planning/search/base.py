@@ -15,7 +15,7 @@ from planning.search.bounds import Free, Pricer
 from planning.search.greedy import fill, walk_value
 from planning.search.packing import pack
 from planning.search.polish import Polish
-from planning.search.tables import Integers, Span, Tables
+from planning.search.tables import Floats, Integers, Span, Tables
 from planning.time_limit import now_s
 
 WIDTHS = (20, 100, 400, 1_500, 5_000, 20_000)
@@ -36,6 +36,8 @@ PACK_S = 1.0
 _OTHER_SHARE = 0.25
 """Share of the time left for the search for the other kind of objective."""
 OTHER_GAP = 0.05
+_OTHER_TABLES = 15
+"""It takes about so many times as long as its tables to begin, which is looked at nowhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,10 @@ class Found:
     bound: float
     impossible: bool = False
     """It is proved that no plan fits."""
+    price: float = 0.0
+    """The price of the quality budget that bounds plans best; 0 if it has none."""
+    prices: Floats | None = None
+    """The prices of devices that bound plans best."""
 
 
 Make: TypeAlias = Callable[[Tables, tuple[float, float], float], "Search"]
@@ -69,6 +75,8 @@ class Search:
         self.bound = 0.0
         self.seen: dict[tuple[Span, ...], float] = {}
         self.filled = False
+        self.before: Found | None = None
+        """What was found for another variant, whose best prices are much the same."""
         self.random = np.random.default_rng(0)
         self.other = False
         """This search only serves another one."""
@@ -150,7 +158,7 @@ class Search:
     def _try_other(self) -> None:
         """Finish the walks of the search for the other kind of objective. They fit here too."""
         left_s = self._until_s() - now_s()
-        if self.other or left_s <= 0:
+        if self.other or left_s <= _OTHER_TABLES * self.tables.made_s:
             return
         aim: ObjectiveKind = "latency" if self.tables.throughput else "throughput"
         problem = replace(self.tables.problem, objective=Objective(aim))

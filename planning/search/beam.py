@@ -8,13 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from planning.search.bounds import Priced
-from planning.search.tables import Floats, Integers, Span, Tables
+from planning.search.tables import Floats, Integers, Mask, Span, Tables
 from planning.time_limit import now_s
-
-Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)

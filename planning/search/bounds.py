@@ -16,12 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from planning.search.tables import Floats
+from planning.search.tables import Floats, Mask
 from planning.time_limit import now_s
-
-Mask = npt.NDArray[np.bool_]
 
 _WORTHS = 60
 """The worths of a block that are tried for first prices."""
@@ -149,6 +146,36 @@ class Separate:
                 found[:, k] = np.minimum(found[:, k], sink[:, blocks - k - 1])
             found[:, k] += fixed
             beyond[:, k] = (self.links + found[:, k]).min(1)
+        return found
+
+    def through(self, priced: Priced) -> Floats:
+        """[device, block, length - 1]: the least cost of a walk with that stage, less the constant.
+
+        No plan with the stage is better. ``priced`` is a relaxation with these costs.
+        """
+        devices, blocks, longest = self.segments.shape
+        found = np.full(self.segments.shape, np.inf)
+        behind = np.full((devices, blocks + longest), np.inf)
+        entered = priced.enter
+        for k in range(blocks):
+            if k:
+                entered = (behind[:, k, None] + self.links).min(0)
+            until = (entered + priced.fixed)[:, None] + self.segments[:, k]
+            np.minimum(
+                behind[:, k + 1 : k + 1 + longest], until, out=behind[:, k + 1 : k + 1 + longest]
+            )
+            found[:, k] = until
+            if blocks - k <= longest:
+                found[:, k, blocks - k - 1] = (
+                    entered + priced.fixed + priced.sink[:, blocks - k - 1]
+                )
+        ahead = np.full((devices, blocks + longest), np.inf)
+        for k in range(1, blocks):
+            ahead[:, k] = (self.links + priced.to_go[:, k]).min(1)
+        ahead[:, blocks] = 0.0
+        firsts, lengths = np.indices((blocks, longest))
+        found += ahead[:, firsts + lengths + 1]
+        found -= priced.constant
         return found
 
 

@@ -13,13 +13,14 @@ import math
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from planning.search.base import FINISHED, WIDTHS, Found, Make
 from planning.search.beam import beam
 from planning.search.bounds import Priced, Separate
-from planning.search.sums import Cheapest
+from planning.search.sums import ALL_FINISHED, Cheapest
 from planning.search.tables import Floats, Span, Tables
 
 _NARROW = 0.4
@@ -28,7 +29,7 @@ _FACTORS = (1.0, 0.6, 1.7)
 """Multiples of the best price of the budget, for the bounds of a beam."""
 _ROUNDS = 25
 _LOOKS = 5
-"""Number of limits under which plans are looked for first."""
+"""Number of limits between which plans are looked for first."""
 _FAR = 1.1
 """Limits of a smaller ratio have the same price of the budget."""
 
@@ -44,6 +45,8 @@ class _Interval:
     """Lower bound of the objective without the slowest stage."""
     level: int = 0
     """Index in WIDTHS of the next beam."""
+    merge: bool = True
+    """Whether the next beam may keep one of several like walks. Then their bounds stay lower."""
 
 
 class Prompted(Cheapest):
@@ -57,7 +60,10 @@ class Prompted(Cheapest):
         usable = np.isfinite(tables.turn)
         self.varied = bool((np.where(usable, tables.turn, 0.0).max(2) > tables.turn.min(2)).any())
         """Whether widths make a difference to the slowest stage."""
-        self.prices = self.pricer.nothing()
+        least_s = tables.least_turn_s(tables.turn)
+        self.beside = tables.turns * np.maximum(self.least_s, least_s)
+        self.top = 0.0
+        """The price of the budget with the best bound of all plans."""
         self.segments: dict[float, Floats] = {}
         """Price of the budget -> least costs of all stages."""
         self.price_at: dict[int, float] = {}
@@ -68,13 +74,19 @@ class Prompted(Cheapest):
         tables = self.tables
         self.price = self._guess() if tables.budget is not None else 0.0
         self.at_hand = self._fill()
-        self._climb()
-        self.price = max(self.found, key=lambda mu: self.found[mu][0].bound)
-        self.prices = self.found[self.price][1]
+        if self.before is None or self.before.prices is None:
+            self._climb(1.3)
+        else:
+            self.prices = self.before.prices
+            for factor in (1.0, 2.0**0.5, 0.5**0.5):
+                if not self.found or not self._late():
+                    self._price(factor * self.before.price, _ROUNDS)
+        self.price = self.top = max(self.found, key=lambda mu: self.found[mu][0].bound)
+        self.prices = self.found[self.top][1]
         rest = self._best()
         low_s, high_s = self._reach_s(rest)
-        self._look_around(low_s, high_s)
-        waiting = [self._interval(rest, low_s, self._reach_s(rest)[1])]
+        waiting = self._look_around(rest, low_s, high_s)
+        heapq.heapify(waiting)
         closed = math.inf
         """Least bound of the intervals that no wider beam can improve."""
         while waiting and waiting[0].bound < self._target() and not self._late():
@@ -87,18 +99,29 @@ class Prompted(Cheapest):
         # All other intervals were dropped at or above the target, which never rises.
         left = [closed, self._target(), *(one.bound for one in waiting[:1])]
         self.bound = max(self.bound, min(*left, self.value))
-        return Found(self.choice, self.bound)
+        return Found(self.choice, self.bound, price=self.top, prices=self.found[self.top][1])
 
-    def _look_around(self, low_s: float, high_s: float) -> None:
-        """Look for plans under some limits, the widest first, before intervals are cut."""
-        for limit_s in np.geomspace(high_s, low_s, _LOOKS):
+    def _look_around(self, rest: float, low_s: float, high_s: float) -> list[_Interval]:
+        """Look for plans under some limits, the widest first.
+
+        Returns the intervals between the limits that may have a better plan.
+        """
+        found = []
+        limits = np.geomspace(high_s, low_s, _LOOKS).tolist()
+        for limit_s, next_s in pairwise(limits):
             target = self._target() - self.tables.turns * low_s
+            if self._late():
+                found.append(self._interval(rest, low_s, limit_s))
+                break
             priced = self._limited(limit_s, target)
-            if self._late() or priced.bound >= target:
+            rest = max(rest, priced.bound)
+            if rest >= target:
                 break
             self._walk([priced], target, WIDTHS[0], most=20)
+            found.append(self._interval(rest, next_s, limit_s))
         if self.value >= self.at_hand and not self._done():
             self._try_other()
+        return found
 
     def _target(self) -> float:
         return self.value * (1 - self.gap) if self.value < math.inf else math.inf
@@ -106,8 +129,11 @@ class Prompted(Cheapest):
     def _mus(self) -> list[float]:
         return [self.price * factor for factor in _FACTORS] if self.price else [0.0]
 
-    def _interval(self, rest: float, low_s: float, high_s: float, level: int = 0) -> _Interval:
-        return _Interval(rest + self.tables.turns * low_s, low_s, high_s, rest, level)
+    def _interval(
+        self, rest: float, low_s: float, high_s: float, level: int = 0, *, merge: bool = True
+    ) -> _Interval:
+        bound = rest + self.tables.turns * low_s
+        return _Interval(bound, low_s, high_s, rest, level, merge)
 
     def _least_turns(self) -> Floats:
         """[device, first block, length - 1]: least seconds of a chunk in such a stage."""
@@ -187,7 +213,8 @@ class Prompted(Cheapest):
                 bounds[mu] = self._at_price(mu, high_s, target, _ROUNDS // 3)[0].bound
             return bounds[mu]
 
-        best, step = max((self.price, self._guess()), key=bound), 4.0
+        best = max((self.price, self._guess()), key=bound)
+        step = 2.0 if self.price_at else 4.0
         # If no walk keeps the budget, the bound grows with the price for ever.
         while step > 1.3 and bound(best) < target and len(bounds) < 25 and not self._late():
             nearby = max((best, best * step, best / step), key=bound)
@@ -198,15 +225,22 @@ class Prompted(Cheapest):
     def _arcs(self, mu: float, high_s: float) -> Separate:
         tables = self.tables
         if mu not in self.segments:
-            self.segments[mu] = tables.segments(tables.cost + mu * tables.loss)
+            self.segments[mu] = tables.segments(tables.cost + mu * tables.loss, self.wanted)
         limit_s = high_s * (1 + 1e-9)
-        segments = np.where(self.least_s <= limit_s, self.segments[mu], np.inf)
+        open_ = self.wanted & (self.least_s <= limit_s)
+        segments = np.where(open_, self.segments[mu], np.inf)
         hops = np.where(tables.hop_turn <= limit_s, tables.hop, np.inf)
         priced = hops + mu * tables.hop_loss[:, None, None]
         return Separate(segments, priced.min(0, initial=math.inf), tables.back)
 
     def _walk(
-        self, relaxations: Sequence[Priced], target: float, width: int, most: int = FINISHED
+        self,
+        relaxations: Sequence[Priced],
+        target: float,
+        width: int,
+        most: int = FINISHED,
+        *,
+        merge: bool = True,
     ) -> tuple[float, bool]:
         """Finish the walks that a beam finds below ``target``.
 
@@ -214,9 +248,14 @@ class Prompted(Cheapest):
         it.
         """
         finished, dropped = beam(
-            self.tables, relaxations, width=width, cutoff=target, deadline_s=self._until_s()
+            self.tables,
+            relaxations,
+            width=width,
+            cutoff=target,
+            deadline_s=self._until_s(),
+            merge=merge,
         )
-        bounds = [target, dropped]
+        bounds, before = [target, dropped], self.value
         for count, walk in enumerate(finished):
             bound = walk.bound
             if count < most and not self._late():
@@ -224,6 +263,8 @@ class Prompted(Cheapest):
                 # Without a budget there is one exact relaxation: merging loses nothing.
                 bound = bound if walk.mixed and self.price else max(bound, refined)
             bounds.append(bound)
+        if self.value < before:
+            self._drop(self.top)
         return min(bounds), dropped < math.inf or len(finished) > most
 
     def _beamed(self, whole: _Interval) -> list[_Interval]:
@@ -234,9 +275,13 @@ class Prompted(Cheapest):
             arcs = self._arcs(mu, whole.high_s)
             paid = mu * (self.tables.budget or 0.0)
             chosen.append(self.pricer.relaxation(arcs, paid, self.prices))
-        rest, full = self._walk(chosen, target, WIDTHS[whole.level])
-        level = whole.level + 1 if full else len(WIDTHS)
-        return [self._interval(max(whole.rest, rest), whole.low_s, whole.high_s, level)]
+        merge = whole.merge
+        most = FINISHED if merge else ALL_FINISHED
+        rest, full = self._walk(chosen, target, WIDTHS[whole.level], most, merge=merge)
+        # A wider beam helps only where this one was full, or merged walks.
+        level = whole.level + full if full or merge else len(WIDTHS)
+        rest = max(whole.rest, rest)
+        return [self._interval(rest, whole.low_s, whole.high_s, level, merge=full)]
 
     def _widths(self, spans: Sequence[Span], charged: Tables | None = None) -> float:
         """Choose widths by costs, then also with the slowest stage's time if widths change it.

@@ -13,6 +13,7 @@ slowest stage (``slowest.py``), and a sum with the slowest stage of a prompt (``
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ def search(
     ties: npt.NDArray[np.bool_] | None = None,
     last_resort_s: float | None = None,
     known: float = math.inf,
+    before: Found | None = None,
 ) -> Found:
     """The best plan found until its gap is proved to be at most ``gap``, or the deadline.
 
@@ -43,6 +45,7 @@ def search(
     ``gap``: values below one in a thousand count as one in a thousand.
     ``ties`` [i, j] is True for i < j that are twins: exchanging them changes no figure of a plan.
     ``known`` is the objective of a known plan. Only better plans are looked for.
+    ``before`` was found for another variant of the problem, whose best prices are much the same.
 
     A prompt runs in chunks of one size here: ``problem`` is one variant.
     """
@@ -53,13 +56,16 @@ def search(
     until_s = deadline_s, deadline_s if last_resort_s is None else last_resort_s
     searching = _make(tables, until_s, max(gap, _LEAST_GAP) * (1 - 1e-6))
     searching.value = known
+    searching.before = before
+    # With teams first plans take long, and those of another variant fit here too.
+    searching.filled = before is not None and tables.teams and known < math.inf
     searching._fill()
     if searching.value == math.inf and searching._pack():
         return Found(None, 0.0, impossible=True)
     if searching.value == math.inf and searching._impossible():
         return Found(None, 0.0, impossible=True)
     found = searching.run()
-    return Found(found.choice, float(found.bound))
+    return replace(found, bound=float(found.bound))
 
 
 def _make(tables: Tables, until_s: tuple[float, float], gap: float) -> Search:

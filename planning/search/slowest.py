@@ -19,7 +19,7 @@ from planning.search.greedy import walk_value
 from planning.search.orders import Orders
 from planning.search.parts import part_of, renamed
 from planning.search.polish import Polish
-from planning.search.tables import Integers, Knapsack, Span, Tables
+from planning.search.tables import Floats, Integers, Knapsack, Span, Tables
 from planning.time_limit import now_s
 
 _BEYOND = (1.005, 1.02, 1.05, 1.1, 1.2, 1.4, 1.8, 2.5, 4.0, 8.0, 20.0, 100.0)
@@ -48,8 +48,14 @@ class Fastest(Search):
     """
 
     def __init__(
-        self, tables: Tables, until_s: tuple[float, float], gap: float, make: Make
+        self,
+        tables: Tables,
+        until_s: tuple[float, float],
+        gap: float,
+        make: Make,
+        within: Floats | None = None,
     ) -> None:
+        """``within``: the least losses of all stages within the memory, where they are known."""
         super().__init__(tables, until_s, gap, make)
         self.budget = tables.budget or 0.0
         self.prices = self.pricer.nothing()
@@ -58,9 +64,8 @@ class Fastest(Search):
         """This search is of some of the devices of another one."""
         self.anywhere = False
         """Whether bounds let hops lead anywhere."""
-        cost = np.where(np.isfinite(tables.decode), tables.loss, math.inf)
-        self.within_memory = tables.segments(cost)
-        self.cost = cost
+        self.cost = np.where(np.isfinite(tables.decode), tables.loss, math.inf)
+        self.within_memory = tables.segments(self.cost) if within is None else within
 
     def run(self) -> Found:
         self.bound = self.tables.least_turn_s(self.tables.decode)
@@ -71,8 +76,8 @@ class Fastest(Search):
         self._look()
         if self.value >= self.at_hand:
             self._try_other()
-        if self.choice is None:
-            return Found(None, self.bound)
+        if self.choice is None or self._done():
+            return Found(self.choice, self.bound)
         self._measure(self.value)
         for width in WIDTHS:
             self._exchange_devices()
@@ -89,12 +94,16 @@ class Fastest(Search):
     def _of_many(self) -> Found:
         """A bound with hops that lead anywhere, and a plan of the most useful devices."""
         self._climb()
+        if self._late():
+            return Found(self.choice, min(self.bound, self.value))
         chosen = self._most_useful()
         part, ties = part_of(self.tables.problem, chosen), self.tables.tied
         # A part may have teams without their twins.
         ties = None if ties is None or self.tables.teams else ties[np.ix_(chosen, chosen)]
         until_s = self.deadline_s, self.last_resort_s
-        best = Fastest(Tables(part, ties), until_s, self.gap, self.make)
+        tables = Tables(part, ties)
+        within = self.within_memory[chosen, :, : tables.longest]
+        best = Fastest(tables, until_s, self.gap, self.make, within)
         best.value, best.filled, best.other = self.value, True, self.other
         best.part = True
         found = best.run()

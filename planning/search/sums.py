@@ -17,11 +17,13 @@ from planning.search.beam import beam
 from planning.search.bounds import Joint, Priced, Separate
 from planning.search.orders import Orders
 from planning.search.polish import Polish
-from planning.search.tables import Floats, Integers, Span, Tables
+from planning.search.tables import Floats, Integers, Mask, Span, Tables
 from planning.time_limit import now_s
 
-_ALL_FINISHED = 2_000
+ALL_FINISHED = 2_000
 """Like FINISHED, for a beam that mixed no walks: there the bounds of their widths count."""
+
+_NEAR = 5
 
 _EXCHANGE_PRICES = (0.7, 1.5, 4.0, 15.0)
 """Multiples of the best price of the budget, for orders of devices."""
@@ -34,11 +36,22 @@ class Cheapest(Search):
         self, tables: Tables, until_s: tuple[float, float], gap: float, make: Make
     ) -> None:
         super().__init__(tables, until_s, gap, make)
+        self.arcs: dict[float, Separate] = {}
+        """Price of the budget -> costs of stages and hops at this price."""
         self.found: dict[float, tuple[Priced, Floats]] = {}
+        """Price of the budget -> the best relaxation, with its prices of devices."""
         self.at_hand = math.inf
         """Value of the first plan."""
+        self.prices = self.pricer.nothing()
+        """Prices of devices with which the search begins."""
         self.price = 0.0
         """Price of the budget near which widths are chosen."""
+        self.wanted: Mask = tables.fits
+        """The stages [device, first block, length - 1] that a better plan may have."""
+        self.dropped = math.inf
+        """No plan with another stage is below this."""
+        self.beside: Floats = np.zeros(1)
+        """What a plan costs at least beside the sums, by any of its stages."""
 
     def run(self) -> Found:
         tables = self.tables
@@ -49,9 +62,15 @@ class Cheapest(Search):
         self.price = top
         mus = [top * factor for factor in (1.0, 0.7, 1.4, 2.5, 6.0, 15.0)] if top else [0.0]
         rounds, merge = 60, True
+        self._price(top, rounds)
+        if not self._done():
+            # The first plan may be far off. A better one at hand leaves less to look at.
+            near = sorted(self.found, key=lambda mu: abs(math.log(mu / top)) if top else 0.0)
+            self._follow([self.found[mu][0] for mu in near[:_NEAR]], WIDTHS[0], merge)
         for width in WIDTHS:
             for mu in mus:
-                self._price(mu, rounds)
+                if not self._done():
+                    self._price(mu, rounds)
             rounds = 100
             if self._done():
                 break
@@ -80,12 +99,12 @@ class Cheapest(Search):
         bounds = [min(cutoff, dropped)]
         for count, walk in enumerate(finished):
             bound = walk.bound
-            if count < (FINISHED if merge else _ALL_FINISHED) and not self._late():
+            if count < (FINISHED if merge else ALL_FINISHED) and not self._late():
                 refined = self._finish(walk.spans)
                 # Without a budget there is one exact relaxation: merging loses nothing.
                 bound = bound if walk.mixed and self.price else max(bound, refined)
             bounds.append(bound)
-        self.bound = max(self.bound, min(min(bounds), self.value))
+        self.bound = max(self.bound, min(min(bounds), self.value, self.dropped))
         return dropped < math.inf or cutoff == math.inf
 
     def _done(self) -> bool:
@@ -97,7 +116,9 @@ class Cheapest(Search):
         until_s = now_s() + EXCHANGE_SHARE * max(0.0, self._until_s() - now_s())
         relaxations: list[tuple[Joint | Separate, float]] = []
         for mu in [self.price * factor for factor in _EXCHANGE_PRICES] if self.price else [0.0]:
-            segments = tables.segments(tables.cost + mu * tables.loss)
+            if self._late():
+                return
+            segments = tables.segments(tables.cost + mu * tables.loss, self.wanted)
             arcs = Separate(segments, tables.links(mu), tables.back)
             relaxations.append((arcs, mu * (tables.budget or 0.0)))
         orders = Orders(relaxations, tables.entry, until_s, self.random, tables.conflicts)
@@ -109,18 +130,16 @@ class Cheapest(Search):
             if self.value >= before:
                 break
 
-    def _price(self, mu: float, rounds: int) -> float:
-        """Improve the bound with this price of the budget. Returns it."""
+    def _price(self, mu: float, rounds: int) -> None:
+        """Improve the bound with this price of the budget."""
         tables = self.tables
-        arcs: Joint | Separate
         if mu in self.found:
-            priced, prices = self.found[mu]
-            arcs = priced.arcs
+            arcs, prices = self.arcs[mu], self.found[mu][1]
         else:
-            segments = tables.segments(tables.cost + mu * tables.loss)
-            arcs = Separate(segments, tables.links(mu), tables.back)
+            segments = tables.segments(tables.cost + mu * tables.loss, self.wanted)
+            arcs = self.arcs[mu] = Separate(segments, tables.links(mu), tables.back)
             nearest = min(self.found, key=lambda at: abs(math.log(at / mu)), default=None)
-            prices = self.pricer.nothing() if nearest is None else self.found[nearest][1]
+            prices = self.prices if nearest is None else self.found[nearest][1]
         # The first plan is too far off as a guess of the largest bound.
         reach = self.value if self.value < self.at_hand else 1.1 * self._best()
         self.found[mu] = self.pricer.price(
@@ -132,21 +151,33 @@ class Cheapest(Search):
             rounds=rounds,
         )
         bound = self.found[mu][0].bound
-        self.bound = max(self.bound, min(bound, self.value))
-        return bound
+        self.bound = max(self.bound, min(bound, self.value, self.dropped))
+        self._drop(mu)
+
+    def _drop(self, mu: float) -> None:
+        """Leave out the stages that no better plan has, by the relaxation at this price."""
+        cutoff = self.value * (1 - self.gap)
+        if cutoff < math.inf:
+            self.wanted = self.wanted & (
+                self.arcs[mu].through(self.found[mu][0]) + self.beside < cutoff
+            )
+            self.dropped = min(self.dropped, cutoff)
 
     def _best(self) -> float:
         return max((one.bound for one, _ in self.found.values()), default=1.0)
 
-    def _climb(self) -> None:
-        """Find the price of the budget with the largest bound, by hill climbing."""
+    def _climb(self, precision: float = 1.15) -> None:
+        """Find the price of the budget with the largest bound, by hill climbing.
+
+        ``precision`` is about the largest ratio of the price found and the best one.
+        """
         tables = self.tables
         if tables.budget is None:
             self._price(0.0, 100)
             return
         mu, step = self._guess(), 4.0
         self._price(mu, 15)
-        while step > 1.15 and len(self.found) < 40:
+        while step > precision and len(self.found) < 40:
             mu = max(self.found, key=lambda at: self.found[at][0].bound)
             for other in (mu * step, mu / step):
                 if other not in self.found and now_s() <= self.deadline_s:

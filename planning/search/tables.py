@@ -18,10 +18,12 @@ import numpy.typing as npt
 from planning.exact.program import Choice
 from planning.problem import TOKEN_BYTES, PlanningProblem
 from planning.teams import incidence
+from planning.time_limit import now_s
 from planning.usable import Usable
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 Span = tuple[int, int, int]
 """(device, first block, end)"""
 
@@ -144,8 +146,11 @@ class InMemory(Knapsack):
         self.columns: Integers = self.index(limit - self.least)
         self._hopeless = self.least > limit
 
-    def least_costs(self, cost: Floats) -> Floats:
-        """The least costs [first block, length - 1] at the limit; any cost where nothing fits."""
+    def least_costs(self, cost: Floats, wanted: Mask) -> Floats:
+        """The least costs [first block, length - 1] at the limit.
+
+        Any cost where nothing fits, or where the run is not ``wanted``.
+        """
         blocks = len(cost)
         least, shifts = cost.min(1), self._shifts[np.arange(blocks), cost.argmin(1)]
         found = np.full((blocks, self.longest), math.inf)
@@ -155,12 +160,46 @@ class InMemory(Knapsack):
             until = blocks - length
             sums, units = sums[:until] + least[length:], units[:until] + shifts[length:]
             found[:until, length], taken[:until, length] = sums, units
-        if ((taken <= self.columns) | self._hopeless | ~np.isfinite(found)).all():
+        tight = (taken > self.columns) & ~self._hopeless & np.isfinite(found) & wanted
+        if not tight.any():
+            return found
+        blocks, options = cost.shape
+        if self.longest * len(self._runs) > blocks * options:
+            self._ration(cost, found, tight)
             return found
         profile = self.profiles(cost)
         lengths, firsts = np.indices((self.longest, blocks))
         at_limit: Floats = profile[lengths, firsts, self.columns.T].T
         return at_limit
+
+    def _ration(self, cost: Floats, found: Floats, tight: Mask) -> None:
+        """Set ``found`` [first block, length - 1] where it is ``tight``: not all options fit there.
+
+        All runs grow by one block at a time, each with a row of least costs by units of room.
+        """
+        blocks, longest = tight.shape
+        lengths = np.arange(1, longest + 1)
+        until = np.where(tight.any(1), np.arange(blocks) + (tight * lengths).max(1), 0)
+        steps = int(self.columns[tight].max()) + 1
+        table, grown = np.zeros((2, blocks, steps))
+        begun = 0
+        for k in range(int(until.max())):
+            while until[begun] <= k and begun < k:
+                begun += 1
+            before, now = table[begun : k + 1], grown[begun : k + 1]
+            now[:] = math.inf
+            least = math.inf
+            for option in np.argsort(self._shifts[k], kind="stable"):
+                shift, price = int(self._shifts[k, option]), float(cost[k, option])
+                # An option is of use only if no narrower one costs as little.
+                if price < least and shift < steps:
+                    least = price
+                    part = now[:, shift:]
+                    np.minimum(part, before[:, : steps - shift] + price, out=part)
+            firsts = np.arange(max(begun, k + 1 - longest), k + 1)
+            firsts = firsts[tight[firsts, k - firsts]]
+            found[firsts, k - firsts] = grown[firsts, self.columns[firsts, k - firsts]]
+            table, grown = grown, table
 
 
 def _unit(sizes: Floats, room: float, steps: int) -> float:
@@ -183,7 +222,8 @@ def _unit(sizes: Floats, room: float, steps: int) -> float:
 class Tables:
     """The problem as arrays [device, block, option] and [hop format, device, next device]."""
 
-    def __init__(self, problem: PlanningProblem, ties: npt.NDArray[np.bool_] | None = None) -> None:
+    def __init__(self, problem: PlanningProblem, ties: Mask | None = None) -> None:
+        began_s = now_s()
         self.problem = problem
         self.members = incidence(problem)
         """[device, real device]: which real devices a device is, or has as members."""
@@ -240,6 +280,8 @@ class Tables:
         self.entry = np.array([problem.call_cost(i) for i in devices])
         self.call_s = np.array([problem.call_turn_s(i) for i in devices])
         self._measure_links()
+        self.made_s = now_s() - began_s
+        """Seconds that it took to make these tables."""
 
     def _measure_links(self) -> None:
         """Set hops [format, device, next device] and ways back, as ``PlanningProblem`` counts them.
@@ -292,7 +334,7 @@ class Tables:
         found: Floats = (self.hop + mu * self.hop_loss[:, None, None]).min(0, initial=math.inf)
         return found
 
-    def _fits(self) -> npt.NDArray[np.bool_]:
+    def _fits(self) -> Mask:
         """[device, first block, length - 1]: whether such a stage fits at its least sizes."""
         devices, blocks, _ = self.shape
         usable = np.isfinite(self.memory).any(2)
@@ -314,7 +356,7 @@ class Tables:
         columns = {self.problem.devices[i].name: i for i in self.problem.real}
         return np.array([columns[name] for name in names], dtype=np.int64)
 
-    def _ties(self, ties: npt.NDArray[np.bool_] | None) -> Floats:
+    def _ties(self, ties: Mask | None) -> Floats:
         """[real device, device]: whether a walk must use the one before it enters the other."""
         if ties is None:
             return np.zeros(self.members.T.shape)
@@ -327,18 +369,22 @@ class Tables:
         lengths = np.flatnonzero(self.fits[device].any(0))
         return int(lengths[-1]) + 1 if len(lengths) else 0
 
-    def segments(self, cost: Floats) -> Floats:
-        """The least costs [device, first block, length - 1] within the memory; inf if none fits."""
+    def segments(self, cost: Floats, wanted: Mask | None = None) -> Floats:
+        """The least costs [device, first block, length - 1] within the memory; inf if none fits.
+
+        Also inf where a stage is not ``wanted``, which has the same axes.
+        """
+        wanted = self.fits if wanted is None else self.fits & wanted
         devices, blocks, _ = self.shape
         found = np.full((devices, blocks, self.longest), math.inf)
         for i, knapsacks in enumerate(self.in_memory):
-            reach = self.reach[i]
-            if not reach:
+            own = wanted[i, :, : self.reach[i]]
+            if not own.any():
                 continue
             # Limits are taken one at a time, and the largest cost counts.
-            least = [knapsack.least_costs(cost[i]) for knapsack in knapsacks]
-            found[i, :, :reach] = np.maximum.reduce(least)
-        return np.where(self.fits, found, math.inf)
+            least = [knapsack.least_costs(cost[i], own) for knapsack in knapsacks]
+            found[i, :, : self.reach[i]] = np.maximum.reduce(least)
+        return np.where(wanted, found, math.inf)
 
     def choices(self, device: int, first: int, costs: Floats) -> tuple[Integers, Floats]:
         """The best options [price, block] of a stage within its memory, and their costs [price].

@@ -114,14 +114,15 @@ def test_a_short_cut_of_a_knapsack_finds_what_its_table_has(seed: int) -> None:
     cost = np.where(missing, np.inf, random.integers(0, 9, (blocks, options)).astype(float))
     for limit in np.array([0.3, 0.6, 0.9, 1.2]) * float(sizes.min(1).sum()) * 2:
         memory = InMemory(sizes, limit, blocks)
-        table, least = memory.profiles(cost), memory.least_costs(cost)
+        wanted = random.random((blocks, blocks)) < 0.8
+        table, least = memory.profiles(cost), memory.least_costs(cost, wanted)
         for first in range(blocks):
             for length in range(1, blocks - first + 1):
                 if memory.least[first, length - 1] > limit:
                     continue
                 column = int(memory.columns[first, length - 1])
                 best = table[length - 1, first, column]
-                assert least[first, length - 1] == best
+                assert least[first, length - 1] == best or not wanted[first, length - 1]
                 part = cost[first : first + length]
                 chosen, total = memory.choices(first, part[None], np.array([column]))
                 assert total[0] == best == part[np.arange(length), chosen[0]].sum()
@@ -140,6 +141,43 @@ def test_an_order_that_leaves_blocks_out_is_none() -> None:
         random = np.random.default_rng(blocks)
         orders = Orders([(arcs, 0.0)], np.zeros(devices), math.inf, random)
         assert orders.improve(range(devices), -math.inf)[0] is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_shortest_walk_through_each_stage_is_that_of_all_walks(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    devices, blocks, longest = 3, 5, int(random.integers(2, 6))
+    segments = random.uniform(1, 9, (devices, blocks, longest))
+    firsts, lengths = np.indices((blocks, longest))
+    segments[:, firsts + lengths >= blocks] = np.inf
+    segments[random.random(segments.shape) < 0.2] = np.inf
+    links, back = random.uniform(0, 3, (2, devices, devices))
+    arcs = Separate(segments, links, back)
+    pricer = Pricer(random.uniform(0, 1, devices), math.inf, np.eye(devices, dtype=bool))
+    priced = pricer.relaxation(arcs, 0.5, random.uniform(0, 2, 2 * devices))
+    shortest = np.full(segments.shape, np.inf)
+
+    def extend(walk: list[tuple[int, int, int]], length: float) -> None:
+        """Try all ways on from the end of ``walk``, and note where it ends for good."""
+        device, first, end = walk[-1]
+        here = length + priced.fixed[device]
+        if end == blocks:
+            here += priced.sink[device, end - first - 1] - priced.constant
+            for at, begin, until in walk:
+                cell = at, begin, until - begin - 1
+                shortest[cell] = min(shortest[cell], here)
+            return
+        here += segments[device, first, end - first - 1]
+        for target in range(devices):
+            for until in range(end + 1, min(blocks, end + longest) + 1):
+                extend([*walk, (target, end, until)], here + links[device, target])
+
+    for device in range(devices):
+        for end in range(1, longest + 1):
+            extend([(device, 0, end)], priced.enter[device])
+    found = arcs.through(priced)
+    np.testing.assert_allclose(found, shortest, rtol=1e-9)
+    assert found.min() == pytest.approx(priced.bound)
 
 
 @pytest.mark.parametrize("seed", range(10))
