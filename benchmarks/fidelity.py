@@ -5,10 +5,12 @@
     python -m benchmarks.fidelity --teams
 
 Four hosts have CPU quotas and links of their own (testbed/). Their agents measure themselves inside
-their quota, and the links between them. The model has random weights. Each plan is loaded, run a
-few times, and compared with its prediction. In some of the plans, teams of devices share layers. Of
-those the sum over the team is compared, too: predicted from links and profiles, and measured over
-the team's own connections once it is loaded.
+their quota, and the links between them. The model has random weights; two plans have the embedded
+model instead. Each plan is loaded and run a few times. Its prediction is compared with the time
+that a prompt took (by the gateway), the time to the first token (by the client), and a token's time
+with 1, 4 and 8 answers at once. In some of the plans, teams of devices share layers. Of those the
+sum over the team is compared, too: predicted from links and profiles, and measured over the team's
+own connections once it is loaded.
 
 There are several passes, and each makes its plans from new measurements. A shared machine's speed
 drifts, so only predictions and measurements of the same time can be compared. Results are kept in
@@ -23,6 +25,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date
@@ -39,8 +42,11 @@ from calibration.machine import processor_name
 from cli.client import Client
 from cli.errors import CommandFailed
 from model import costs
+from model.families import load_spec
 from model.quantize import Format
 from model.spec import ModelSpec
+from planning.forecast import decode_tokens_per_s
+from planning.plan import Plan, Stage
 from planning.prompt import Passage, best_chunk_tokens, prompt_s
 from testbed.bed import Testbed
 from testbed.cluster import Cluster
@@ -56,7 +62,13 @@ CONTEXT_TOKENS = 512
 WIDTHS = (4, 8)
 PROMPT_TOKENS = 64
 OUTPUT_TOKENS = 13
+STREAMS = (1, 4, 8)
+"""Answers at once. Slots are as many as the most of them."""
+STREAM_TOKENS = 32
 SEED = 7
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "examples" / "tiny-opt" / "model"
+EMBEDDED_CONTEXT_TOKENS = 256
 
 CPU_PERCENT = {"ash": 60, "birch": 45, "cedar": 30, "dogwood": 20}
 TIGHT_SHARE = {"ash": 0.40, "birch": 0.32, "cedar": 0.36, "dogwood": 0.30}
@@ -82,6 +94,7 @@ class Case:
 
     teams: the devices that share layers, "ash+birch" each. Without ``others``, devices outside the
         teams run nothing.
+    embedded: whether it is a plan of the embedded model.
     """
 
     name: str
@@ -91,6 +104,7 @@ class Case:
     split: Callable[[ModelSpec, Sequence[str]], Mapping[int, str]] | None = None
     teams: tuple[str, ...] = ()
     others: bool = False
+    embedded: bool = False
 
     def of_planner(self) -> dict[str, Any]:
         """Return the wishes of a request for this plan, but for pins."""
@@ -105,6 +119,7 @@ class Case:
 def main() -> None:
     options = _arguments()
     spec = make_model(options.state / "model", SHAPE, CONTEXT_TOKENS)
+    embedded = load_spec(EMBEDDED)
     results = Results(options.state / "results.json", again=options.again)
     cases = [
         case
@@ -113,14 +128,15 @@ def main() -> None:
     ]
     for number in range(options.passes):
         todo = [case for case in cases if len(results.of(case)) <= number]
-        if len(todo) == len(cases):
+        if todo and len(todo) == len(cases):
             forget_calibration(options.state)
         for memory in dict.fromkeys(case.memory for case in todo):
             with cluster(options.state, spec, memory) as (bed, client, fastest):
                 for case in (case for case in todo if case.memory == memory):
                     say(f"pass {number + 1} of {options.passes}, {case.name}: planning and loading")
                     first = next(iter(results.of(case)), None)
-                    results.add(case, run(bed, client, case, spec, options, fastest, first))
+                    whose = embedded if case.embedded else spec
+                    results.add(case, run(bed, client, case, whose, options, fastest, first))
     report([summarised(results.of(case)) for case in cases], as_json=options.json)
 
 
@@ -184,7 +200,7 @@ def memory_bytes(spec: ModelSpec, memory: str) -> dict[str, int]:
     blocks = range(spec.block_count)
     total = sum(
         costs.executed_bytes(spec, block, Format.of(8), 8)
-        + costs.kv_bytes(spec, block, CONTEXT_TOKENS)
+        + max(STREAMS) * costs.kv_bytes(spec, block, CONTEXT_TOKENS)
         for block in blocks
     )
     rows = limits.PREFILL_CHUNK_TOKENS
@@ -256,7 +272,7 @@ def greedy(spec: ModelSpec, fastest: Sequence[str]) -> dict[int, str]:
     name, left = "", 0
     for block in range(spec.block_count):
         size = costs.executed_bytes(spec, block, Format.of(8), 8)
-        size += costs.kv_bytes(spec, block, CONTEXT_TOKENS)
+        size += max(STREAMS) * costs.kv_bytes(spec, block, CONTEXT_TOKENS)
         while size > left:
             name = next(hosts)
             left = room[name] - buffers
@@ -272,6 +288,11 @@ def single(spec: ModelSpec, fastest: Sequence[str]) -> dict[int, str]:
 def backwards(spec: ModelSpec, fastest: Sequence[str]) -> dict[int, str]:
     """Cross the radio link twice, and put the fastest host last."""
     return _in_shares(spec, {"cedar": 2.0, SLOW_HOST: 1.0, "ash": 3.0})
+
+
+def three(spec: ModelSpec, fastest: Sequence[str]) -> dict[int, str]:
+    """Split layers between the three hosts that have no radio."""
+    return _in_shares(spec, {name: 1.0 for name in NAMES if name != SLOW_HOST})
 
 
 def last_alone(spec: ModelSpec, fastest: Sequence[str]) -> dict[int, str]:
@@ -291,6 +312,8 @@ CASES = (
     Case("single fastest", "roomy", (8,), split=single),
     Case("without ash", "roomy", (8,), {"exclude": ["ash"]}),
     Case("over radio", "roomy", (8,), split=backwards),
+    Case("embedded on one host", "roomy", (8,), split=single, embedded=True),
+    Case("embedded on three hosts", "roomy", (8,), split=three, embedded=True),
     Case("team of two", "roomy", (8,), teams=("ash+birch",)),
     Case("team at 4 bits", "roomy", (4,), teams=("ash+birch",)),
     Case("uneven team", "roomy", (8,), teams=("ash+cedar",)),
@@ -330,30 +353,52 @@ def run(
         }
     elif case.split is not None:
         wishes["pins"] = {str(block): name for block, name in case.split(spec, fastest).items()}
-    body = {**request(options.state, case.bits), **wishes}
-    plan = client.operate("/shoal/v1/load", body, lambda step: None)["plan"]
+    body = {**request(options.state, case.bits), "slots": max(STREAMS), **wishes}
+    if case.embedded:
+        body |= {"model": str(EMBEDDED), "context_tokens": EMBEDDED_CONTEXT_TOKENS}
+    described = client.operate("/shoal/v1/load", body, lambda step: None)["plan"]
     await_rest(bed, NAMES)
     say(f"{case.name}: measuring")
     generate(client, 2, 8)
-    decode_ms, prefill_ms = [], []
+    measured: dict[str, list[float]] = {name: [] for name in FIGURES}
     for _ in range(options.rounds):
         timing = generate(client, OUTPUT_TOKENS)
-        decode_ms.append(1e3 / timing["decode_tokens_per_s"])
-        prefill_ms.append(1e3 * PROMPT_TOKENS / timing["prefill_tokens_per_s"])
+        measured["prompt_ms"].append(1e3 * PROMPT_TOKENS / timing["prefill_tokens_per_s"])
+        measured["first_token_ms"].append(1e3 * first_token_s(client))
+        measured[token_ms(1)].append(1e3 / timing["decode_tokens_per_s"])
+        for count in STREAMS[1:]:
+            measured[token_ms(count)].append(1e3 * together_s(client, count))
     client.post("/shoal/v1/unload", {})
+    plan = _plan_of(described)
+    first_ms = predicted_prefill_ms(described)
     return {
         "plan": case.name,
         "memory": case.memory,
-        "stages": [[s["device"], s["first"], s["bits"]] for s in plan["stages"]],
+        "stages": [[s["device"], s["first"], s["bits"]] for s in described["stages"]],
         "teams": [
-            [one["device"] for one in s["members"]] for s in plan["stages"] if s.get("members")
+            [one["device"] for one in s["members"]] for s in described["stages"] if s.get("members")
         ],
-        "sums": [sum_figures(s) for s in plan["stages"] if s.get("members")],
-        "predicted_ms_per_token": plan["predicted_ms_per_token"],
-        "predicted_prefill_ms": predicted_prefill_ms(plan),
-        "all_measured_ms_per_token": decode_ms,
-        "all_measured_prefill_ms": prefill_ms,
+        "sums": [sum_figures(s) for s in described["stages"] if s.get("members")],
+        "predicted": {"prompt_ms": first_ms, "first_token_ms": first_ms}
+        | {token_ms(count): 1e3 * count / decode_tokens_per_s(plan, count) for count in STREAMS},
+        "measured": measured,
     }
+
+
+def _plan_of(described: Mapping[str, Any]) -> Plan:
+    """Return the plan in what the API says of it."""
+    fields = {name: described[name] for name in Plan.__dataclass_fields__ if name in described}
+    own = Stage.__dataclass_fields__
+    stages = [{key: value for key, value in s.items() if key in own} for s in fields["stages"]]
+    return Plan.from_dict({**fields, "stages": stages})
+
+
+def token_ms(streams: int) -> str:
+    """Return the name of the figure: milliseconds between two tokens of each of these answers."""
+    return f"token_ms_at_{streams}"
+
+
+FIGURES = ("prompt_ms", "first_token_ms", *map(token_ms, STREAMS))
 
 
 def sum_figures(stage: Mapping[str, Any]) -> dict[str, float]:
@@ -379,13 +424,16 @@ def request(state: Path, bits: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def generate(client: Client, tokens: int, prompt_tokens: int = PROMPT_TOKENS) -> dict[str, Any]:
+def generate(
+    client: Client, tokens: int, prompt_tokens: int = PROMPT_TOKENS, seed: int = SEED
+) -> dict[str, Any]:
     """Run one generation, and return its own figures."""
-    random = np.random.default_rng(SEED)
+    random = np.random.default_rng(seed)
     body = {
         "prompt": random.integers(0, 256, prompt_tokens).tolist(),
         "max_tokens": tokens,
         "temperature": 0,
+        "ignore_eos": True,
         "stream": True,
         "return_token_ids": True,
         "cache_prompt": False,
@@ -398,6 +446,24 @@ def generate(client: Client, tokens: int, prompt_tokens: int = PROMPT_TOKENS) ->
     return account
 
 
+def first_token_s(client: Client) -> float:
+    """Return the seconds of an answer of one token, as the client sees them."""
+    began_s = time.perf_counter()
+    generate(client, 1)
+    return time.perf_counter() - began_s
+
+
+def together_s(client: Client, count: int) -> float:
+    """Return the seconds between two tokens of each of ``count`` answers that run at once."""
+
+    def one(seed: int) -> float:
+        with Client(client.url) as own:
+            return float(generate(own, STREAM_TOKENS, 1, seed)["decode_tokens_per_s"])
+
+    with ThreadPoolExecutor(count) as pool:
+        return 1 / statistics.fmean(pool.map(one, range(SEED, SEED + count)))
+
+
 def predicted_prefill_ms(plan: Mapping[str, Any], tokens: int = PROMPT_TOKENS) -> float:
     """Predict a prompt of this many ``tokens`` until its first token, by a plan of the API."""
     passages = [Passage(**one["passage"]) for one in (*plan["stages"], *plan["hops"])]
@@ -406,15 +472,18 @@ def predicted_prefill_ms(plan: Mapping[str, Any], tokens: int = PROMPT_TOKENS) -
 
 def summarised(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return a row of the table: medians over a plan's passes, also of the errors."""
-    row: dict[str, Any] = {**passes[0], "passes": len(passes)}
-    for what in ("ms_per_token", "prefill_ms"):
-        predicted = [item[f"predicted_{what}"] for item in passes]
-        measured = [statistics.median(item[f"all_measured_{what}"]) for item in passes]
-        row[f"predicted_{what}"] = statistics.median(predicted)
-        row[f"measured_{what}"] = statistics.median(measured)
-        row[f"all_measured_{what}"] = [item[f"all_measured_{what}"] for item in passes]
-        row[f"all_errors_{what}"] = [p / m - 1 for p, m in zip(predicted, measured, strict=True)]
-        row[f"error_{what}"] = statistics.median(row[f"all_errors_{what}"])
+    row: dict[str, Any] = {**passes[0], "passes": len(passes), "figures": {}}
+    for name in FIGURES:
+        predicted = [item["predicted"][name] for item in passes]
+        measured = [statistics.median(item["measured"][name]) for item in passes]
+        errors = [p / m - 1 for p, m in zip(predicted, measured, strict=True)]
+        row["figures"][name] = {
+            "predicted": statistics.median(predicted),
+            "measured": statistics.median(measured),
+            "all_measured": [item["measured"][name] for item in passes],
+            "all_errors": errors,
+            "error": statistics.median(errors),
+        }
     sums = [item.get("sums", []) for item in passes]
     row["sums"] = [
         {
@@ -429,20 +498,24 @@ def summarised(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def report(rows: list[dict[str, Any]], *, as_json: bool) -> None:
     """Print the table, or all measurements as JSON."""
+    token = token_ms(1)
     chosen = next((row for row in rows if row["plan"] == "chosen"), None)
     ratios = {
-        row["plan"]: row["measured_ms_per_token"] / chosen["measured_ms_per_token"]
+        row["plan"]: row["figures"][token]["measured"] / chosen["figures"][token]["measured"]
         for row in rows
         if chosen is not None and row["plan"] in BASELINES
     }
     with_teams = [row for row in rows if row.get("teams")]
+    without = [row for row in rows if not row.get("teams")]
     summary = {
-        f"{label}_error{of}": {
-            "median": statistics.median(abs(row[f"error_{what}"]) for row in counted),
-            "worst": max(abs(row[f"error_{what}"]) for row in counted),
+        of: {
+            name: {
+                "median": statistics.median(abs(row["figures"][name]["error"]) for row in counted),
+                "worst": max(abs(row["figures"][name]["error"]) for row in counted),
+            }
+            for name in FIGURES
         }
-        for of, counted in (("", rows), ("_with_teams", with_teams))
-        for label, what in (("decode", "ms_per_token"), ("prefill", "prefill_ms"))
+        for of, counted in (("devices alone", without), ("with teams", with_teams))
         if counted
     }
     if as_json:
@@ -452,8 +525,8 @@ def report(rows: list[dict[str, Any]], *, as_json: bool) -> None:
     table = Table(title=f"{processor_name()}, {date.today()}", title_justify="left")
     for column in ("plan", "stages"):
         table.add_column(column, no_wrap=True)
-    for column in ("ms/token", "predicted", "error", "prefill ms", "predicted", "error"):
-        table.add_column(column, justify="right", no_wrap=True)
+    for name in FIGURES:
+        table.add_column(f"{name.replace('_', ' ')}\nmeasured, predicted, error", no_wrap=True)
     for row in rows:
         table.add_row(
             row["plan"],
@@ -461,18 +534,17 @@ def report(rows: list[dict[str, Any]], *, as_json: bool) -> None:
                 f"{_who(row, device)} {len(bits)} @ {'/'.join(map(str, sorted(set(bits))))}"
                 for device, _, bits in row["stages"]
             ),
-            f"{row['measured_ms_per_token']:.1f}",
-            f"{row['predicted_ms_per_token']:.1f}",
-            _with_range(row["all_errors_ms_per_token"]),
-            f"{row['measured_prefill_ms']:.0f}",
-            f"{row['predicted_prefill_ms']:.0f}",
-            _with_range(row["all_errors_prefill_ms"]),
+            *(
+                f"{one['measured']:.4g}, {one['predicted']:.4g}\n{_with_range(one['all_errors'])}"
+                for one in row["figures"].values()
+            ),
         )
-    console = Console(width=max(Console().width, 140))
+    console = Console(width=max(Console().width, 180))
     console.print(table)
-    for which, error in summary.items():
-        name = which.replace("_", " ")
-        console.print(f"{name}: median {error['median']:.1%}, worst {error['worst']:.1%}")
+    for of, errors in summary.items():
+        for name, error in errors.items():
+            text = f"median {error['median']:.1%}, worst {error['worst']:.1%}"
+            console.print(f"{of}, {name.replace('_', ' ')}: {text}")
     for row in with_teams:
         for team, figures in zip(row["teams"], row["sums"], strict=False):
             who = "+".join(team)

@@ -94,15 +94,15 @@ class Client:
     """The API of a coordinator. All calls raise CoordinatorUnreachable and CommandFailed."""
 
     def __init__(self, url: str) -> None:
-        self._url = _address(url)
-        key = api_key(self._url)
+        self.url = _address(url)
+        key = api_key(self.url)
         # Proxies of the environment do not lead to this machine or LAN.
         self._http = httpx.Client(
             timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_S),
             headers={} if key is None else {"Authorization": f"Bearer {key}"},
             trust_env=False,
             transport=httpx.HTTPTransport(
-                verify=_encryption(self._url), trust_env=False, socket_options=KEEPALIVE
+                verify=_encryption(self.url), trust_env=False, socket_options=KEEPALIVE
             ),
         )
 
@@ -120,12 +120,12 @@ class Client:
     def get(self, path: str) -> dict[str, Any]:
         """Return the JSON object at ``path``."""
         with self._reporting():
-            return _object(self._http.get(self._url + path))
+            return _object(self._http.get(self.url + path))
 
     def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """Send ``body`` to ``path``, and return the JSON object that answers it."""
         with self._reporting():
-            return _object(self._http.post(self._url + path, json=body))
+            return _object(self._http.post(self.url + path, json=body))
 
     def operate(
         self, path: str, body: Mapping[str, Any], on_step: Callable[[dict[str, Any]], None]
@@ -148,7 +148,7 @@ class Client:
         with (
             self._reporting(),
             self._http.stream(
-                "GET", self._url + path, headers={"Accept": "text/event-stream"}
+                "GET", self.url + path, headers={"Accept": "text/event-stream"}
             ) as response,
         ):
             if response.status_code != 200:
@@ -181,7 +181,7 @@ class Client:
         """Send ``body`` to ``path``, and yield the lines of the answer as they come."""
         with (
             self._reporting(),
-            self._http.stream("POST", self._url + path, json=body) as response,
+            self._http.stream("POST", self.url + path, json=body) as response,
         ):
             if response.status_code != 200:
                 response.read()
@@ -195,18 +195,18 @@ class Client:
             yield
         except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as error:
             hint = ""
-            if self._url.startswith("http:"):
-                hint = f"; if it runs with --http-tls, say --url https{self._url[4:]}"
+            if self.url.startswith("http:"):
+                hint = f"; if it runs with --http-tls, say --url https{self.url[4:]}"
             raise CommandFailed(f"the coordinator stopped before it was done{hint}") from error
         except httpx.TransportError as error:
             raise CoordinatorUnreachable(
-                f"no coordinator answers at {self._url}: start `shoal coordinator`, "
+                f"no coordinator answers at {self.url}: start `shoal coordinator`, "
                 "or name it with --url or SHOAL_COORDINATOR"
             ) from error
         except UnicodeEncodeError:
             raise  # What is sent is at fault, not the answer.
         except (httpx.DecodingError, ValueError, KeyError, TypeError) as error:
-            raise CommandFailed(f"{self._url} does not answer like a coordinator") from error
+            raise CommandFailed(f"{self.url} does not answer like a coordinator") from error
 
 
 def _address(url: str) -> str:
