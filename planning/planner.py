@@ -34,7 +34,7 @@ from planning.plan import (
     verify,
 )
 from planning.problem import ONE_TOKEN, Device, PlanningProblem
-from planning.search.base import PACK_S, Found
+from planning.search.base import NOTHING, PACK_S, Found
 from planning.search.packing import pack
 from planning.search.search import search
 from planning.search.tables import Tables
@@ -169,15 +169,17 @@ def _best(
     best = known
     variants = problem.variants
     bounds = [0.0] * len(variants)
+    # Variants for which the time did not suffice, as far as is known.
+    cut = set(range(len(variants)))
     until_s, refused = runner.deadline_s, True
-    runner.found = None
+    before = NOTHING
 
     def is_open(at: int) -> bool:
         return best is None or bounds[at] < (1 - max(gap, OPTIMALITY_GAP)) * best.value
 
     for _ in range(2):
         # The time that some variants leave is for those that it did not suffice for.
-        waiting = [at for at in range(len(variants)) if is_open(at)]
+        waiting = [at for at in sorted(cut) if is_open(at)]
         while waiting:
             if best is not None:
                 likely = partial(_is_of, best)
@@ -185,7 +187,9 @@ def _best(
             at = waiting.pop(0)
             runner.refused = False
             runner.deadline_s = now_s() + max(0.0, until_s - now_s()) / (1 + len(waiting))
-            found, proved = _best_of(variants[at], runner, gap, report, best)
+            found, proved, before = _best_of(variants[at], runner, gap, report, best, before)
+            if runner.left_s() > 0:
+                cut.discard(at)
             runner.deadline_s = until_s
             refused = refused and runner.refused
             best = min(
@@ -219,20 +223,24 @@ def _best_of(
     gap: float,
     report: Callable[[str], None],
     rival: Plan | None,
-) -> tuple[Plan | None, float]:
-    """A plan of a variant, and a bound of all its plans. Only plans better than ``rival`` count."""
+    before: Found,
+) -> tuple[Plan | None, float, Found]:
+    """A plan of a variant, a bound of all its plans, and what the search found.
+
+    Only plans better than ``rival`` count. ``before`` was found for another variant.
+    """
     size = counts(problem)
-    found = Found(None, 0.0)
+    found = NOTHING
     plan = None
     enough = math.inf if rival is None else rival.value * (1 - max(gap, _SAME))
     large = size > _small(problem) or gap > 0
     if searching := large or len(problem.links) > _FEW_LINKS:
         report("searching")
         share = (0.5 if _closable(problem) else 1.0) if large else _GLANCE
-        found = runner.found = _search(problem, runner, gap, share=share, rival=rival)
+        found = _search(problem, runner, gap, share=share, rival=rival, before=before)
         if found.impossible:
             runner.refused = True
-            return None, math.inf
+            return None, math.inf, found
         plan = _plan_of(problem, found.choice, Proof("search", 0.0, found.bound))
     bound = found.bound
     least = min((one.value for one in (plan, rival) if one is not None), default=math.inf)
@@ -258,7 +266,7 @@ def _best_of(
             key=lambda one: one.value,
             default=None,
         )
-    return plan, bound
+    return plan, bound, found
 
 
 def _small(problem: PlanningProblem) -> int:
@@ -298,10 +306,11 @@ def _search(
     *,
     share: float,
     rival: Plan | None = None,
+    before: Found = NOTHING,
 ) -> Found:
     """A choice by search within a share of the time left, and a lower bound of the objective.
 
-    Only plans better than ``rival`` are looked for.
+    Only plans better than ``rival`` are looked for. ``before`` was found for another variant.
     """
     started_s = now_s()
     deadline_s = started_s + share * runner.left_s()
@@ -316,7 +325,7 @@ def _search(
         ties=ties,
         last_resort_s=last_resort_s,
         known=math.inf if rival is None else rival.value,
-        before=runner.found,
+        before=before,
     )
 
 
@@ -390,8 +399,6 @@ class _Runner:
         """Whether the last program was solved to its end."""
         self.unsure = False
         """Whether any program ended without an answer."""
-        self.found: Found | None = None
-        """What the last search of another variant found."""
         self.failure: str | None = None
         """Why the solver failed; None if it did not."""
 

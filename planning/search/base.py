@@ -37,7 +37,7 @@ _OTHER_SHARE = 0.25
 """Share of the time left for the search for the other kind of objective."""
 OTHER_GAP = 0.05
 _OTHER_TABLES = 15
-"""It takes about so many times as long as its tables to begin, which is looked at nowhere."""
+"""That search begins in about so many times the time of its tables. It reads no clock meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,11 @@ class Found:
     price: float = 0.0
     """The price of the quality budget that bounds plans best; 0 if it has none."""
     prices: Floats | None = None
-    """The prices of devices that bound plans best."""
+    """The prices of devices that bound plans best; None if nobody looked for them."""
 
+
+NOTHING = Found(None, 0.0)
+"""The result where nothing was looked for."""
 
 Make: TypeAlias = Callable[[Tables, tuple[float, float], float], "Search"]
 """Makes the search that suits the objective of some tables, within time limits and a gap."""
@@ -75,8 +78,8 @@ class Search:
         self.bound = 0.0
         self.seen: dict[tuple[Span, ...], float] = {}
         self.filled = False
-        self.before: Found | None = None
-        """What was found for another variant, whose best prices are much the same."""
+        self.before = NOTHING
+        """The result for another variant, whose best prices are much the same."""
         self.random = np.random.default_rng(0)
         self.other = False
         """This search only serves another one."""

@@ -30,6 +30,8 @@ _FACTORS = (1.0, 0.6, 1.7)
 _ROUNDS = 25
 _LOOKS = 5
 """Number of limits between which plans are looked for first."""
+_COARSE = 1.3
+"""About the largest ratio of the price of the budget and the best one, before limits are tried."""
 _FAR = 1.1
 """Limits of a smaller ratio have the same price of the budget."""
 
@@ -74,8 +76,8 @@ class Prompted(Cheapest):
         tables = self.tables
         self.price = self._guess() if tables.budget is not None else 0.0
         self.at_hand = self._fill()
-        if self.before is None or self.before.prices is None:
-            self._climb(1.3)
+        if self.before.prices is None:
+            self._climb(_COARSE)
         else:
             self.prices = self.before.prices
             for factor in (1.0, 2.0**0.5, 0.5**0.5):
@@ -275,11 +277,14 @@ class Prompted(Cheapest):
             arcs = self._arcs(mu, whole.high_s)
             paid = mu * (self.tables.budget or 0.0)
             chosen.append(self.pricer.relaxation(arcs, paid, self.prices))
-        merge = whole.merge
-        most = FINISHED if merge else ALL_FINISHED
-        rest, full = self._walk(chosen, target, WIDTHS[whole.level], most, merge=merge)
-        # A wider beam helps only where this one was full, or merged walks.
-        level = whole.level + full if full or merge else len(WIDTHS)
+        most = FINISHED if whole.merge else ALL_FINISHED
+        rest, full = self._walk(chosen, target, WIDTHS[whole.level], most, merge=whole.merge)
+        level = whole.level
+        if full:
+            level += 1
+        elif not (whole.merge and self.price):
+            # A wider beam would find the same walks, and one without merging no other bounds.
+            level = len(WIDTHS)
         rest = max(whole.rest, rest)
         return [self._interval(rest, whole.low_s, whole.high_s, level, merge=full)]
 

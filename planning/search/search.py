@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planning.problem import PlanningProblem
-from planning.search.base import Found, Search
+from planning.search.base import NOTHING, Found, Search
 from planning.search.prompts import Prompted
 from planning.search.slowest import Fastest
 from planning.search.sums import Cheapest
@@ -36,7 +36,7 @@ def search(
     ties: npt.NDArray[np.bool_] | None = None,
     last_resort_s: float | None = None,
     known: float = math.inf,
-    before: Found | None = None,
+    before: Found = NOTHING,
 ) -> Found:
     """The best plan found until its gap is proved to be at most ``gap``, or the deadline.
 
@@ -58,7 +58,7 @@ def search(
     searching.value = known
     searching.before = before
     # With teams first plans take long, and those of another variant fit here too.
-    searching.filled = before is not None and tables.teams and known < math.inf
+    searching.filled = before.prices is not None and tables.teams and known < math.inf
     searching._fill()
     if searching.value == math.inf and searching._pack():
         return Found(None, 0.0, impossible=True)

@@ -51,7 +51,7 @@ class Cheapest(Search):
         self.dropped = math.inf
         """No plan with another stage is below this."""
         self.beside: Floats = np.zeros(1)
-        """What a plan costs at least beside the sums, by any of its stages."""
+        """Least cost of a plan beside its sums, by any of its stages."""
 
     def run(self) -> Found:
         tables = self.tables

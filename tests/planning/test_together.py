@@ -120,3 +120,15 @@ def test_one_device_may_serve_several_sequences_as_well_as_two() -> None:
     assert described(plan) == [("a", 0, 10)]
     assert decode_tokens_per_s(plan, 8) == pytest.approx(8 / 0.17)
     assert plan.value == pytest.approx(0.17 / 8)
+
+
+def test_many_rows_on_few_stages_go_round_together() -> None:
+    # Five blocks are on each device. There a row takes 50 ms, and 8 rows take 85 ms.
+    devices = [make_device(name, 10, 10_000, {8: 0.01}) for name in "ab"]
+    plain = replace(make_problem(8, devices), pins={block: block // 5 for block in range(10)})
+    plan = solve(shared(plain, 8, [0.1, 0.1]))
+    links_s = sum(hop.seconds for hop in plan.hops) + plan.return_s
+    links_s += 7 * sum(hop.passage.row_s for hop in plan.hops)
+    assert decode_tokens_per_s(plan, 8) == pytest.approx(8 / (2 * 0.085 + links_s))
+    # Of two rows each has a stage of its own.
+    assert decode_tokens_per_s(plan, 2) == pytest.approx(1 / plan.shared_s(2))
