@@ -161,14 +161,11 @@ class Separate:
             if k:
                 entered = (behind[:, k, None] + self.links).min(0)
             until = (entered + priced.fixed)[:, None] + self.segments[:, k]
-            np.minimum(
-                behind[:, k + 1 : k + 1 + longest], until, out=behind[:, k + 1 : k + 1 + longest]
-            )
+            reached = behind[:, k + 1 : k + 1 + longest]
+            np.minimum(reached, until, out=reached)
             found[:, k] = until
-            if blocks - k <= longest:
-                found[:, k, blocks - k - 1] = (
-                    entered + priced.fixed + priced.sink[:, blocks - k - 1]
-                )
+            if (left := blocks - k) <= longest:
+                found[:, k, left - 1] = entered + priced.fixed + priced.sink[:, left - 1]
         ahead = np.full((devices, blocks + longest), np.inf)
         for k in range(1, blocks):
             ahead[:, k] = (self.links + priced.to_go[:, k]).min(1)

@@ -70,7 +70,7 @@ class Fastest(Search):
     def run(self) -> Found:
         self.bound = self.tables.least_turn_s(self.tables.decode)
         self.at_hand = self._fill()
-        if self.tables.shape[0] > _MANY and not self.part:
+        if self._is_many():
             return self._of_many()
         self._climb()
         self._look()
@@ -90,6 +90,9 @@ class Fastest(Search):
             if not self.full or self._done():
                 break
         return Found(self.choice, self.bound)
+
+    def _is_many(self) -> bool:
+        return self.tables.shape[0] > _MANY and not self.part
 
     def _of_many(self) -> Found:
         """A bound with hops that lead anywhere, and a plan of the most useful devices."""
@@ -167,7 +170,7 @@ class Fastest(Search):
         """Raise the bound by prices alone, until they prove no more."""
         high = min(self.at_hand, _SLOWEST * self.bound)
         self._measure(min(4 * self.bound, high))
-        many = self.tables.shape[0] > _MANY and not self.part
+        many = self._is_many()
         self.anywhere = many or (self.tables.teams and self.tables.shape[0] > _SOME)
         limit = 1.4 * self.bound
         while limit < high and not self._late():

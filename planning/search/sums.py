@@ -24,6 +24,7 @@ ALL_FINISHED = 2_000
 """Like FINISHED, for a beam that mixed no walks: there the bounds of their widths count."""
 
 _NEAR = 5
+"""Prices next to the best one whose bounds lead the first beam."""
 
 _EXCHANGE_PRICES = (0.7, 1.5, 4.0, 15.0)
 """Multiples of the best price of the budget, for orders of devices."""

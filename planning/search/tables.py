@@ -151,7 +151,7 @@ class InMemory(Knapsack):
 
         Any cost where nothing fits, or where the run is not ``wanted``.
         """
-        blocks = len(cost)
+        blocks, options = cost.shape
         least, shifts = cost.min(1), self._shifts[np.arange(blocks), cost.argmin(1)]
         found = np.full((blocks, self.longest), math.inf)
         taken = np.zeros((blocks, self.longest), dtype=np.int64)
@@ -163,7 +163,6 @@ class InMemory(Knapsack):
         tight = (taken > self.columns) & ~self._hopeless & np.isfinite(found) & wanted
         if not tight.any():
             return found
-        blocks, options = cost.shape
         if self.longest * len(self._runs) > blocks * options:
             self._ration(cost, found, tight)
             return found
