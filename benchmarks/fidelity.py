@@ -40,6 +40,7 @@ from benchmarks.busy_hosts import await_rest
 from benchmarks.random_model import Shape, make_model
 from calibration.machine import processor_name
 from cli.client import Client
+from cli.commands.demo import EMBEDDED_MODEL
 from cli.errors import CommandFailed
 from model import costs
 from model.families import load_spec
@@ -47,7 +48,6 @@ from model.quantize import Format
 from model.spec import ModelSpec
 from planning.forecast import decode_tokens_per_s
 from planning.plan import Plan, Stage
-from planning.prompt import Passage, best_chunk_tokens, prompt_s
 from testbed.bed import Testbed
 from testbed.cluster import Cluster
 from testbed.lab import AgentSettings
@@ -67,7 +67,6 @@ STREAMS = (1, 4, 8)
 STREAM_TOKENS = 16
 SEED = 7
 
-EMBEDDED = Path(__file__).resolve().parents[1] / "examples" / "tiny-opt" / "model"
 EMBEDDED_CONTEXT_TOKENS = 256
 EMBEDDED_TOKENS = 128
 """Its tokens take about a millisecond, so more of them are generated."""
@@ -121,7 +120,7 @@ class Case:
 def main() -> None:
     options = _arguments()
     spec = make_model(options.state / "model", SHAPE, CONTEXT_TOKENS)
-    embedded = load_spec(EMBEDDED)
+    embedded = load_spec(EMBEDDED_MODEL)
     results = Results(options.state / "results.json", again=options.again)
     cases = [
         case
@@ -130,7 +129,7 @@ def main() -> None:
     ]
     for number in range(options.passes):
         todo = [case for case in cases if len(results.of(case)) <= number]
-        if todo and len(todo) == len(cases):
+        if len(todo) == len(cases):
             forget_calibration(options.state)
         for memory in dict.fromkeys(case.memory for case in todo):
             with cluster(options.state, spec, memory) as (bed, client, fastest):
@@ -357,7 +356,7 @@ def run(
         wishes["pins"] = {str(block): name for block, name in case.split(spec, fastest).items()}
     body = {**request(options.state, case.bits), "slots": max(STREAMS), **wishes}
     if case.embedded:
-        body |= {"model": str(EMBEDDED), "context_tokens": EMBEDDED_CONTEXT_TOKENS}
+        body |= {"model": str(EMBEDDED_MODEL), "context_tokens": EMBEDDED_CONTEXT_TOKENS}
     described = client.operate("/shoal/v1/load", body, lambda step: None)["plan"]
     await_rest(bed, NAMES)
     say(f"{case.name}: measuring")
@@ -372,8 +371,8 @@ def run(
             tokens = EMBEDDED_TOKENS if case.embedded else STREAM_TOKENS
             measured[token_ms(count)].append(1e3 * together_s(client, count, tokens))
     client.post("/shoal/v1/unload", {})
-    plan = _plan_of(described)
-    first_ms = predicted_prefill_ms(described)
+    plan = plan_of(described)
+    first_ms = 1e3 * plan.first_token_s(PROMPT_TOKENS)
     return {
         "plan": case.name,
         "memory": case.memory,
@@ -388,7 +387,7 @@ def run(
     }
 
 
-def _plan_of(described: Mapping[str, Any]) -> Plan:
+def plan_of(described: Mapping[str, Any]) -> Plan:
     """Return the plan in what the API says of it."""
     fields = {name: described[name] for name in Plan.__dataclass_fields__ if name in described}
     own = Stage.__dataclass_fields__
@@ -465,12 +464,6 @@ def together_s(client: Client, count: int, tokens: int) -> float:
 
     with ThreadPoolExecutor(count) as pool:
         return 1 / statistics.fmean(pool.map(one, range(SEED, SEED + count)))
-
-
-def predicted_prefill_ms(plan: Mapping[str, Any], tokens: int = PROMPT_TOKENS) -> float:
-    """Predict a prompt of this many ``tokens`` until its first token, by a plan of the API."""
-    passages = [Passage(**one["passage"]) for one in (*plan["stages"], *plan["hops"])]
-    return 1e3 * prompt_s(passages, tokens, best_chunk_tokens(passages, tokens))
 
 
 def summarised(passes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

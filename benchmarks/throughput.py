@@ -26,11 +26,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.fidelity import CONTEXT_TOKENS, WIRED, request, say
+from benchmarks.fidelity import CONTEXT_TOKENS, WIRED, plan_of, request, say
 from benchmarks.random_model import Shape, make_model
 from cli.client import Client
 from planning.forecast import decode_tokens_per_s
-from planning.plan import Plan
 from testbed.bed import Testbed
 from testbed.cluster import Cluster
 from testbed.lab import AgentSettings
@@ -81,9 +80,7 @@ def measure(options: argparse.Namespace, hosts: int) -> dict[str, Any]:
                 client.operate("/shoal/v1/plan", plain, lambda step: None)
             say(f"{hosts} hosts: planning and loading")
             described = client.operate("/shoal/v1/load", body, lambda step: None)["plan"]
-        plan = Plan.from_dict(
-            {key: value for key, value in described.items() if key in Plan.__dataclass_fields__}
-        )
+        plan = plan_of(described)
         say(f"{hosts} hosts: measuring")
         generate(url, most, 2)
         rates: dict[int, list[float]] = {count: [] for count in (1, *options.sequences)}

@@ -56,7 +56,7 @@ from benchmarks.busy_hosts import await_rest, busy_s
 from benchmarks.fidelity import (
     forget_calibration,
     generate,
-    predicted_prefill_ms,
+    plan_of,
     say,
     sum_figures,
     sums_text,
@@ -331,7 +331,7 @@ def _plan_runner(
             "stages": _members(loaded),
             "sums": [sum_figures(stage) for stage in loaded["stages"] if stage.get("members")],
             "predicted_ms_per_token": loaded["predicted_ms_per_token"],
-            "predicted_prompt_s": predicted_prefill_ms(loaded, PROMPT_TOKENS) / 1e3,
+            "predicted_prompt_s": plan_of(loaded).first_token_s(PROMPT_TOKENS),
         }
         generate(client, 4, SHORT_TOKENS)
         await_rest(bed, hosts)
