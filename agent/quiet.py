@@ -37,6 +37,7 @@ from model.errors import ModelError
 from model.spec import ModelSpec
 from wire.conditions import Conditions
 from wire.errors import WireError
+from wire.identity import own_identity
 from wire.messages import FiguresChanged, Message
 from wire.profile import BlockTiming, DeviceProfile
 from wire.sizes import format_size
@@ -83,8 +84,11 @@ class Figures:
             threads=profile.threads,
             exact=config.exact,
         )
+        self._identity = None if config.insecure else own_identity(config.identity_path)
         relay, team_sum = (
-            known_or_measured(self.store, keys[figure], partial(measure, START_PATIENCE_S))
+            known_or_measured(
+                self.store, keys[figure], partial(measure, self._identity, START_PATIENCE_S)
+            )
             for figure, measure in (("relay", measure_relay), ("sum", measure_sum))
         )
         profile = _with_own_costs(profile, relay, team_sum)
@@ -118,7 +122,11 @@ class Figures:
             call_s=new.call_s or self.profile.call_s,
             conditions=new.conditions,
         )
-        taken = _with_own_costs(taken, measure_relay(PATIENCE_S), measure_sum(PATIENCE_S))
+        taken = _with_own_costs(
+            taken,
+            measure_relay(self._identity, PATIENCE_S),
+            measure_sum(self._identity, PATIENCE_S),
+        )
         self.profile = kept_profile(taken, self.store, exact=config.exact)
         return self.profile
 

@@ -1,26 +1,29 @@
 """The cost of a token besides the stage's own call, measured with a stage that computes nothing.
 
 A relay runs alone, as one that is first and last. Its share has locks, the hand-over to the stage's
-thread, sampling, and a report that goes into a socket. What rows take to and from the bytes of a
-link is timed beside it.
+thread, sampling, and a report that leaves by a connection. What rows take to and from the bytes of
+a link is timed beside it.
 """
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 
 import numpy as np
 
+from agent.loopback import loopback_pair
+from agent.pace import PacedStage
 from agent.relay import Relay
 from backends.base import Array, Stage, Tokens
 from calibration.disturbance import Patience, spread_of, steady
 from model.spec import LayerSpec, ModelSpec
 from wire.activations import HopBits, decode_rows, encode_rows
 from wire.conditions import Conditions
+from wire.identity import Identity
 from wire.messages import Message, Sampling, StartSequence, TokenSampled
 
 STEPS = 60
@@ -35,12 +38,15 @@ _LIMIT_S = 20.0
 """For one run, on the slowest device; it is not waited for longer."""
 
 
-def measure_relay(patience_s: float) -> tuple[float, Conditions]:
+def measure_relay(identity: Identity | None, patience_s: float) -> tuple[float, Conditions]:
     """Seconds a token, in a fraction of a second; and what else went on meanwhile.
 
     Whatever others disturbed is measured again for ``patience_s`` at most.
+    identity: the agent's, which encrypts. None if it does not.
     """
-    return steady(_share_s, Patience(limit_s=patience_s), lambda seconds: seconds)
+    return steady(
+        partial(_share_s, identity), Patience(limit_s=patience_s), lambda seconds: seconds
+    )
 
 
 class _IdleStage(Stage):
@@ -67,9 +73,9 @@ class _IdleStage(Stage):
         pass
 
 
-def _share_s() -> tuple[float, float]:
+def _share_s(identity: Identity | None) -> tuple[float, float]:
     """The median over some runs of the median of their steps, and the spread over runs."""
-    runs_s = [median(_steps_s()) for _ in range(_RUNS)]
+    runs_s = [median(_steps_s(identity)) for _ in range(_RUNS)]
     rows = np.zeros((1, _HIDDEN), np.float32)
 
     def convert() -> None:
@@ -78,15 +84,14 @@ def _share_s() -> tuple[float, float]:
     return median(runs_s) + _median_s(convert), spread_of(runs_s)
 
 
-def _steps_s() -> list[float]:
+def _steps_s(identity: Identity | None) -> list[float]:
     """The seconds of each step of a relay alone, without its stage."""
     stage, done = _IdleStage(), threading.Event()
-    near, far = socket.socketpair()
     told_s: list[float] = []
     steps_s: list[float] = []
 
     def report(message: Message) -> None:
-        near.send(bytes(64))
+        near.send(message)
         told_s.append(time.perf_counter())
         if len(told_s) > _WARM_UP:
             steps_s.append(told_s[-1] - told_s[-2] - stage.busy_s)
@@ -94,17 +99,17 @@ def _steps_s() -> list[float]:
             done.set()
 
     spec = _spec()
-    relay = Relay(
-        stage,
-        spec,
-        range(spec.block_count),
-        epoch=1,
-        slots=1,
-        context_tokens=STEPS + 2,
-        hop_bits=_HOP_BITS,
-        report=report,
-    )
-    with near, far:
+    with loopback_pair(identity) as (near, _):
+        relay = Relay(
+            PacedStage(stage, epoch=1),
+            spec,
+            range(spec.block_count),
+            epoch=1,
+            slots=1,
+            context_tokens=STEPS + 2,
+            hop_bits=_HOP_BITS,
+            report=report,
+        )
         relay.start(StartSequence(1, 1, 0, (0,), Sampling(STEPS, ())))
         done.wait(_LIMIT_S)
         relay.close()

@@ -1,26 +1,25 @@
 """The cost of a team's sum on this device besides the link and the waiting, measured alone.
 
-Two members in one thread add up rows of a usual size over a socket of this machine. Each sends
-before the other one receives, so nobody waits and no thread wakes up. A link's measured round trip
-already has the wake-ups. Half of the time is one member's.
+Two members in one thread add up rows of a usual size over a connection of this machine to itself.
+Each sends before the other one receives, so nobody waits and no thread wakes up. A link's measured
+round trip already has the wake-ups. Half of the time is one member's.
 """
 
 from __future__ import annotations
 
-import socket
 import time
 from contextlib import ExitStack
 from statistics import median
 
 import numpy as np
 
+from agent.loopback import loopback_pair
 from agent.mesh import Mesh
 from agent.team_sum import TeamSum
 from calibration.disturbance import Patience, spread_of, steady
 from wire.activations import HopBits, payload_bytes
 from wire.conditions import Conditions
-from wire.connection import Connection
-from wire.transport import TcpTransport
+from wire.identity import Identity
 
 SUMS = 60
 _RUNS = 5
@@ -31,28 +30,20 @@ _READ_BYTES = 4 << 20
 _DEVICES = ("a", "b")
 
 
-def measure_sum(patience_s: float) -> tuple[float, Conditions]:
+def measure_sum(identity: Identity | None, patience_s: float) -> tuple[float, Conditions]:
     """Return seconds of one member for a sum of one row, and the conditions.
 
     A disturbed measurement is repeated for ``patience_s`` at most.
+    identity: the agent's, which encrypts. None if it does not.
     """
     with ExitStack() as stack:
-        near, far = _connected()
         sums = []
-        for index, sock in enumerate((near, far)):
+        for index, connection in enumerate(stack.enter_context(loopback_pair(identity))):
             mesh = Mesh(1, _DEVICES, index, payload_bytes(1, _HIDDEN, 32))
             stack.callback(mesh.close)
-            mesh.add(_DEVICES[1 - index], Connection(TcpTransport(sock)))
+            mesh.add(_DEVICES[1 - index], connection)
             sums.append(TeamSum(mesh, _HIDDEN, _BITS))
         return steady(lambda: _one_s(sums), Patience(limit_s=patience_s), lambda seconds: seconds)
-
-
-def _connected() -> tuple[socket.socket, socket.socket]:
-    """Return both ends of a TCP connection on loopback."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        near = socket.create_connection(listener.getsockname())
-        far, _ = listener.accept()
-    return near, far
 
 
 def _one_s(sums: list[TeamSum]) -> tuple[float, float]:

@@ -323,7 +323,7 @@ def figure_keys(*, backend: str, version: str, threads: int, exact: bool) -> dic
         "relay": {},
         "sum": {},
     }
-    own = {"hardware": hardware_id(), "kind": "device"}
+    own = {"hardware": hardware_id(), "kind": "device", "figures": 2}  # 1: nothing was encrypted.
     return {figure: {**own, "figure": figure, **key} for figure, key in keys.items()}
 
 
@@ -496,7 +496,7 @@ def answer_parent(settings: dict[str, Any]) -> None:
 def _call_s(bench: Bench) -> _Figure:
     """Measure the call overhead. 0 if that takes files from others; the agent measures it later."""
     try:
-        return bench.call_s, bench.call_conditions
+        return bench.cold_call_s, bench.call_conditions
     except FilesMissing:
         return 0.0, None
 

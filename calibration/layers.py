@@ -2,7 +2,7 @@
 
 Weights are random, because time depends on shapes and widths alone. A layer is timed inside a stage
 of several layers that is too large for a cache. Its time is its share of the stage's time without
-the overhead of the call. So the time of a stage is predicted as ``call_s`` plus the sum of its
+the overhead of the call. So the time of a stage is predicted as ``cold_call_s`` plus the sum of its
 blocks' times.
 """
 
@@ -39,6 +39,9 @@ from wire.profile import TIMED_ROWS, BlockTiming, TimingKind
 
 STAGE_BYTES = 64 << 20
 """The weights of a timed stage, if the model has enough layers. Most caches hold less."""
+
+CACHE_BYTES = 4 << 20
+"""A call that comes after so many bytes were read finds little of its own in the caches."""
 
 MAX_TIMED_LAYERS = 8
 HEAD_BYTES = 32 << 20
@@ -308,8 +311,8 @@ def machine_key(capabilities: Capabilities, threads: int, *, exact: bool = False
 def measure_call(
     backend: Backend, threads: int, directory: Path | None = None, *, exact: bool = False
 ) -> float:
-    """Measure the call overhead of a stage in seconds, with stages of tiny layers."""
-    return Bench(backend, threads, directory, exact=exact).call_s
+    """Measure the call overhead of an agent's stage in seconds, with stages of tiny layers."""
+    return Bench(backend, threads, directory, exact=exact).cold_call_s
 
 
 class Bench:
@@ -322,29 +325,45 @@ class Bench:
         self.threads = threads
         self._exact = exact
         self._directory = directory
-        self._call: tuple[float, Conditions] | None = None
+        self._call: tuple[float, float, Conditions] | None = None
         self.patience = Patience()
         """The time for repeats of disturbed measurements."""
         self.check: Callable[[], None] = _nothing
         """Called now and then during a measurement, and may raise to end it."""
 
     @property
-    def call_s(self) -> float:
+    def cold_call_s(self) -> float:
+        """The overhead of a call in an agent. Other work has used the caches since the last one."""
         return self._measured_call()[0]
 
     @property
     def call_conditions(self) -> Conditions:
-        """The conditions of ``call_s``."""
-        return self._measured_call()[1]
+        """The conditions of ``cold_call_s``."""
+        return self._measured_call()[2]
 
-    def _measured_call(self) -> tuple[float, Conditions]:
+    def call_within_s(self, spec: ModelSpec, task: Task) -> float:
+        """Return the overhead that is part of a timed call of this model's layers.
+
+        Weights that fill the caches leave as little of the runtime's own there as other work does.
+        """
+        first = executed_bytes(spec, 1, Format.of(task.bits), task.container_bits)
+        cold_s, warm_s, _ = self._measured_call()
+        return cold_s if first * len(spec.layers) >= CACHE_BYTES else warm_s
+
+    def _measured_call(self) -> tuple[float, float, Conditions]:
+        """Return the overhead of a call after other work, and of one that follows another at once;
+        and the conditions.
+        """
         if self._call is None:
             bits = min(self.backend.probe().container_bits)
             few, many = (_tiny_model(layers) for layers in (1, 1 + MAX_TIMED_LAYERS))
             (few_s,), of_few = self._time(few, range(1, 2), bits, (1,))
             (many_s,), of_many = self._time(many, range(1, 2 + MAX_TIMED_LAYERS), bits, (1,))
             layer_s = (many_s - few_s) / MAX_TIMED_LAYERS
-            self._call = max(few_s - layer_s, 0.0), worst((of_few, of_many)) or of_few
+            warm_s = max(few_s - layer_s, 0.0)
+            (more_s,), of_more = self._time(few, range(1, 2), bits, (1,), cold=True)
+            conditions = worst((of_few, of_many, of_more)) or of_few
+            self._call = warm_s + max(more_s - few_s, 0.0), warm_s, conditions
         return self._call
 
     def run(self, spec: ModelSpec, task: Task) -> Measured | None:
@@ -370,7 +389,11 @@ class Bench:
                 several, range(1, 1 + count), task.bits, TIMED_ROWS, together=True
             )
             return Measured(
-                tuple(layer_share_s(each, self.call_s, count) for each in passes_s), conditions
+                tuple(
+                    layer_share_s(each, self.call_within_s(several, task), count)
+                    for each in passes_s
+                ),
+                conditions,
             )
         return self._head(spec, task, TIMED_ROWS) if task.kind == "head" else None
 
@@ -393,7 +416,8 @@ class Bench:
         count, chunk = len(several.layers), chunk_tokens(spec)
         blocks = range(1, 1 + count)
         seconds, conditions = self._time(several, blocks, task.bits, (1, chunk), cut=cut)
-        decode_s, prefill_s = (layer_share_s(each, self.call_s, count) for each in seconds)
+        call_s = self.call_within_s(several, task)
+        decode_s, prefill_s = (layer_share_s(each, call_s, count) for each in seconds)
         return Measured((decode_s, prefill_s / chunk), conditions)
 
     def _head(
@@ -416,7 +440,7 @@ class Bench:
             part, head, task.bits, rows or (1,), together=rows is not None
         )
         if vocab < spec.vocab:
-            fixed_s = [min(self.call_s, each / 2) for each in times_s]
+            fixed_s = [min(self.cold_call_s, each / 2) for each in times_s]
             share = spec.vocab / vocab
             times_s = [f + (each - f) * share for f, each in zip(fixed_s, times_s, strict=True)]
         if rows is not None:
@@ -440,6 +464,7 @@ class Bench:
         *,
         together: bool = False,
         cut: bool = False,
+        cold: bool = False,
     ) -> tuple[list[float], Conditions]:
         """Time a call with each number of ``rows`` through a stage of random blocks.
 
@@ -447,6 +472,7 @@ class Bench:
         conditions.
         together: each row is one of another sequence.
         cut: the stage is a share's, in a team that only it is in. It is timed more briefly.
+        cold: memory is read between calls, whose own time does not count.
         """
         context_tokens, chunk = min(spec.max_context, _CONTEXT_TOKENS), chunk_tokens(spec)
         slots = max(rows) if together else 1
@@ -464,7 +490,10 @@ class Bench:
                 return in_turn(partial(stage.forward, 0, chunk), inputs, count)
 
             def calls() -> tuple[list[float], float]:
-                timed = [timed_call(call(count), self.check) for count in rows]
+                if cold:
+                    timed = [_timed_cold(call(count), self.check) for count in rows]
+                else:
+                    timed = [timed_call(call(count), self.check) for count in rows]
                 return [median for median, _ in timed], max(spread for _, spread in timed)
 
             return steady(calls, self.patience, sum)
@@ -679,6 +708,22 @@ def _timed_briefly(call: Callable[[], object], check: Callable[[], None]) -> tup
     """Do the same as ``_timed`` in less time, because shares are several figures a block."""
     effort = _LIMITED_SHARE_EFFORT if usable_share() < 1 else _SHARE_EFFORT
     return timed_calls(call, *effort, check)
+
+
+def _timed_cold(call: Callable[[], object], check: Callable[[], None]) -> tuple[float, float]:
+    """Return what ``_timed`` does, of calls between which other memory is read."""
+    other = np.ones(CACHE_BYTES // 8, np.int64)
+
+    def read() -> object:
+        return np.bitwise_or.reduce(other)
+
+    def read_and_call() -> object:
+        read()
+        return call()
+
+    read_s, read_spread = _timed(read, check)
+    both_s, spread = _timed(read_and_call, check)
+    return max(both_s - read_s, 0.0), max(read_spread, spread)
 
 
 def timed_calls(
