@@ -278,9 +278,10 @@ def _require_free(directory: Path, identity: Identity) -> None:
     own = own_identity(directory / IDENTITY)
     devices = DeviceBook(directory).devices()
     if devices and own.fingerprint != identity.fingerprint:
+        joined = "1 device has" if len(devices) == 1 else f"{len(devices)} devices have"
         raise CommandFailed(
-            f"{len(devices)} devices have joined the coordinator of this machine, whose key is "
-            f"{shown(own.fingerprint)}: --replace forgets them"
+            f"{joined} joined the coordinator of this machine, whose key is "
+            f"{shown(own.fingerprint)}: --replace forgets what has joined"
         )
 
 

@@ -145,7 +145,7 @@ def test_a_coordinator_with_devices_is_not_replaced_unasked(
     assert state(fresh) == state(old)
     before = state(used)
     assert take(used, file) == 1
-    assert "1 devices have joined the coordinator of this machine" in capsys.readouterr().err
+    assert "1 device has joined the coordinator of this machine" in capsys.readouterr().err
     assert state(used) == before
     assert take(used, file, "--replace") == 0
     assert state(used) == state(old)
