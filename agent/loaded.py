@@ -53,6 +53,7 @@ def relay_of(
         turnstile=turnstile,
         weight=request.weight,
         drafter=drafter,
+        rows_at_once=request.rows_at_once,
     )
 
 

@@ -106,6 +106,8 @@ class StageLoader:
         blocks = _contiguous(request.blocks, spec)
         if not LEAST_WEIGHT <= request.weight <= 1 / LEAST_WEIGHT:
             raise BackendError(f"the coordinator sent a stage of weight {request.weight}")
+        if any(rows < 1 for rows in request.rows_at_once):
+            raise BackendError("the coordinator sent groups without rows")
         self._stages.keep([epoch for epoch in request.keeps if epoch != request.epoch])
         contents = Contents(check_all_first=self._had_damage)
         fetched_bytes, from_peers_bytes, fetching_s = 0, 0, 0.0

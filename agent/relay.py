@@ -7,9 +7,10 @@ is told every token, but the ring does not wait for it.
 One thread at a time runs the stage. If the stage is idle and has one sequence, its token runs in
 the thread that received it, because a hand-over would cost more than the call. All other rows wait
 in agent.sequences for the stage's own thread. That thread runs the tokens of several sequences in
-one pass, and one prompt chunk between two such passes. It also waits while a stage of another model
-computes (agent.turnstile). Connections are read meanwhile, because a sender takes an unread
-connection for dead. Results leave by agent.hop.
+one pass, and one prompt chunk between two such passes. Rows that left a stage in one pass run in
+one pass of the next. The thread also waits while a stage of another model computes
+(agent.turnstile). Connections are read meanwhile, because a sender takes an unread connection for
+dead. Results leave by agent.hop.
 """
 
 from __future__ import annotations
@@ -59,6 +60,10 @@ log = logging.getLogger(__name__)
 START_WAIT_S = limits.LIVENESS_S
 """How long rows wait for the coordinator's StartSequence, which they may overtake."""
 
+GATHERING_SHARE = 0.25
+GATHERING_S = 0.05
+"""How long a pass waits for rows that follow: this share of the last pass, and never longer."""
+
 NOT_LOADED = "the stage is not loaded"
 
 INTERNAL_ERROR = "internal error in the stage; see the agent's log"
@@ -82,12 +87,14 @@ class Relay:
         turnstile: Turnstile | None = None,
         weight: float = 1.0,
         drafter: Drafter | None = None,
+        rows_at_once: tuple[int, ...] = (),
     ) -> None:
         """Run ``stage``, whose rows leave at ``hop_bits`` a value.
 
         turnstile: lets one stage of the device compute at a time. None: there is no other stage.
         weight: the part of the time that this stage gets there, against those of others.
         drafter: guesses tokens on the first stage, where it has one.
+        rows_at_once: the most rows of a pass of the first stage, as LoadStage has them.
 
         ``report`` sends to the coordinator. If it raises WireError, the sequence of the message
         ends. Without ``grammars``, answers cannot be kept to a grammar. The relay closes it, as it
@@ -114,6 +121,13 @@ class Relay:
         self._meter = StageMeter()
         self._table = SequenceTable(slots, context_tokens)
         self._pacer = Pacer()
+        self._rows_at_once = rows_at_once
+        self._gathers_until_s = 0.0
+        """Until then, rows that belong to one pass are still to come."""
+        self._gathers = False
+        """Whether the stage's thread waits for them, with a limit."""
+        self._pass_s = 0.0
+        """How long the last pass of tokens took. Written without the lock."""
         self._drafter = self._drafts_by = drafter
         """The draft model, and the same while it works."""
         self._busy = False
@@ -272,6 +286,7 @@ class Relay:
         """Forget a sequence. Later rows for it are dropped."""
         with self._lock:
             self._table.drop(number)
+            self._changed.notify_all()  # Its group need not wait for it.
 
     def _deliver_rows(self, message: Activation, payload: memoryview) -> None:
         number, position, count = message.sequence, message.position, message.rows
@@ -289,7 +304,7 @@ class Relay:
                 sequence = None
             content = payload, message.bits
             rows = Rows(position, count, message.last, content, message.drafts, message.by_model)
-            turns = self._add(sequence, rows)
+            turns = self._add(sequence, rows, message.following)
         if turns:
             self._run(turns)
 
@@ -299,7 +314,7 @@ class Relay:
         with self._lock:
             sequence = self._table.find(message.sequence)
             rows = None if sequence is None else self._following(sequence, message)
-            turns = [] if rows is None else self._add(sequence, rows)
+            turns = [] if rows is None else self._add(sequence, rows, message.following)
         if turns:
             self._run(turns)
 
@@ -379,19 +394,24 @@ class Relay:
             )
         return sequence
 
-    def _add(self, sequence: Sequence | None, rows: Rows) -> list[Turn]:
+    def _add(self, sequence: Sequence | None, rows: Rows, following: int) -> list[Turn]:
         """Queue rows for the stage's thread; return those that the calling thread must run instead.
 
         Rows that are not the next ones of a sequence are dropped, because the sequence was released
-        while they were on their way. The caller holds the lock.
+        while they were on their way. The pass waits for ``following`` ones of other sequences. The
+        caller holds the lock.
         """
-        if self._closed or sequence is None or not self._table.add(sequence, rows) or self._busy:
+        if self._closed or sequence is None or not self._table.add(sequence, rows):
+            return []
+        wait_s = min(GATHERING_SHARE * self._pass_s, GATHERING_S)
+        self._gathers_until_s = time.monotonic() + wait_s if following else 0.0
+        if self._busy:
             return []
         at_once = self._table.alone and not self._turnstile.is_taken
         turns = self._table.take(chunks=False) if at_once else []
         if turns:
             self._busy = True
-        else:
+        elif not (following and self._gathers):
             self._changed.notify_all()
         return turns
 
@@ -402,19 +422,42 @@ class Relay:
         while True:
             fed = None
             with self._lock:
-                while self._busy or not (turns := self._table.take(chunks=self._has_room())):
+                while self._busy or not (turns := self._next_turns()):
                     self._cede()
                     if self._closed:
                         return
                     fed = None if self._busy else self._behind()
                     if fed is not None:
                         break
-                    self._changed.wait()
+                    self._gathers = not self._busy and self._gathers_until_s > 0
+                    self._changed.wait(self._gathering_s() if self._gathers else None)
+                    self._gathers = False
                 self._busy = True
             if turns:
                 self._run(turns)
             elif fed is not None:
                 self._feed(*fed)
+
+    def _next_turns(self) -> list[Turn]:
+        """Take the rows of the next pass, unless some of them are still to come.
+
+        The caller holds the lock.
+        """
+        if self._gathering_s() > 0:
+            return []
+        self._gathers_until_s = 0.0
+        limits_of = self._rows_at_once
+        most = limits_of[min(self._table.count, len(limits_of)) - 1] if limits_of else None
+        turns = self._table.take(chunks=self._has_room(), most=most)
+        if not turns:
+            self._gathers_until_s = self._table.due_s
+        return turns
+
+    def _gathering_s(self) -> float:
+        """How long the next pass may still wait for rows. The caller holds the lock."""
+        if not self._gathers_until_s:
+            return 0.0
+        return max(self._gathers_until_s - time.monotonic(), 0.0)
 
     def _has_room(self) -> bool:
         """Whether a chunk can be sent on. Otherwise tokens go first, which need no room."""
@@ -536,10 +579,11 @@ class Relay:
 
     # ---- one pass -------------------------------------------------------------------------------
 
-    def _pass(self, turns: list[Turn], outputs: Array | None = None) -> None:
+    def _pass(self, turns: list[Turn], outputs: Array | None = None, following: int = 0) -> None:
         """Run the stage, unless ``outputs`` is given, and pass each row's result on.
 
-        If several rows fail together, each runs alone, which shows the row at fault.
+        If several rows fail together, each runs alone, which shows the row at fault. After these
+        rows, ``following`` more of the same pass are passed on.
         """
         alone = len(turns) == 1
         sequence, rows = turns[0]
@@ -555,9 +599,12 @@ class Relay:
                 finally:
                     self._meter.ends()
                     self._turnstile.leave(self._ticket, returns=self._goes_on())
-                self._meter.ran(turns, started_s, time.monotonic())
+                computed_s = time.monotonic()
+                self._meter.ran(turns, started_s, computed_s)
+                if rows.count == 1:
+                    self._pass_s = computed_s - started_s
             if alone:
-                self._pass_on(sequence, rows, outputs)
+                self._pass_on(sequence, rows, outputs, following)
                 self._meter.sent(sequence.number, rows)
                 return
         except Exception as error:  # It ends one sequence, and the thread serves others.
@@ -567,7 +614,10 @@ class Relay:
             log.info("%d rows at once failed: %s", len(turns), error)
             outputs = None
         for index, turn in enumerate(turns):
-            self._pass([turn], None if outputs is None else outputs[index : index + 1])
+            if outputs is None:
+                self._pass([turn])
+            else:
+                self._pass([turn], outputs[index : index + 1], len(turns) - 1 - index)
 
     def _computed(self, turns: list[Turn]) -> Array:
         """Run the stage: hidden rows, or logits [n, vocab] of last rows and of guesses."""
@@ -598,17 +648,17 @@ class Relay:
             return decode_rows(payload, rows.count, self._spec.hidden, bits)
         return rows.content
 
-    def _pass_on(self, sequence: Sequence, rows: Rows, output: Array) -> None:
+    def _pass_on(self, sequence: Sequence, rows: Rows, output: Array, following: int) -> None:
         """Send rows on, or sample from them."""
         if self._is_last:
             sampler = sequence.sampler
             if rows.last and sampler is not None:
                 end = rows.position + rows.count
-                following = sampler.told(end)
-                if following is None:
-                    self._answer(sequence, rows, sampler, output)
+                told = sampler.told(end)
+                if told is None:
+                    self._answer(sequence, rows, sampler, output, following)
                 else:
-                    scored = sampler.logprobs(output[0], following)
+                    scored = sampler.logprobs(output[0], told)
                     self._report(PromptScored(self.epoch, sequence.number, end, scored))
             return
         message = Activation(
@@ -621,10 +671,13 @@ class Relay:
             rows.last,
             rows.drafts,
             rows.by_model,
+            following,
         )
         self._next().send(message, encode_rows(output, self._hop_bits))
 
-    def _answer(self, sequence: Sequence, rows: Rows, sampler: Sampler, logits: Array) -> None:
+    def _answer(
+        self, sequence: Sequence, rows: Rows, sampler: Sampler, logits: Array, following: int
+    ) -> None:
         """Sample a token, and go on with those of right guesses. Tell both ends.
 
         logits: [1 + guesses, vocab], of the rows that the guesses follow.
@@ -664,6 +717,7 @@ class Relay:
         newest = sampled[-1]
         newest.drafted, newest.accepted = len(rows.drafts), len(sampled) - 1
         newest.by_model = rows.by_model and bool(rows.drafts)
+        newest.following = following
         if not newest.finish and not self._is_first:
             self._next().send(newest)
         for one, row in zip(sampled, logits, strict=False):  # There may be more rows.
@@ -672,9 +726,9 @@ class Relay:
             self._report(one)
         if not newest.finish and self._is_first:
             with self._lock:
-                following = self._following(sequence, newest)
-                if following is not None:
-                    self._table.add(sequence, following)
+                after = self._following(sequence, newest)
+                if after is not None:
+                    self._table.add(sequence, after)
 
     def _next(self) -> Hop:
         if self._hop is None:

@@ -77,6 +77,8 @@ class Sequence:
     """Arrived rows that are no guesses. The next ones may replace the others."""
     waiting: deque[Rows] = field(default_factory=deque)
     """Rows that have not run yet, in order."""
+    left_s: float = 0.0
+    """When the rows ran from which a token is sampled. 0 once the next row has come."""
     drafting: Drafting | None = None
     """Exists on the first stage, if it guesses tokens for this sequence."""
     sampled_tokens: int = 0
@@ -106,7 +108,12 @@ class SequenceTable:
         """Maps a slot to the newest sequence that held it. Numbers only grow."""
         self._kept: dict[int, int] = {}
         """Maps a slot to its leading rows that have run, and that no failed pass has spoiled."""
-        self._after_tokens = False
+        self._since_chunk = 0
+        """The tokens' rows that have run since the last chunk of a prompt."""
+        self._round_s = 0.0
+        """How long the last token took to come back."""
+        self.due_s = 0.0
+        """When a group that waits for its other rows goes without them. 0: ``take`` found none."""
         self.newest = 0
         """The newest sequence that was opened in any slot. Numbers count from 1."""
 
@@ -191,6 +198,9 @@ class SequenceTable:
             return False
         sequence.arrived, sequence.sure = end, end - len(rows.drafts)
         rows.arrived_s = time.monotonic()
+        if sequence.left_s:
+            self._round_s = rows.arrived_s - sequence.left_s
+            sequence.left_s = 0.0
         sequence.waiting.append(rows)
         return True
 
@@ -224,6 +234,11 @@ class SequenceTable:
         return self._slots * self._context_tokens
 
     @property
+    def count(self) -> int:
+        """The number of sequences that use the stage."""
+        return len(self._held)
+
+    @property
     def alone(self) -> bool:
         """Whether only one sequence uses the stage."""
         return len(self._held) == 1
@@ -235,26 +250,61 @@ class SequenceTable:
                 return True
         return False
 
-    def take(self, *, chunks: bool) -> list[Turn]:
+    def _group(self, size: int) -> list[Sequence]:
+        """The sequences of the next group of ``size``; none if all wait for some of theirs."""
+        held = sorted(self._held.values(), key=lambda sequence: sequence.slot)
+        until_s = []
+        for first in range(0, len(held), size):
+            group = held[first : first + size]
+            here = [one for one in group if one.waiting and one.waiting[0].count == 1]
+            if here:
+                arrived_s = min(one.waiting[0].arrived_s for one in here)
+                is_whole = not any(one.left_s for one in group)
+                due_s = arrived_s if is_whole else arrived_s + self._round_s
+                until_s.append((due_s, arrived_s, here))
+        now_s = time.monotonic()
+        ready = [(arrived_s, here) for due_s, arrived_s, here in until_s if due_s <= now_s]
+        if ready:
+            return min(ready, key=lambda one: one[0])[1]
+        self.due_s = min(due_s for due_s, _, _ in until_s)
+        return []
+
+    def take(self, *, chunks: bool, most: int | None = None) -> list[Turn]:
         """Return the turns of the next pass: the next single row of each sequence, or one chunk.
 
-        Tokens and chunks alternate while both wait, and prompts take turns. Without ``chunks``,
-        chunks stay in the table. A row with guesses goes first, in a pass of its own. Empty if
-        nothing can run.
+        most: the sequences form groups of so many, in the order of their slots, because rows of
+            neighbouring slots take the least time. Only rows of one group go: of that which has the
+            row that has waited longest. A group waits for those of its rows that are on their way,
+            as long as the last token took for it. Once it has run as a whole it stays together.
+
+        While both wait, one chunk runs for each token of every answer, and prompts take turns.
+        Without ``chunks``, chunks stay in the table. A row with guesses goes first, in a pass of
+        its own. Empty if nothing can run.
         """
-        tokens = []
+        self.due_s = 0.0
+        tokens, answers = [], len(self._held)
         for sequence in self._held.values():
             if sequence.waiting:
                 rows = sequence.waiting[0]
                 if rows.drafts:
-                    return [(sequence, sequence.waiting.popleft())]
+                    return [self._begun(sequence)]
                 if rows.count == 1:
                     tokens.append(sequence)
-        if chunks and (self._after_tokens or not tokens):
+                else:
+                    answers -= 1
+        if most is not None and tokens and most < len(self._held):
+            tokens = self._group(most)
+        if chunks and (self._since_chunk >= answers or not tokens):
             for sequence in self._held.values():
                 if sequence.waiting and sequence.waiting[0].count > 1:
                     self._held[sequence.number] = self._held.pop(sequence.number)
-                    self._after_tokens = False
-                    return [(sequence, sequence.waiting.popleft())]
-        self._after_tokens = True
-        return [(sequence, sequence.waiting.popleft()) for sequence in tokens]
+                    self._since_chunk = 0
+                    return [self._begun(sequence)]
+        self._since_chunk += len(tokens)
+        return [self._begun(sequence) for sequence in tokens]
+
+    def _begun(self, sequence: Sequence) -> Turn:
+        rows = sequence.waiting.popleft()
+        if rows.last and not sequence.waiting:
+            sequence.left_s = time.monotonic()
+        return sequence, rows

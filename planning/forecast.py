@@ -1,29 +1,36 @@
-"""The predicted speed of a plan with several sequences at once."""
+"""The predicted speed of a plan with several sequences at once.
+
+Rows of several sequences go round the ring in groups. A stage runs a group in one pass, and several
+groups are in the ring at a time. Large groups share the reading of weights. Small ones keep more
+stages busy.
+"""
 
 from __future__ import annotations
+
+from math import ceil
 
 from planning.plan import Plan
 from planning.together import pass_s
 
-_TOGETHER = 2
-"""From so many sequences per stage on, their rows were seen to go round together."""
-
 
 def decode_tokens_per_s(plan: Plan, sequences: int) -> float:
-    """Predicted tokens per second of all ``sequences`` together.
+    """Predicted tokens per second of all ``sequences`` together, in the best groups."""
+    return sequences / _round_s(plan, sequences, rows_at_once(plan, sequences))
 
-    With few sequences per stage each row meets others now and then (``Plan.shared_s``, which is
-    also what a plan for throughput minimises). With more of them the slowest stage collects rows.
-    From there on they stay together, and each stage runs all of them in one pass.
+
+def rows_at_once(plan: Plan, sequences: int) -> int:
+    """Return the rows of a group with which so many sequences are fastest, the most of equals."""
+    if len(plan.stages) == 1:
+        return sequences
+    sizes = {ceil(sequences / groups) for groups in range(1, sequences + 1)}
+    return min(sorted(sizes, reverse=True), key=lambda rows: _round_s(plan, sequences, rows))
+
+
+def _round_s(plan: Plan, sequences: int, rows: int) -> float:
+    """Seconds of one token of each sequence, in groups of so many rows.
+
+    A group has to go round the ring, and the slowest stage has to run all groups.
     """
-    apart = 1 / plan.shared_s(sequences)
-    if sequences < _TOGETHER * len(plan.stages):
-        return apart
-    return max(apart, sequences / _round_s(plan, sequences))
-
-
-def _round_s(plan: Plan, sequences: int) -> float:
-    """Seconds of one token of each sequence, if every stage runs all rows in one pass."""
-    stages_s = sum(pass_s(stage.compute_s, stage.rows_s, sequences) for stage in plan.stages)
-    more_rows_s = (sequences - 1) * sum(hop.passage.row_s for hop in plan.hops)
-    return stages_s + sum(hop.seconds for hop in plan.hops) + more_rows_s + plan.return_s
+    passes_s = [pass_s(stage.compute_s, stage.rows_s, rows) for stage in plan.stages]
+    ways_s = sum(hop.seconds + (rows - 1) * hop.passage.row_s for hop in plan.hops)
+    return max(sum(passes_s) + ways_s + plan.return_s, ceil(sequences / rows) * max(passes_s))

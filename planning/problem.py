@@ -353,8 +353,8 @@ class PlanningProblem:
         given = self.least_stages > 1 or self.most_stages is not None
         if given or not any(device.shares_passes for device in self.devices):
             return (self,)
-        # Where at most two rows meet, they share nothing: more stages change no time of a row.
-        most = max(2, min(len(self.real), math.ceil(self.shared_by / 2), _MOST_COUNTED))
+        # With a stage for each sequence they share nothing: more stages change no time of a row.
+        most = max(2, min(len(self.real), self.shared_by, _MOST_COUNTED))
         counted = [
             replace(self, least_stages=count, most_stages=count if count < most else None)
             for count in range(2, most + 1)

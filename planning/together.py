@@ -1,8 +1,7 @@
 """The time of a row when several sequences are decoded at once: one formula for all of planning.
 
-A stage runs all rows that wait for it in one pass. The only stage of a plan has all n rows in each
-pass. In a ring of S stages n / S rows meet at each stage, on average. The first of them finds the
-stage idle and begins at once. The others arrive meanwhile and share the next pass.
+The only stage of a plan has all n rows in each pass. In a ring of S stages rows go round in groups,
+one for each stage. So n / S rows share a pass.
 """
 
 from __future__ import annotations
@@ -30,7 +29,5 @@ def pass_s(one_s: float, rows_s: Sequence[float], rows: float) -> float:
 
 def row_s(one_s: float, rows_s: Sequence[float], sequences: int, stages: int) -> float:
     """Seconds that one row keeps a stage busy, with so many sequences on so many stages."""
-    if stages == 1:
-        return pass_s(one_s, rows_s, sequences) / sequences
-    meeting = max(sequences / stages, 1.0)
-    return (one_s + pass_s(one_s, rows_s, meeting - 1)) / meeting
+    rows = max(sequences / stages, 1.0)
+    return pass_s(one_s, rows_s, rows) / rows

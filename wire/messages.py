@@ -372,6 +372,11 @@ class LoadStage:
     """Its part of the device's time, against the weights of other stages there."""
     draft: DraftModel | None = None
     """For the first stage: a small model that guesses tokens on its device."""
+    rows_at_once: tuple[int, ...] = ()
+    """For the first stage: the most rows of a pass while 1, 2, ... sequences run. Empty: no limit.
+
+    The last number is for more sequences, too.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -847,6 +852,8 @@ class Activation:
     drafts: tuple[int, ...] = ()
     by_model: bool = False
     """Whether a draft model made the guesses."""
+    following: int = 0
+    """The rows of other sequences that come from the same pass after this one."""
 
 
 @dataclass(slots=True)
@@ -875,6 +882,8 @@ class TokenSampled:
     accepted: int = 0
     by_model: bool = False
     """Whether a draft model made the guesses that were counted."""
+    following: int = 0
+    """The tokens of other sequences that come from the same pass after this one, at most."""
 
 
 @dataclass(slots=True)

@@ -28,6 +28,7 @@ from model.generation import SamplingDefaults
 from model.kept import weight_notes
 from model.spec import ModelSpec
 from model.tokenizer import Tokenizer
+from planning.forecast import rows_at_once
 from planning.plan import Plan, PlanError, Stage
 from planning.problem import PlanningProblem
 from planning.request import LoadRequest, model_name
@@ -330,11 +331,13 @@ def _orders(
     Only leads have a place in the ring. ``keys`` are those of hops and of teams.
     """
     orders = []
+    slots = planned.request.slots
+    at_once = tuple(rows_at_once(planned.plan, count) for count in range(1, 1 + slots))
     for index, (stage, team) in enumerate(zip(planned.plan.stages, teams, strict=True)):
         order = partial(
             begun,
             spec=planned.checkpoint.spec.to_dict(),
-            slots=planned.request.slots,
+            slots=slots,
             context_tokens=planned.context_tokens,
             previous=teams[index - 1][0].device,
             hop_key=keys[0][index],
@@ -348,6 +351,8 @@ def _orders(
             if planned.draft is not None and member is teams[0][0]:
                 draft = planned.draft.message(planned.plan, blocks[DRAFT])
                 share = partial(share, draft=draft)
+            if member is teams[0][0]:
+                share = partial(share, rows_at_once=at_once)
             orders.append((member, label, partial(share, blocks=tuple(blocks[name]))))
     return orders
 

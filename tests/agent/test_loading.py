@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -105,3 +106,12 @@ def test_a_draft_model_that_fails_takes_no_file_from_under_the_stage(
     with pytest.raises(BackendError, match="the draft model: no room"):
         load(cache, backend, request)
     assert damaged.exists()
+
+
+@pytest.mark.parametrize("wrong", [{"rows_at_once": (1, 0)}, {"weight": 0.0}])
+def test_what_no_stage_can_work_with_is_refused(
+    wrong: dict[str, Any], cache: BlockCache, tmp_path: Path
+) -> None:
+    request = replace(request_of(cache, tmp_path), **wrong)
+    with pytest.raises(BackendError, match="the coordinator sent"):
+        load(cache, Backend(), request)

@@ -127,6 +127,7 @@ class Node:
         slots: int = 1,
         grammars: GrammarProcess | None = None,
         drafter: Drafter | None = None,
+        rows_at_once: tuple[int, ...] = (),
     ) -> None:
         spec = Checkpoint.open(LLAMA).spec
         blocks = range(artifacts[0][0], artifacts[-1][0] + 1)
@@ -145,6 +146,7 @@ class Node:
             report=self.reports.put,
             grammars=grammars,
             drafter=drafter,
+            rows_at_once=rows_at_once,
         )
         self.listener = Listener("127.0.0.1", 0)
         self.peers = PeerServer(device, self.listener)
@@ -222,10 +224,16 @@ def start(sequence: int, prompt: tuple[int, ...] = PROMPT, slot: int = 0) -> Sta
 
 
 def activation(
-    sequence: int, rows: int, position: int = 0, *, slot: int = 0, last: bool = False
+    sequence: int,
+    rows: int,
+    position: int = 0,
+    *,
+    slot: int = 0,
+    last: bool = False,
+    following: int = 0,
 ) -> tuple[Activation, memoryview]:
     payload: npt.NDArray[np.float32] = np.zeros((rows, 32), np.float32)
-    message = Activation(EPOCH, sequence, slot, position, rows, 32, last)
+    message = Activation(EPOCH, sequence, slot, position, rows, 32, last, following=following)
     return message, payload.data.cast("B")
 
 
@@ -596,6 +604,67 @@ def test_tokens_that_wait_run_together_and_between_the_chunks_of_a_prompt(
     calls = [last.stage.next_call() for _ in range(4)]
     assert calls == [((0, 1, 2), 3), ((3,), 64), ((0, 1, 2), 3), ((3,), 32)]
     last.close()
+
+
+def test_rows_of_one_pass_run_in_one_pass_of_the_next_stage(
+    artifacts: list[tuple[int, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agent.relay.GATHERING_S", ANSWER_S)
+    last = Node("last", artifacts[2:], CONTEXT, slots=SLOTS)
+    for slot in range(3):
+        last.deliver(*activation(1 + slot, 1, slot=slot))
+        assert last.stage.next_call() == ((slot,), 1)
+    last.relay._pass_s = 1e3
+    for slot in range(3):
+        last.relay.deliver(*activation(1 + slot, 1, 1, slot=slot, following=2 - slot))
+    assert last.stage.next_call() == ((0, 1, 2), 3)
+    last.close()
+
+
+def test_rows_that_do_not_come_are_not_waited_for_long(artifacts: list[tuple[int, Path]]) -> None:
+    last = Node("last", artifacts[2:], CONTEXT, slots=SLOTS)
+    for slot in range(2):
+        last.deliver(*activation(1 + slot, 1, slot=slot))
+        last.stage.next_call()
+    last.relay._pass_s = 1e3
+    last.relay.deliver(*activation(1, 1, 1, following=7))
+    assert last.stage.next_call() == ((0,), 1)
+    # Rows of no sequence do not keep others waiting.
+    until_s = last.relay._gathers_until_s
+    last.relay.deliver(*activation(2, 1, 9, slot=1, following=7))
+    assert last.relay._gathers_until_s == until_s
+    last.close()
+
+
+def test_several_groups_of_rows_are_in_the_ring(artifacts: list[tuple[int, Path]]) -> None:
+    first = Node("first", artifacts[:2], CONTEXT, slots=SLOTS, rows_at_once=(1, 2, 2, 2))
+    near, far = connected()
+    far.set_receive_timeout(ANSWER_S)
+    first.relay.connect(near, Link("next"), Measuring())
+    for slot in range(SLOTS):
+        first.relay.start(start(1 + slot, PROMPT[:1], slot=slot))
+        assert first.stage.next_call() == ((slot,), 1)
+    sent = received_rows(far)
+    assert [next(sent) for _ in range(SLOTS)] == [(number, 0) for number in range(1, 1 + SLOTS)]
+    first.stage.gate.clear()
+    for number in (4, 3, 2, 1):
+        first.relay.deliver(TokenSampled(EPOCH, number, 0, 1, ""), memoryview(b""))
+        if number == 4:
+            assert first.stage.next_call() == ((3,), 1)
+    first.stage.gate.set()
+    # Sequence 3 belongs to 4, whose token does not come back.
+    assert [first.stage.next_call() for _ in range(2)] == [((0, 1), 2), ((2,), 1)]
+    assert [next(sent) for _ in range(SLOTS)] == [(4, 0), (1, 1), (2, 0), (3, 0)]
+    far.close()
+    first.close()
+
+
+def received_rows(connection: Connection) -> Iterator[tuple[int, int]]:
+    """The sequence of each row that comes, and how many rows of its pass follow."""
+    while True:
+        message, _ = connection.receive()
+        if isinstance(message, Activation):
+            yield message.sequence, message.following
 
 
 def test_a_token_of_the_only_sequence_runs_in_the_thread_that_brings_it(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from agent.sequences import Rows, Sequence, SequenceTable
@@ -21,9 +23,12 @@ def rows(sequence: Sequence, count: int) -> Rows:
     return Rows(sequence.arrived, count, False, np.zeros(count, np.int64))
 
 
-def taken(table: SequenceTable, *, chunks: bool = True) -> list[tuple[int, int]]:
+def taken(
+    table: SequenceTable, *, chunks: bool = True, most: int | None = None
+) -> list[tuple[int, int]]:
     """(sequence, rows) of the next pass."""
-    return [(sequence.number, part.count) for sequence, part in table.take(chunks=chunks)]
+    turns = table.take(chunks=chunks, most=most)
+    return [(sequence.number, part.count) for sequence, part in turns]
 
 
 def test_tokens_and_chunks_alternate_and_prompts_take_turns() -> None:
@@ -52,6 +57,71 @@ def test_chunks_stay_where_they_are_while_there_is_no_room_for_them() -> None:
     table.add(token, rows(token, 1))
     assert taken(table, chunks=False) == [(2, 1)]
     assert taken(table) == [(1, 4)]
+
+
+def test_sequences_of_neighbouring_slots_run_in_turns() -> None:
+    table = SequenceTable(5, CONTEXT)
+    slots = {1: 4, 2: 0, 3: 2, 4: 1, 5: 3}
+    held = {number: opened(table, number, slot) for number, slot in slots.items()}
+    for number in (5, 4, 3, 2, 1):
+        table.add(held[number], rows(held[number], 1))
+    # Of slots 0 and 1, 2 and 3, and 4. The row of slot 3 has waited longest.
+    assert sorted(taken(table, most=2)) == [(3, 1), (5, 1)]
+    # What comes back waits behind those that have not run yet.
+    for number in (5, 3):
+        table.add(held[number], rows(held[number], 1))
+    assert sorted(taken(table, most=2)) == [(2, 1), (4, 1)]
+    assert taken(table, most=2) == [(1, 1)]
+    assert sorted(taken(table, most=2)) == [(3, 1), (5, 1)]
+    # A group does not wait for those of it that are elsewhere, and takes none of another group.
+    for number in (2, 3, 5):
+        table.add(held[number], rows(held[number], 1))
+    assert taken(table, most=2) == [(2, 1)]
+    assert sorted(taken(table, most=5)) == [(3, 1), (5, 1)]
+
+
+def test_a_group_waits_for_its_rows_that_are_on_their_way() -> None:
+    table = SequenceTable(4, CONTEXT)
+    held = [opened(table, number, number - 1) for number in range(1, 5)]
+
+    def come(*numbers: int) -> None:
+        for number in numbers:
+            sequence = held[number - 1]
+            assert table.add(sequence, replace(rows(sequence, 1), last=True))
+
+    come(1)
+    assert taken(table, most=2) == [(1, 1)]
+    come(2, 3, 4)
+    table._round_s = 1e3
+    assert sorted(taken(table, most=2)) == [(3, 1), (4, 1)]
+    # The row of sequence 1 is still on its way, and 2 waits for it.
+    assert taken(table, most=2) == []
+    assert table.due_s > held[1].waiting[0].arrived_s + 1e2
+    come(1)
+    table._round_s = 1e3
+    assert sorted(taken(table, most=2)) == [(1, 1), (2, 1)]
+    # It goes without those that do not come, or that are over.
+    come(3)
+    table._round_s = 0.0
+    assert taken(table, most=2) == [(3, 1)]
+    come(3)
+    table._round_s = 1e3
+    assert taken(table, most=2) == []
+    table.drop(4)
+    assert taken(table, most=2) == [(3, 1)]
+
+
+def test_a_chunk_waits_for_a_token_of_every_answer() -> None:
+    table = SequenceTable(4, CONTEXT)
+    prompt, *answers = (opened(table, number, number - 1) for number in range(1, 5))
+    for _ in range(2):
+        table.add(prompt, rows(prompt, 4))
+        for answer in answers:
+            table.add(answer, rows(answer, 1))
+    passes = [taken(table, most=2) for _ in range(6)]
+    assert [passed[0][1] for passed in passes] == [1, 1, 4, 1, 1, 4]
+    assert sorted(number for number, _ in passes[0] + passes[1]) == [2, 3, 4]
+    assert not table.waiting
 
 
 def test_the_last_row_of_a_prompt_waits_for_its_chunks() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 import itertools
 import math
 import random
@@ -10,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from planning.forecast import decode_tokens_per_s
-from planning.plan import InfeasiblePlan, PlanError, Proof, assess
+from planning.forecast import decode_tokens_per_s, rows_at_once
+from planning.plan import InfeasiblePlan, Plan, PlanError, Proof, assess
 from planning.planner import solve
 from planning.problem import Objective, PlanningProblem
 from planning.together import pass_s, row_s
@@ -34,10 +35,10 @@ def test_a_pass_is_linear_between_what_was_timed() -> None:
 def test_rows_share_passes_where_they_meet() -> None:
     # Alone: all in one pass.
     assert row_s(1.0, ROWS_S, 8, 1) == 2.75 / 8
-    # Two stages of four rows each: the first one alone, then three.
-    assert row_s(1.0, ROWS_S, 8, 2) == (1 + 1.5) / 4
-    # Two rows each hardly meet, one row never does.
-    assert row_s(1.0, ROWS_S, 8, 4) == row_s(1.0, ROWS_S, 2, 4) == 1.0
+    # Two stages of four rows each, four of two each, and more stages than rows.
+    assert row_s(1.0, ROWS_S, 8, 2) == 1.75 / 4
+    assert row_s(1.0, ROWS_S, 8, 4) == 1.25 / 2
+    assert row_s(1.0, ROWS_S, 2, 4) == 1.0
     assert row_s(1.0, (), 8, 2) == 1.0
 
 
@@ -115,20 +116,85 @@ def test_one_device_may_serve_several_sequences_as_well_as_two() -> None:
     # A row after the other: two devices let through twice as many.
     assert len(solve(plain).stages) == 2
     assert len(solve(replace(plain, sequences=8)).stages) == 2
-    # Eight rows in the time of 1.7: one pass takes 0.17 s for eight tokens.
-    plan = solve(shared(plain, 8, [0.1, 0.1]))
+    # Two groups of four: each device takes 1.3 times a row's time for one of them.
+    both = solve(shared(plain, 8, [0.1, 0.1]))
+    assert len(both.stages) == 2
+    assert decode_tokens_per_s(both, 8) == pytest.approx(8 / (2 * 1.3 * 0.05), rel=0.02)
+    # Of a fast and a slow device the fast one is better alone. Eight rows take 1.7 times its time.
+    slow = make_device("b", 10, 10_000, {8: 0.05})
+    plan = solve(shared(replace(plain, devices=(devices[0], slow)), 8, [0.1, 0.1]))
     assert described(plan) == [("a", 0, 10)]
     assert decode_tokens_per_s(plan, 8) == pytest.approx(8 / 0.17)
     assert plan.value == pytest.approx(0.17 / 8)
 
 
-def test_many_rows_on_few_stages_go_round_together() -> None:
-    # Five blocks are on each device. There a row takes 50 ms, and 8 rows take 85 ms.
-    devices = [make_device(name, 10, 10_000, {8: 0.01}) for name in "ab"]
-    plain = replace(make_problem(8, devices), pins={block: block // 5 for block in range(10)})
-    plan = solve(shared(plain, 8, [0.1, 0.1]))
-    links_s = sum(hop.seconds for hop in plan.hops) + plan.return_s
-    links_s += 7 * sum(hop.passage.row_s for hop in plan.hops)
-    assert decode_tokens_per_s(plan, 8) == pytest.approx(8 / (2 * 0.085 + links_s))
-    # Of two rows each has a stage of its own.
-    assert decode_tokens_per_s(plan, 2) == pytest.approx(1 / plan.shared_s(2))
+def ring(times_s: list[float], sequences: int, share: float) -> Plan:
+    """A plan of one block per device, whose pass of one row takes so long."""
+    devices = [
+        make_device(f"d{index}", 10, 10_000, {8: seconds}) for index, seconds in enumerate(times_s)
+    ]
+    plain = replace(make_problem(8, devices), objective=Objective("throughput"))
+    count = plain.spec.block_count
+    cuts = [index * count // len(devices) for index in range(len(devices) + 1)]
+    pins = {b: index for index in range(len(devices)) for b in range(cuts[index], cuts[index + 1])}
+    return solve(replace(shared(plain, sequences, [share] * len(devices)), pins=pins))
+
+
+def simulated_tokens_per_s(plan: Plan, sequences: int, rows: int) -> float:
+    """What an event simulation gives, where the first stage takes at most so many rows."""
+    ways_s = [hop.seconds for hop in plan.hops] + [plan.return_s]
+    stages, ticks = len(plan.stages), itertools.count()
+    waiting: list[list[int]] = [[] for _ in range(stages)]
+    running: list[list[int]] = [[] for _ in range(stages)]
+    events = [(0.0, next(ticks), 0, tuple(range(sequences)), True)]
+    told_s: list[float] = []
+    while len(told_s) < 60 * sequences:
+        now_s, _, stage, group, arrives = heapq.heappop(events)
+        if arrives:
+            waiting[stage].extend(group)
+        else:
+            running[stage] = []
+            after = (stage + 1) % stages
+            heapq.heappush(events, (now_s + ways_s[stage], next(ticks), after, group, True))
+            if stage == stages - 1:
+                told_s += [now_s] * len(group)
+        if waiting[stage] and not running[stage]:
+            most = rows if stage == 0 else sequences
+            running[stage], waiting[stage] = waiting[stage][:most], waiting[stage][most:]
+            seconds = pass_s(
+                plan.stages[stage].compute_s, plan.stages[stage].rows_s, len(running[stage])
+            )
+            event = (now_s + seconds, next(ticks), stage, tuple(running[stage]), False)
+            heapq.heappush(events, event)
+    half = len(told_s) // 2
+    return (len(told_s) - half) / (told_s[-1] - told_s[half - 1])
+
+
+def test_groups_of_rows_are_as_fast_as_events_show() -> None:
+    gained = []
+    for seed in range(60):
+        rng = random.Random(f"groups {seed}")
+        times_s = [rng.uniform(0.005, 0.02) for _ in range(rng.choice([2, 3, 4]))]
+        sequences = rng.choice([2, 4, 8])
+        plan = ring(times_s, sequences, rng.choice([0.1, 0.3, 0.9]))
+        assert len(plan.stages) == len(times_s)
+        rows = rows_at_once(plan, sequences)
+        reached = simulated_tokens_per_s(plan, sequences, rows)
+        assert decode_tokens_per_s(plan, sequences) == pytest.approx(reached, rel=0.1), seed
+        gained.append(reached / simulated_tokens_per_s(plan, sequences, sequences))
+        best = max(simulated_tokens_per_s(plan, sequences, most) for most in range(1, 9))
+        assert reached > 0.9 * best, seed
+    assert min(gained) > 0.99
+    assert sorted(gained)[len(gained) // 2] > 1.1
+
+
+def test_a_stage_alone_runs_all_rows_at_once() -> None:
+    plan = ring([0.01], 8, 0.1)
+    assert [rows_at_once(plan, count) for count in range(1, 9)] == list(range(1, 9))
+
+
+def test_each_stage_of_an_even_ring_has_a_group() -> None:
+    plan = ring([0.01] * 2, 8, 0.1)
+    assert [rows_at_once(plan, count) for count in (1, 2, 4, 8)] == [1, 1, 2, 4]
+    five_s = plan.stages[0].compute_s
+    assert decode_tokens_per_s(plan, 8) == pytest.approx(8 / (2 * 1.3 * five_s), rel=0.02)

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import psutil
 import pytest
 
 from agent.peers import connect_peer
+from benchmarks.fidelity import plan_of
+from planning.forecast import rows_at_once
 from tests.system.cluster import FIXTURES, Cluster, last_json, wait_for
 from tests.system.members import Member
 from wire.errors import ConnectionLost
@@ -74,6 +77,18 @@ def test_requests_at_once_get_what_each_gets_alone(shared: Cluster) -> None:
     with ThreadPoolExecutor(len(requests)) as pool:
         for _ in range(3):
             assert list(pool.map(lambda request: tokens_of(shared, request), requests)) == alone
+
+
+def test_rows_go_round_in_groups(shared: Cluster) -> None:
+    plan = plan_of(shared.get("/shoal/v1/ps")["model"]["plan"])
+    assert [rows_at_once(plan, count) for count in range(1, 1 + SLOTS)] == [1, 1, 1]
+    requests = [{"prompt": word, "max_tokens": 200, "ignore_eos": True} for word in ("a", "b", "c")]
+    with ThreadPoolExecutor(SLOTS) as pool:
+        list(pool.map(partial(tokens_of, shared), requests))
+    stages = shared.get("/shoal/v1/trace?request=last")["stages"]
+    passes = [item for item in stages[0]["passes"] if item["rows"] == 1]
+    assert len(passes) > 100
+    assert {item["together"] for item in passes} == {1}  # Each stage has a row of its own.
 
 
 class Endless:
