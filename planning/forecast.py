@@ -29,8 +29,11 @@ def rows_at_once(plan: Plan, sequences: int) -> int:
 def _round_s(plan: Plan, sequences: int, rows: int) -> float:
     """Seconds of one token of each sequence, in groups of so many rows.
 
-    A group has to go round the ring, and the slowest stage has to run all groups.
+    A group has to go round the ring, and the slowest stage with its link has to take all groups.
     """
-    passes_s = [pass_s(stage.compute_s, stage.rows_s, rows) for stage in plan.stages]
-    ways_s = sum(hop.seconds + (rows - 1) * hop.passage.row_s for hop in plan.hops)
-    return max(sum(passes_s) + ways_s + plan.return_s, ceil(sequences / rows) * max(passes_s))
+    ways_s = [hop.seconds + (rows - 1) * hop.passage.row_s for hop in plan.hops] + [plan.return_s]
+    busy_s = [
+        pass_s(stage.compute_s, stage.rows_s, rows) + way_s
+        for stage, way_s in zip(plan.stages, ways_s, strict=True)
+    ]
+    return max(sum(busy_s), ceil(sequences / rows) * max(busy_s))

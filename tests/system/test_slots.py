@@ -81,14 +81,15 @@ def test_requests_at_once_get_what_each_gets_alone(shared: Cluster) -> None:
 
 def test_rows_go_round_in_groups(shared: Cluster) -> None:
     plan = plan_of(shared.get("/shoal/v1/ps")["model"]["plan"])
-    assert [rows_at_once(plan, count) for count in range(1, 1 + SLOTS)] == [1, 1, 1]
+    at_once = max(rows_at_once(plan, count) for count in range(1, 1 + SLOTS))
+    assert at_once < SLOTS
     requests = [{"prompt": word, "max_tokens": 200, "ignore_eos": True} for word in ("a", "b", "c")]
     with ThreadPoolExecutor(SLOTS) as pool:
         list(pool.map(partial(tokens_of, shared), requests))
     stages = shared.get("/shoal/v1/trace?request=last")["stages"]
     passes = [item for item in stages[0]["passes"] if item["rows"] == 1]
     assert len(passes) > 100
-    assert {item["together"] for item in passes} == {1}  # Each stage has a row of its own.
+    assert max(item["together"] for item in passes) <= at_once
 
 
 class Endless:
