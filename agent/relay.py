@@ -286,7 +286,8 @@ class Relay:
         """Forget a sequence. Later rows for it are dropped."""
         with self._lock:
             self._table.drop(number)
-            self._changed.notify_all()  # Its group need not wait for it.
+            self._gathers_until_s = 0.0  # Its group need not wait for it.
+            self._changed.notify_all()
 
     def _deliver_rows(self, message: Activation, payload: memoryview) -> None:
         number, position, count = message.sequence, message.position, message.rows
