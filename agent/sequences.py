@@ -253,7 +253,7 @@ class SequenceTable:
     def _group(self, size: int) -> list[Sequence]:
         """The sequences of the next group of ``size``; none if all wait for some of theirs."""
         held = sorted(self._held.values(), key=lambda sequence: sequence.slot)
-        until_s = []
+        found = []
         for first in range(0, len(held), size):
             group = held[first : first + size]
             here = [one for one in group if one.waiting and one.waiting[0].count == 1]
@@ -261,12 +261,12 @@ class SequenceTable:
                 arrived_s = min(one.waiting[0].arrived_s for one in here)
                 is_whole = not any(one.left_s for one in group)
                 due_s = arrived_s if is_whole else arrived_s + self._round_s
-                until_s.append((due_s, arrived_s, here))
+                found.append((due_s, arrived_s, here))
         now_s = time.monotonic()
-        ready = [(arrived_s, here) for due_s, arrived_s, here in until_s if due_s <= now_s]
+        ready = [(arrived_s, here) for due_s, arrived_s, here in found if due_s <= now_s]
         if ready:
             return min(ready, key=lambda one: one[0])[1]
-        self.due_s = min(due_s for due_s, _, _ in until_s)
+        self.due_s = min(due_s for due_s, _, _ in found)
         return []
 
     def take(self, *, chunks: bool, most: int | None = None) -> list[Turn]:

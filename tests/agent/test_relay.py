@@ -636,7 +636,9 @@ def test_rows_that_do_not_come_are_not_waited_for_long(artifacts: list[tuple[int
     last.close()
 
 
-def test_several_groups_of_rows_are_in_the_ring(artifacts: list[tuple[int, Path]]) -> None:
+def test_several_groups_of_rows_are_in_the_ring(
+    artifacts: list[tuple[int, Path]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = Node("first", artifacts[:2], CONTEXT, slots=SLOTS, rows_at_once=(1, 2, 2, 2))
     near, far = connected()
     far.set_receive_timeout(ANSWER_S)
@@ -652,10 +654,17 @@ def test_several_groups_of_rows_are_in_the_ring(artifacts: list[tuple[int, Path]
         if number == 4:
             assert first.stage.next_call() == ((3,), 1)
     first.relay._table._round_s = 1e3
+    gathers, wait = threading.Event(), first.relay._changed.wait
+
+    def noted(timeout_s: float | None = None) -> bool:
+        if timeout_s is not None:
+            gathers.set()  # The lock is held until the thread waits.
+        return wait(timeout_s)
+
+    monkeypatch.setattr(first.relay._changed, "wait", noted)
     first.stage.gate.set()
     assert first.stage.next_call() == ((0, 1), 2)
-    while not first.relay._gathers:
-        time.sleep(1e-3)  # A relay tells no event of what it waits for.
+    assert gathers.wait(ANSWER_S)
     first.relay.release(4)  # Sequence 3 has waited for it.
     assert first.stage.next_call() == ((2,), 1)
     assert [next(sent) for _ in range(SLOTS)] == [(4, 0), (1, 1), (2, 0), (3, 0)]
